@@ -1,0 +1,2 @@
+//! The decode worker.
+#![forbid(unsafe_code)]

@@ -1,0 +1,35 @@
+//! What can go wrong in the engine, by what the caller does about it.
+
+use std::path::PathBuf;
+
+/// An engine error. None of them is worth retrying with the same input.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The checkpoint cannot be used; the message names the file, the field and the value.
+    #[error("{path}: {problem}")]
+    Checkpoint {
+        /// File or directory at fault.
+        path: PathBuf,
+        /// What is wrong and what would be right.
+        problem: String,
+    },
+    /// A setting does not fit the model or the machine.
+    #[error("setting {field}: {problem}")]
+    Setting {
+        /// Field of [`crate::Config`].
+        field: &'static str,
+        /// What is wrong and what would be right.
+        problem: String,
+    },
+    /// A row of a step holds something no model could compute (a token outside the vocabulary, a position past the end).
+    #[error("{0}")]
+    Row(String),
+    /// The machine refused something (memory, a thread).
+    #[error("{action}: {source}")]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}

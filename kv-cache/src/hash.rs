@@ -1,0 +1,84 @@
+//! The name of a prefix.
+//!
+//! A page's hash covers its own tokens and, through the chain, every token before it, so equal hashes mean equal prefixes on
+//! the router and on every worker. The hash is BLAKE3 cut to 128 bits: requests of different users meet in one cache, so
+//! a collision must not be something one can construct.
+
+use crate::TokenId;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// Name of the prefix that ends with a full page.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct PageHash(pub u128);
+
+impl fmt::Debug for PageHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+/// Hashes a growing sequence page by page.
+#[derive(Clone, Debug)]
+pub struct PrefixHasher {
+    parent: PageHash,
+}
+
+impl PrefixHasher {
+    /// Starts a chain. Prefixes of different `salt` (cache salt, adapter) never meet; the empty salt is the common one.
+    pub fn new(salt: &[u8]) -> Self {
+        let mut hasher = blake3::Hasher::new_derive_key("baton page hash v1");
+        hasher.update(salt);
+        Self { parent: cut(&hasher) }
+    }
+
+    /// Returns the hash of the next page, which holds `tokens`.
+    pub fn push(&mut self, tokens: &[TokenId]) -> PageHash {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&self.parent.0.to_le_bytes());
+        let mut bytes = [0u8; 4 * 64];
+        for chunk in tokens.chunks(64) {
+            for (slot, token) in bytes.chunks_exact_mut(4).zip(chunk) {
+                slot.copy_from_slice(&token.to_le_bytes());
+            }
+            hasher.update(&bytes[..chunk.len() * 4]);
+        }
+        self.parent = cut(&hasher);
+        self.parent
+    }
+}
+
+fn cut(hasher: &blake3::Hasher) -> PageHash {
+    let mut bytes = [0u8; 16];
+    hasher.finalize_xof().fill(&mut bytes);
+    PageHash(u128::from_le_bytes(bytes))
+}
+
+/// Returns the hashes of all full pages of `tokens`; a last, partly filled page has no name.
+pub fn page_hashes(salt: &[u8], tokens: &[TokenId], page_tokens: usize) -> Vec<PageHash> {
+    let mut hasher = PrefixHasher::new(salt);
+    tokens.chunks_exact(page_tokens).map(|page| hasher.push(page)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hash_names_the_whole_prefix() {
+        let tokens: Vec<TokenId> = (0..64).collect();
+        let all = page_hashes(b"", &tokens, 16);
+        assert_eq!(all.len(), 4);
+        assert_eq!(page_hashes(b"", &tokens[..47], 16), all[..2]);
+
+        let mut other = tokens.clone();
+        other[0] = 99;
+        assert!(page_hashes(b"", &other, 16).iter().zip(&all).all(|(a, b)| a != b));
+    }
+
+    #[test]
+    fn salts_keep_prefixes_apart() {
+        let tokens: Vec<TokenId> = (0..16).collect();
+        assert_ne!(page_hashes(b"", &tokens, 16), page_hashes(b"tenant", &tokens, 16));
+    }
+}

@@ -1,0 +1,148 @@
+//! Where a page's bytes lie.
+//!
+//! The pool is one array `[layers][pages]` of *blocks*. A block holds one page of one layer: the keys
+//! `[kv_heads][page_tokens][key_dim]`, then the values `[kv_heads][page_tokens][value_dim]`. Heads are outermost so that a
+//! tensor-parallel slice of a block is contiguous; layers are outermost so that neighbouring pages of a layer travel as one
+//! run of bytes while later layers still compute.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// Element type of keys and values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KvDtype {
+    /// 32-bit IEEE float.
+    F32,
+    /// 16-bit brain float.
+    Bf16,
+    /// 16-bit IEEE float.
+    F16,
+}
+
+impl KvDtype {
+    /// Returns the size of one element in bytes.
+    pub fn bytes(self) -> usize {
+        match self {
+            KvDtype::F32 => 4,
+            KvDtype::Bf16 | KvDtype::F16 => 2,
+        }
+    }
+}
+
+impl fmt::Display for KvDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            KvDtype::F32 => "f32",
+            KvDtype::Bf16 => "bf16",
+            KvDtype::F16 => "f16",
+        })
+    }
+}
+
+/// Shape of every page of a worker and so of its whole pool.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageLayout {
+    /// Layers of the model on this rank.
+    pub layers: u32,
+    /// Tokens per page.
+    pub page_tokens: u32,
+    /// Key/value heads on this rank.
+    pub kv_heads: u32,
+    /// Elements of one head's key.
+    pub key_dim: u32,
+    /// Elements of one head's value.
+    pub value_dim: u32,
+    /// Element type.
+    pub dtype: KvDtype,
+    /// Pages in the pool. Two workers may differ in this alone and still exchange pages.
+    pub pages: u32,
+}
+
+impl PageLayout {
+    /// Returns the bytes of the keys in one block; the values start there.
+    pub fn key_bytes(&self) -> usize {
+        self.kv_heads as usize * self.page_tokens as usize * self.key_dim as usize * self.dtype.bytes()
+    }
+
+    /// Returns the bytes of one block: one page of one layer, keys and values.
+    pub fn block_bytes(&self) -> usize {
+        let value = self.kv_heads as usize * self.page_tokens as usize * self.value_dim as usize * self.dtype.bytes();
+        self.key_bytes() + value
+    }
+
+    /// Returns the bytes of one page over all layers.
+    pub fn page_bytes(&self) -> usize {
+        self.block_bytes() * self.layers as usize
+    }
+
+    /// Returns the bytes of the whole pool.
+    pub fn pool_bytes(&self) -> usize {
+        self.page_bytes() * self.pages as usize
+    }
+
+    /// Returns the byte offset in the pool of the block of `page` in `layer`.
+    ///
+    /// # Panics
+    /// When `layer` or `page` lies outside the pool: that is a bookkeeping mistake of ours, never input.
+    pub fn block_offset(&self, layer: u32, page: crate::PageId) -> usize {
+        assert!(layer < self.layers && page.0 < self.pages, "block ({layer}, {page:?}) outside {self:?}");
+        (layer as usize * self.pages as usize + page.index()) * self.block_bytes()
+    }
+
+    /// Returns how many pages hold `tokens` tokens.
+    pub fn pages_for(&self, tokens: usize) -> usize {
+        tokens.div_ceil(self.page_tokens as usize)
+    }
+
+    /// Names the first field in which pages of `self` and `other` differ, with both values, or `None` when pages of one fit
+    /// the other as they are. The number of pages may differ.
+    pub fn mismatch(&self, other: &PageLayout) -> Option<String> {
+        let fields: [(&str, &dyn fmt::Display, &dyn fmt::Display); 6] = [
+            ("layers", &self.layers, &other.layers),
+            ("page_tokens", &self.page_tokens, &other.page_tokens),
+            ("kv_heads", &self.kv_heads, &other.kv_heads),
+            ("key_dim", &self.key_dim, &other.key_dim),
+            ("value_dim", &self.value_dim, &other.value_dim),
+            ("dtype", &self.dtype, &other.dtype),
+        ];
+        fields
+            .into_iter()
+            .map(|(name, ours, theirs)| (name, ours.to_string(), theirs.to_string()))
+            .find(|(_, ours, theirs)| ours != theirs)
+            .map(|(name, ours, theirs)| format!("{name}: ours {ours}, theirs {theirs}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::PageId;
+
+    fn layout() -> PageLayout {
+        PageLayout { layers: 3, page_tokens: 16, kv_heads: 2, key_dim: 8, value_dim: 4, dtype: KvDtype::Bf16, pages: 5 }
+    }
+
+    #[test]
+    fn blocks_tile_the_pool() {
+        let layout = layout();
+        assert_eq!(layout.key_bytes(), 2 * 16 * 8 * 2);
+        assert_eq!(layout.block_bytes(), 2 * 16 * 12 * 2);
+        let mut next = 0;
+        for layer in 0..layout.layers {
+            for page in 0..layout.pages {
+                assert_eq!(layout.block_offset(layer, PageId(page)), next);
+                next += layout.block_bytes();
+            }
+        }
+        assert_eq!(next, layout.pool_bytes());
+    }
+
+    #[test]
+    fn mismatch_names_the_field_and_ignores_the_pool_size() {
+        let ours = layout();
+        assert_eq!(ours.mismatch(&PageLayout { pages: 99, ..layout() }), None);
+        let theirs = PageLayout { dtype: KvDtype::F32, ..layout() };
+        assert_eq!(ours.mismatch(&theirs).as_deref(), Some("dtype: ours bf16, theirs f32"));
+    }
+}

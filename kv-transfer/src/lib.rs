@@ -1,0 +1,266 @@
+//! The hand-off: moving a sequence's pages from a prefill worker to a decode worker, whole or not at all.
+//!
+//! Each worker starts one [`Transfer`] over its page pool. The source side [`begin`](Transfer::begin)s a hand-off when a prompt is
+//! scheduled, pushes blocks as layers finish and commits; the target side opens a landing or refuses. Per hand-off, each side
+//! is a pure state machine (`source.rs`, `target.rs`) with a deadline in every state; transports only move bytes. The crate knows
+//! no model: it moves blocks of a [`PageLayout`].
+
+use kv_cache::{PageId, PageLayout, TokenId};
+use serde::{Deserialize, Serialize};
+use std::{fs::File, net::SocketAddr, ops::Range, sync::Arc, time::Duration};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+/// Names one attempt at moving one sequence; drawn at random by the router, never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct HandoffId(pub u64);
+
+/// Who this worker is to its peers. Sent in `Hello`; a mismatch of fingerprint or layout refuses the link, naming both values.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Identity {
+    /// Member id.
+    pub worker: String,
+    /// When this process started, as the directory counts incarnations. A peer that was told an older one means a life that is
+    /// gone and is refused; a newer one is this same process, registered again.
+    pub incarnation: u64,
+    /// Names the weights.
+    pub fingerprint: String,
+    /// Shape of the pages.
+    pub layout: PageLayout,
+}
+
+/// The other end of a link, as the router named it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Peer {
+    /// Member id.
+    pub worker: String,
+    /// Which life of that member.
+    pub incarnation: u64,
+    /// `host:port` of its link listener.
+    pub link: String,
+}
+
+/// Settings of the transfer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Where peers connect. Port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// `host:port` that peers are told; unset = the bound address.
+    pub advertise: Option<String>,
+    /// Refuses any other transport instead of falling back to it.
+    pub require: Option<TransportKind>,
+    /// Whether a digest of the contents is checked before a sequence becomes runnable.
+    pub verify: Verify,
+    /// Blocks are gathered until a message has at least this many bytes (or the last layer is done).
+    pub group_bytes: usize,
+    /// TCP connections per link.
+    pub tcp_streams: usize,
+    /// Longest a hand-off may wait for `Open`, in milliseconds.
+    pub open_timeout_ms: u64,
+    /// Longest a hand-off may go without progress once opened, in milliseconds.
+    pub progress_timeout_ms: u64,
+    /// Interval of pings, in milliseconds; two missed ones are death.
+    pub ping_interval_ms: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            advertise: None,
+            require: None,
+            verify: Verify::Auto,
+            group_bytes: 4 << 20,
+            tcp_streams: 2,
+            open_timeout_ms: 10_000,
+            progress_timeout_ms: 5_000,
+            ping_interval_ms: 400,
+        }
+    }
+}
+
+/// When page contents are digested.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verify {
+    /// `Full` over tcp, `Counts` in memory.
+    Auto,
+    /// Page count, bytes and a digest of the contents.
+    Full,
+    /// Page count and bytes.
+    Counts,
+}
+
+/// A way to move bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TransportKind {
+    /// Both workers live in this process.
+    Memory,
+    /// Any two machines.
+    Tcp,
+}
+
+/// What the source knows when a prompt is scheduled.
+#[derive(Clone, Debug)]
+pub struct Begin {
+    /// The attempt.
+    pub handoff: HandoffId,
+    /// Where the sequence goes.
+    pub target: Peer,
+    /// Prompt tokens whose keys and values will be pushed.
+    pub tokens: u32,
+    /// The sequence's pages here, in order; all of them, `layout.pages_for(tokens)`. The caller holds them until
+    /// [`Event::SourceDone`].
+    pub pages: Vec<PageId>,
+}
+
+/// What makes a sequence runnable at the target. Sampling is counter-based, so the first token is the whole sampler state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Commit {
+    /// Token 0 of this leg, sampled by the source and already on its way to the router.
+    pub first_token: TokenId,
+}
+
+/// What happened to a hand-off. Events come in order per hand-off; each hand-off of a side ends exactly once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Target: a source asks for a landing. Answer with [`Transfer::open`] or [`Transfer::refuse`] before the deadline.
+    Begun {
+        /// The attempt.
+        handoff: HandoffId,
+        /// Member id of the source.
+        from: String,
+        /// Tokens that will land.
+        tokens: u32,
+    },
+    /// Target: every page is here and verified; the sequence is runnable. The pages belong to the caller alone.
+    Landed {
+        /// The attempt.
+        handoff: HandoffId,
+        /// What came with it.
+        commit: Commit,
+    },
+    /// Target: the hand-off ended without landing. The sequence is dead, but its landing pages must not be reused before
+    /// [`Event::Quiet`]. Not sent for a hand-off the target itself aborted or refused.
+    Lost {
+        /// The attempt.
+        handoff: HandoffId,
+        /// Why, for people.
+        reason: String,
+    },
+    /// Target: no write of this hand-off can land any more; its landing pages may be reused. Sent once for every opened
+    /// hand-off that did not land.
+    Quiet {
+        /// The attempt.
+        handoff: HandoffId,
+    },
+    /// Source: the hand-off is over and nobody reads its pages here any more; they may be given back.
+    SourceDone {
+        /// The attempt.
+        handoff: HandoffId,
+        /// How it ended.
+        outcome: Outcome,
+    },
+}
+
+/// How a hand-off ended, seen from the source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The target acknowledged the commit: it owns the sequence.
+    Landed,
+    /// The target would not take it.
+    Refused(String),
+    /// One side called it off, or the link died.
+    Aborted(String),
+    /// A deadline passed.
+    Expired(String),
+}
+
+/// Why a [`Transfer`] cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The link address cannot be bound.
+    #[error("link listener on {address}: {source}")]
+    Listen {
+        /// Address tried.
+        address: SocketAddr,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The page pool cannot be mapped.
+    #[error("map page pool of {bytes} bytes: {source}")]
+    Map {
+        /// Its size.
+        bytes: usize,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// One worker's end of all its links. Cloning is cheap; everything stops when the token given to [`Transfer::start`] is cancelled.
+#[derive(Clone, Debug)]
+pub struct Transfer {
+    inner: Arc<()>,
+}
+
+impl Transfer {
+    /// Maps the pool `pages` (a file of `identity.layout.pool_bytes()` bytes), listens for links and starts reporting to `events`.
+    ///
+    /// `events` is bounded; when it is full the link waits, and with it the peer.
+    pub async fn start(
+        _config: Config,
+        _identity: Identity,
+        _pages: &File,
+        _events: mpsc::Sender<Event>,
+        _shutdown: CancellationToken,
+    ) -> Result<Self, Error> {
+        todo!()
+    }
+
+    /// Returns the `host:port` that peers use.
+    pub fn address(&self) -> String {
+        todo!()
+    }
+
+    /// Source: asks the target for a landing. Never blocks; the link is opened if needed.
+    pub fn begin(&self, _begin: Begin) {
+        todo!()
+    }
+
+    /// Source: the blocks of `layers` of pages `pages` (indices into [`Begin::pages`]) are final. They are sent as soon as the
+    /// target has opened, merged into groups. Never blocks; called from the step, so it only queues a descriptor.
+    pub fn push(&self, _handoff: HandoffId, _layers: Range<u32>, _pages: Range<u32>) {
+        todo!()
+    }
+
+    /// Source: every block has been pushed; `commit` follows the last one.
+    pub fn commit(&self, _handoff: HandoffId, _commit: Commit) {
+        todo!()
+    }
+
+    /// Target: `landing` are the local pages for all of the sequence, in order; the first `have` of them already hold its prefix
+    /// and are not sent.
+    pub fn open(&self, _handoff: HandoffId, _landing: Vec<PageId>, _have: u32) {
+        todo!()
+    }
+
+    /// Target: no landing for this one.
+    pub fn refuse(&self, _handoff: HandoffId, _reason: String) {
+        todo!()
+    }
+
+    /// Either side: calls the hand-off off (the request was cancelled). The source still gets [`Event::SourceDone`], a target
+    /// that had opened still gets [`Event::Quiet`]. Unknown hand-offs are remembered for a while, so that an abort may come
+    /// before its `Begin`.
+    pub fn abort(&self, _handoff: HandoffId, _reason: String) {
+        todo!()
+    }
+
+    /// Waits until no hand-off is in flight, for at most `limit`. Returns how many were left.
+    pub async fn drain(&self, _limit: Duration) -> usize {
+        todo!()
+    }
+}

@@ -1,0 +1,2 @@
+//! The prefill worker.
+#![forbid(unsafe_code)]
