@@ -1,0 +1,86 @@
+#!/bin/sh
+# Installs what the tests need beside Rust: etcd (into .test-servers/bin) and a Python environment (into .venv).
+# Says what it does; quick when all is there. Needs no root where Python can make environments, and no package index: if there
+# is none yet, it fetches one.
+set -eu
+
+root=$(cd "$(dirname "$0")/../.." && pwd)
+servers=$root/.test-servers
+venv=$root/.venv
+requirements=$root/tests/servers/requirements.txt
+
+say() { printf 'install: %s\n' "$*"; }
+die() { say "$*" >&2; exit 1; }
+is_root() { [ "$(id -u)" = 0 ]; }
+has() { command -v "$1" >/dev/null; }
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+# Options for apt-get; without root, update_index makes it use an index of our own.
+apt_options=
+
+update_index() {
+    say "apt-get update: there is no (recent) package index"
+    if ! is_root; then
+        mkdir -p "$work/lists/partial" "$work/archives/partial"
+        apt_options="-o Dir::State::lists=$work/lists -o Dir::Cache=$work -o Debug::NoLocking=true"
+    fi
+    # shellcheck disable=SC2086 # several words
+    apt-get -qq $apt_options update || die "apt-get update does not work here"
+}
+
+# Downloads Debian's etcd into the current folder.
+download_etcd() {
+    # shellcheck disable=SC2086 # several words
+    apt-get -qq $apt_options download etcd-server
+}
+
+# Takes etcd out of Debian's package without installing it: no service starts, and no root is needed.
+unpack_etcd() {
+    has apt-get && has dpkg-deb || die "etcd is missing and this is no Debian: put etcd 3.4 or newer into the search path"
+    cd "$work"
+    download_etcd >/dev/null 2>&1 || { update_index && download_etcd 2>/dev/null; } || die "Debian's etcd-server cannot be downloaded"
+    dpkg-deb -x etcd-server_*.deb package
+    mkdir -p "$servers/bin"
+    cp package/usr/bin/etcd "$servers/bin/etcd.new"
+    mv "$servers/bin/etcd.new" "$servers/bin/etcd"
+    cd "$root"
+}
+
+install_venv_package() {
+    is_root && has apt-get || die "$1: install python3 with its module venv (Debian: python3-venv)"
+    say "$1: installing Debian's python3-venv"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get -qq install -y python3-venv >/dev/null 2>&1 || { update_index && apt-get -qq install -y python3-venv >/dev/null; } \
+        || die "python3-venv cannot be installed"
+}
+
+make_venv() {
+    has python3 || install_venv_package "python3 is missing"
+    say "making the Python environment .venv with $(python3 --version)"
+    if ! python3 -m venv --clear "$venv" >/dev/null 2>&1; then
+        install_venv_package "python3 cannot make environments"
+        python3 -m venv --clear "$venv"
+    fi
+    "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$requirements" || die "pip cannot install $requirements"
+    cp "$requirements" "$venv/.requirements"
+}
+
+if [ -x "$servers/bin/etcd" ]; then
+    say "etcd is in .test-servers/bin"
+elif has etcd; then
+    say "etcd is in the search path: $(command -v etcd)"
+else
+    say "taking etcd from Debian's package etcd-server into .test-servers/bin"
+    unpack_etcd
+    say "$("$servers/bin/etcd" --version | head -n 1)"
+fi
+
+# The environment is complete when it was made from these very requirements.
+if cmp -s "$requirements" "$venv/.requirements" && "$venv/bin/python" -c '' 2>/dev/null; then
+    say "the Python environment in .venv is complete"
+else
+    make_venv
+    say "installed $(grep -v '^#' "$requirements" | tr '\n' ' ')"
+fi
