@@ -1,6 +1,9 @@
 //! What can go wrong in the engine, by what the caller does about it.
 
-use std::path::PathBuf;
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
 
 /// An engine error. None of them is worth retrying with the same input.
 #[derive(Debug, thiserror::Error)]
@@ -32,4 +35,19 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+}
+
+impl Error {
+    pub(crate) fn checkpoint(path: &Path, problem: impl fmt::Display) -> Self {
+        Error::Checkpoint { path: path.to_owned(), problem: problem.to_string() }
+    }
+
+    pub(crate) fn setting(field: &'static str, problem: impl fmt::Display) -> Self {
+        Error::Setting { field, problem: problem.to_string() }
+    }
+
+    /// Says what was tried when the system refused.
+    pub(crate) fn system(action: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Error::System { action, source }
+    }
 }

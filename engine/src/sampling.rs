@@ -1,9 +1,14 @@
 //! From logits to a token.
 //!
 //! Randomness is counter-based and keyed by (seed, choice, token index), so a sequence draws the same tokens in any batch, on
-//! any worker and after any replay. The order of operations is `engine-semantics.md` 3.3 (vLLM's `sample/sampler.py`).
+//! any worker and after any replay. The order of operations is `engine-semantics.md` 3.3 (vLLM's `sample/sampler.py`):
+//! log-probabilities of the unmodified logits; forbidden tokens, biases; penalties; greedy choice, or temperature, min-p,
+//! top-k, top-p and a draw. Arithmetic on probabilities is f64 and plain Rust: the same on every machine.
+
+mod random;
 
 use kv_cache::TokenId;
+use std::{cmp::Ordering, collections::HashMap};
 
 /// How tokens of one sequence are drawn.
 #[derive(Clone, Debug, PartialEq)]
@@ -69,3 +74,203 @@ pub struct Sampled {
     /// Present when [`Sampling::logprobs`] asks.
     pub logprobs: Option<Logprobs>,
 }
+
+/// What drawing a token needs to know of its sequence.
+#[derive(Clone, Copy, Debug)]
+pub struct Sample<'a> {
+    /// How to draw.
+    pub sampling: &'a Sampling,
+    /// All tokens so far, prompt first.
+    pub history: &'a [TokenId],
+    /// How many of `history` are the prompt; the drawn token's index is `history.len() - prompt_tokens`.
+    pub prompt_tokens: usize,
+    /// Tokens that must not be drawn (end-of-sequence and stop ids while under `min_tokens`).
+    pub forbidden: &'a [TokenId],
+}
+
+/// A temperature below this means greedy.
+const GREEDY: f32 = 1e-5;
+
+/// Draws the token after `sample.history` from its logits, `[vocab]`.
+///
+/// Among equal logits the lowest token id counts as the more likely. A NaN counts as minus infinity.
+pub fn draw(logits: &[f32], sample: &Sample<'_>) -> Sampled {
+    let adjusted = adjust(logits, sample);
+    let sampling = sample.sampling;
+    let scores = adjusted.as_deref().unwrap_or(logits);
+    let token = if sampling.temperature < GREEDY {
+        most_likely(scores)
+    } else {
+        let index = sample.history.len().saturating_sub(sample.prompt_tokens);
+        let number = random::uniform(sampling.seed, sampling.choice, index as u64);
+        choose(candidates(scores, sampling), number)
+    };
+    Sampled { token, logprobs: sampling.logprobs.map(|count| logprobs(logits, token, count as usize)) }
+}
+
+/// Applies what changes single logits; `None` when nothing does.
+fn adjust(logits: &[f32], sample: &Sample<'_>) -> Option<Vec<f32>> {
+    let sampling = sample.sampling;
+    let penalised =
+        sampling.repetition_penalty != 1.0 || sampling.frequency_penalty != 0.0 || sampling.presence_penalty != 0.0;
+    if sample.forbidden.is_empty() && sampling.logit_bias.is_empty() && !penalised {
+        return None;
+    }
+    let mut logits = logits.to_vec();
+    for token in sample.forbidden {
+        if let Some(logit) = logits.get_mut(*token as usize) {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
+    for (token, bias) in &sampling.logit_bias {
+        if let Some(logit) = logits.get_mut(*token as usize) {
+            *logit += bias;
+        }
+    }
+    if penalised {
+        penalise(&mut logits, sample);
+    }
+    Some(logits)
+}
+
+/// Repetition penalty over prompt and output (arXiv 1909.05858, section 4.1), the other two over the output only.
+fn penalise(logits: &mut [f32], sample: &Sample<'_>) {
+    let sampling = sample.sampling;
+    let mut counts: HashMap<TokenId, u32> = HashMap::new();
+    for (index, token) in sample.history.iter().enumerate() {
+        *counts.entry(*token).or_default() += u32::from(index >= sample.prompt_tokens);
+    }
+    for (token, count) in counts {
+        let Some(logit) = logits.get_mut(token as usize) else { continue };
+        let penalty = sampling.repetition_penalty;
+        *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+        if count > 0 {
+            *logit -= sampling.frequency_penalty * count as f32 + sampling.presence_penalty;
+        }
+    }
+}
+
+fn most_likely(logits: &[f32]) -> TokenId {
+    let (mut best, mut token) = (f32::NEG_INFINITY, 0);
+    for (index, logit) in logits.iter().enumerate() {
+        if *logit > best {
+            (best, token) = (*logit, index);
+        }
+    }
+    token as TokenId
+}
+
+/// A token that may be drawn, and its weight: its probability relative to the most likely token's.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Candidate {
+    token: TokenId,
+    weight: f64,
+}
+
+/// Orders candidates from the most likely on.
+fn by_weight(a: &Candidate, b: &Candidate) -> Ordering {
+    b.weight.total_cmp(&a.weight).then(a.token.cmp(&b.token))
+}
+
+/// Returns the tokens that survive min-p, top-k and top-p. Never empty; in order of token id when nothing was cut by rank.
+fn candidates(logits: &[f32], sampling: &Sampling) -> Vec<Candidate> {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    if max.is_infinite() {
+        return vec![Candidate { token: most_likely(logits), weight: 1.0 }];
+    }
+    let scale = 1.0 / f64::from(sampling.temperature);
+    let weigh = |(token, logit): (usize, &f32)| {
+        let weight = (f64::from(logit - max) * scale).exp();
+        // A NaN fails the comparison too.
+        (weight > 0.0 && weight >= f64::from(sampling.min_p)).then_some(Candidate { token: token as TokenId, weight })
+    };
+    let mut kept: Vec<Candidate> = logits.iter().enumerate().filter_map(weigh).collect();
+    let top_k = sampling.top_k as usize;
+    if top_k > 0 && top_k < kept.len() {
+        kept.select_nth_unstable_by(top_k - 1, by_weight);
+        kept.truncate(top_k);
+        kept.sort_unstable_by(by_weight);
+    }
+    if sampling.top_p < 1.0 {
+        keep_mass(&mut kept, f64::from(sampling.top_p));
+    }
+    kept
+}
+
+/// Keeps the fewest most likely candidates that together have at least `share` of the mass, at least one.
+fn keep_mass(kept: &mut Vec<Candidate>, share: f64) {
+    let wanted = share * kept.iter().map(|candidate| candidate.weight).sum::<f64>();
+    // The head of the distribution is nearly always enough; sorting all of a vocabulary would cost milliseconds.
+    let mut sorted = kept.len().min(256);
+    loop {
+        if sorted < kept.len() {
+            kept.select_nth_unstable_by(sorted, by_weight);
+        }
+        kept[..sorted].sort_unstable_by(by_weight);
+        let mut mass = 0.0;
+        for index in 0..sorted {
+            mass += kept[index].weight;
+            if mass >= wanted {
+                kept.truncate(index + 1);
+                return;
+            }
+        }
+        if sorted == kept.len() {
+            return;
+        }
+        sorted = kept.len().min(sorted * 8);
+    }
+}
+
+/// Returns the candidate in whose share of the mass `number` falls.
+fn choose(candidates: Vec<Candidate>, number: f64) -> TokenId {
+    let total: f64 = candidates.iter().map(|candidate| candidate.weight).sum();
+    let target = number * total;
+    let mut mass = 0.0;
+    for candidate in &candidates {
+        mass += candidate.weight;
+        if target < mass {
+            return candidate.token;
+        }
+    }
+    candidates.last().expect("candidates are never empty").token
+}
+
+fn logprobs(logits: &[f32], token: TokenId, count: usize) -> Logprobs {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().filter(|logit| !logit.is_nan()).map(|logit| f64::from(logit - max).exp()).sum();
+    let normalizer = f64::from(max) + sum.ln();
+    let logprob = |logit: f32| (f64::from(logit) - normalizer) as f32;
+    let own = logits[token as usize];
+    let above =
+        logits.iter().enumerate().filter(|(index, logit)| **logit > own || (**logit == own && *index < token as usize));
+    Logprobs {
+        logprob: logprob(own),
+        rank: above.count() as u32 + 1,
+        top: top(logits, count).into_iter().map(|(token, logit)| (token, logprob(logit))).collect(),
+    }
+}
+
+/// Returns the `count` largest logits, best first.
+fn top(logits: &[f32], count: usize) -> Vec<(TokenId, f32)> {
+    let count = count.min(logits.len());
+    if count == 0 {
+        return Vec::new();
+    }
+    let order = |a: &(TokenId, f32), b: &(TokenId, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    let mut all: Vec<(TokenId, f32)> = logits
+        .iter()
+        .enumerate()
+        .filter(|(_, logit)| !logit.is_nan())
+        .map(|(token, logit)| (token as TokenId, *logit))
+        .collect();
+    if count < all.len() {
+        all.select_nth_unstable_by(count - 1, order);
+        all.truncate(count);
+    }
+    all.sort_unstable_by(order);
+    all
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,356 @@
-//! Which sequences a step holds. Pure.
+//! Which sequences a step holds. Pure: no clock, no I/O, no tensors.
+//!
+//! One idea serves every role: a sequence has tokens *known* and tokens *computed*, and a step spends a budget of tokens on
+//! bringing the second up to the first. There is no prefill phase and no decode phase; a long prompt is a sequence that is
+//! far behind. Who uses it decides what comes in ([`Scheduler::submit`] a fresh sequence, [`Scheduler::land`] one whose pages another
+//! worker has filled) and how far it goes ([`Until`]).
+//!
+//! The rules are those of vLLM's `v1/core/sched/scheduler.py`, with these deviations:
+//! - Sequences that lack a single token go first, before longer chunks: a landed or decoding sequence never waits behind a
+//!   prompt. The batch is smaller than the budget by at least a page, so prompts always go on.
+//! - A chunk ends with a full page unless the prompt ends there: pages leave for another worker whole, and once.
+//! - A sequence takes the pages of all its known tokens when it is admitted, so a prompt never stops half-way for want of
+//!   pages, and a hand-off can name them from the start. One page per growing sequence is left over, to preempt less.
+//!
+//! The scheduler owns the [`PagePool`]. A cycle is [`Scheduler::schedule`], the engine's step over [`Scheduler::rows`], and
+//! [`Scheduler::complete`]; [`Scheduler::compute`] does the last two.
+
+mod compute;
+mod history;
+mod landing;
+mod plan;
+mod sequence;
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod tests;
+
+pub use compute::{Computed, Fault, StepFn};
+pub use history::History;
+pub use landing::{Landing, NoRoom};
+pub use plan::{Chunk, Plan};
+pub use sequence::{Drawn, Ended, Finish, Hold, Request, SequenceId, Stop, Until, Usage};
+
+use crate::{Error, Row, Sampled};
+use kv_cache::{CacheDelta, PageId, PagePool};
+use sequence::Sequence;
+use std::{collections::BTreeMap, time::Duration};
+
+/// What a [`Scheduler`] may spend.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Pages in the pool.
+    pub pages: usize,
+    /// Tokens per page.
+    pub page_tokens: usize,
+    /// Most tokens in one step.
+    pub token_budget: usize,
+    /// Most sequences in one step. At most `token_budget - page_tokens` of them are used, so that a full batch leaves room
+    /// for a page of a prompt.
+    pub max_sequences: usize,
+    /// Longest sequence, prompt and output together. What the pool can hold bounds it, too.
+    pub max_model_len: usize,
+    /// Most sequences in the line; further ones are refused.
+    pub max_waiting: usize,
+}
+
+/// Why a sequence is not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The line is full.
+    #[error("{waiting} sequences wait already")]
+    Full {
+        /// How many.
+        waiting: usize,
+    },
+    /// Longer than anything this worker can hold.
+    #[error("{tokens} tokens leave no room for output in sequences of at most {max_len}")]
+    TooLong {
+        /// Its known tokens.
+        tokens: usize,
+        /// Longest sequence here, output included.
+        max_len: usize,
+    },
+}
+
+/// How much there is to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Backlog {
+    /// Sequences in the batch.
+    pub running: usize,
+    /// Sequences in the line.
+    pub waiting: usize,
+    /// Tokens known and not computed, over both.
+    pub tokens: usize,
+}
+
+/// The sequences of one worker and their pages.
+#[derive(Debug)]
+pub struct Scheduler {
+    pool: PagePool,
+    page_tokens: usize,
+    token_budget: usize,
+    max_sequences: usize,
+    max_len: usize,
+    max_waiting: usize,
+    running: BTreeMap<SequenceId, Sequence>,
+    waiting: BTreeMap<SequenceId, Sequence>,
+    /// Landings given out: each has a place in the batch.
+    landings: usize,
+    next_number: u64,
+    /// Between `schedule` and `complete` the engine writes pages: what is given up meanwhile waits here.
+    stepping: bool,
+    after_step: Vec<Vec<PageId>>,
+}
+
+impl Scheduler {
+    /// Makes a scheduler over an empty pool.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] when the limits allow no step at all.
+    pub fn new(limits: Limits) -> Result<Self, Error> {
+        let Limits { pages, page_tokens, token_budget, max_sequences, max_model_len, max_waiting } = limits;
+        let setting = |field, problem| Err(Error::Setting { field, problem });
+        if token_budget <= page_tokens {
+            return setting("token_budget", format!("{token_budget} must exceed a page of {page_tokens} tokens"));
+        }
+        if max_sequences == 0 {
+            return setting("max_sequences", "0 sequences make no batch".into());
+        }
+        if pages == 0 {
+            return setting("kv_bytes", "too small for a single page".into());
+        }
+        Ok(Self {
+            pool: PagePool::new(pages),
+            page_tokens,
+            token_budget,
+            max_sequences: max_sequences.min(token_budget - page_tokens),
+            max_len: max_model_len.min(pages * page_tokens),
+            max_waiting,
+            running: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            landings: 0,
+            next_number: 0,
+            stepping: false,
+            after_step: Vec::new(),
+        })
+    }
+
+    /// Takes a fresh sequence into the line. `now` is the time since a moment of the caller's choice, here and everywhere.
+    pub fn submit(&mut self, request: Request, now: Duration) -> Result<SequenceId, Refusal> {
+        let tokens = request.history.len();
+        assert!((1..=tokens).contains(&request.prompt_tokens), "callers check that the prompt is part of the tokens");
+        if tokens >= self.max_len {
+            return Err(Refusal::TooLong { tokens, max_len: self.max_len });
+        }
+        if self.waiting.len() >= self.max_waiting {
+            return Err(Refusal::Full { waiting: self.waiting.len() });
+        }
+        let id = self.ticket(request.priority);
+        self.waiting.insert(id, Sequence::new(request, now));
+        Ok(id)
+    }
+
+    /// Decides what the next step computes.
+    ///
+    /// # Panics
+    /// When the plan before is neither completed nor abandoned.
+    pub fn schedule(&mut self, now: Duration) -> Plan {
+        assert!(!self.stepping, "one step at a time");
+        let mut plan = Plan::default();
+        self.plan_single_tokens(&mut plan, now);
+        self.plan_chunks(&mut plan);
+        if plan.preempted.is_empty() {
+            self.admit(&mut plan, now);
+        }
+        self.stepping = !plan.is_empty();
+        plan
+    }
+
+    /// Returns the rows of `plan` as the engine takes them.
+    pub fn rows<'a>(&'a self, plan: &'a Plan) -> impl Iterator<Item = Row<'a>> {
+        plan.chunks.iter().map(|chunk| self.running[&chunk.id].row(chunk.start, chunk.tokens))
+    }
+
+    /// Takes what the engine drew for the rows of `plan`, and names the pages that are full now. What was cancelled meanwhile is ignored.
+    pub fn complete(&mut self, plan: Plan, sampled: Vec<Option<Sampled>>, now: Duration) -> Vec<Drawn> {
+        assert_eq!(plan.chunks.len(), sampled.len(), "a step answers every row");
+        let mut drawn = Vec::with_capacity(plan.chunks.len());
+        for (chunk, sampled) in plan.chunks.iter().zip(sampled) {
+            let Some(sequence) = self.running.get_mut(&chunk.id) else { continue };
+            sequence.advance(chunk.tokens, self.page_tokens, &mut self.pool);
+            assert_eq!(sampled.is_some(), chunk.sample, "a token is drawn exactly where one was asked for");
+            let Some(sampled) = sampled else { continue };
+            let (index, finish) = sequence.append(sampled.token, self.max_len, now);
+            let ended = finish.map(|finish| {
+                let sequence = self.running.remove(&chunk.id).expect("it was found just above");
+                (finish, self.close(sequence, now))
+            });
+            drawn.push(Drawn { id: chunk.id, index, sampled, ended });
+        }
+        self.end_step();
+        drawn
+    }
+
+    /// Takes back a plan whose step computed nothing.
+    pub fn abandon(&mut self, _plan: Plan) {
+        self.end_step();
+    }
+
+    /// Returns the pages of a sequence, all that its known tokens need; none while it waits.
+    pub fn pages_of(&self, id: SequenceId) -> &[PageId] {
+        self.running.get(&id).map_or(&[], |sequence| &sequence.pages)
+    }
+
+    /// Returns what a sequence has taken so far, and how many tokens of it are known.
+    pub fn usage_of(&self, id: SequenceId, now: Duration) -> Option<(Usage, usize)> {
+        let sequence = self.running.get(&id).or_else(|| self.waiting.get(&id))?;
+        Some((sequence.usage(now), sequence.request.history.len()))
+    }
+
+    /// Returns the pages.
+    pub fn pool(&self) -> &PagePool {
+        &self.pool
+    }
+
+    /// Takes the change of reusable prefixes since the last call.
+    pub fn take_delta(&mut self) -> CacheDelta {
+        self.pool.take_delta()
+    }
+
+    /// Returns how much there is to do.
+    pub fn backlog(&self) -> Backlog {
+        let tokens = self.running.values().chain(self.waiting.values()).map(Sequence::remaining).sum();
+        Backlog { running: self.running.len(), waiting: self.waiting.len(), tokens }
+    }
+
+    /// Returns the longest sequence, prompt and output together.
+    pub fn max_len(&self) -> usize {
+        self.max_len
+    }
+
+    /// Returns the most sequences in one step.
+    pub fn max_sequences(&self) -> usize {
+        self.max_sequences
+    }
+
+    /// Gives each running sequence that lacks a single token its turn.
+    fn plan_single_tokens(&mut self, plan: &mut Plan, now: Duration) {
+        self.grow_all(plan);
+        for (&id, sequence) in &mut self.running {
+            if sequence.remaining() == 1 {
+                if sequence.start(now) {
+                    plan.started.push(id);
+                }
+                plan.push(Chunk { id, start: sequence.computed, tokens: 1, sample: true });
+            }
+        }
+    }
+
+    /// Makes sure that all sequences that lack a single token have a page for it, taking pages from the end of the batch where
+    /// there are none left.
+    fn grow_all(&mut self, plan: &mut Plan) {
+        let single = |sequence: &Sequence| sequence.remaining() == 1 && sequence.pages_missing() > 0;
+        let growing: Vec<SequenceId> =
+            self.running.iter().filter(|(_, sequence)| single(sequence)).map(|(id, _)| *id).collect();
+        for id in growing {
+            while let Some(sequence) = self.running.get_mut(&id) {
+                if let Some(pages) = self.pool.allocate(sequence.pages_missing()) {
+                    sequence.pages.extend(pages);
+                    break;
+                }
+                self.preempt_last(plan);
+            }
+        }
+    }
+
+    /// Sends the last sequence of the batch back to the line.
+    fn preempt_last(&mut self, plan: &mut Plan) {
+        let last = self.running.iter().rev().find(|(_, sequence)| sequence.grows());
+        let id = *last.expect("a sequence that asks for pages grows").0;
+        let mut sequence = self.running.remove(&id).expect("it was found just above");
+        sequence.preempt(&mut self.pool);
+        self.waiting.insert(id, sequence);
+        plan.preempted.push(id);
+    }
+
+    /// Goes on with the prompts of the batch.
+    fn plan_chunks(&mut self, plan: &mut Plan) {
+        for (&id, sequence) in &self.running {
+            let start = sequence.computed;
+            if sequence.remaining() > 1 {
+                let tokens = self.chunk(start, sequence.remaining(), plan);
+                if tokens > 0 {
+                    plan.push(Chunk { id, start, tokens, sample: tokens == sequence.remaining() });
+                }
+            }
+        }
+    }
+
+    /// Returns how much of `remaining` tokens from `start` on the rest of the budget allows: all, or up to the end of a page.
+    fn chunk(&self, start: usize, remaining: usize, plan: &Plan) -> usize {
+        let budget = self.token_budget - plan.tokens;
+        if remaining <= budget {
+            return remaining;
+        }
+        let end = (start + budget) / self.page_tokens * self.page_tokens;
+        end.saturating_sub(start)
+    }
+
+    /// Admits from the head of the line while there is budget, a place and pages. The head is never passed: whoever is
+    /// first and large would otherwise wait for ever.
+    fn admit(&mut self, plan: &mut Plan, now: Duration) {
+        while plan.tokens < self.token_budget
+            && self.occupied() < self.max_sequences
+            && let Some(entry) = self.waiting.first_entry()
+        {
+            let (id, mut sequence) = entry.remove_entry();
+            let history = &sequence.request.history;
+            let (known, needed) = (history.len(), history.pages_for(history.len()));
+            let mut pages = self.pool.reuse(history.reusable());
+            let cached = pages.len();
+            let start = cached * self.page_tokens;
+            let tokens = self.chunk(start, known - start, plan);
+            let enough = self.pool.stats().available() >= needed - cached + self.headroom();
+            if tokens == 0 || !enough {
+                self.pool.release(&pages);
+                self.waiting.insert(id, sequence);
+                return;
+            }
+            pages.extend(self.pool.allocate(needed - cached).expect("pages were counted just above"));
+            if sequence.admit(pages, cached, self.page_tokens, now) {
+                plan.started.push(id);
+            }
+            plan.push(Chunk { id, start, tokens, sample: start + tokens == known });
+            self.running.insert(id, sequence);
+        }
+    }
+
+    /// Returns how many places of the batch are taken.
+    fn occupied(&self) -> usize {
+        self.running.len() + self.landings
+    }
+
+    /// Returns the pages that an admission leaves over: one for each sequence that may soon need one.
+    fn headroom(&self) -> usize {
+        self.landings + self.running.values().filter(|sequence| sequence.grows()).count()
+    }
+
+    fn close(&mut self, sequence: Sequence, now: Duration) -> Ended {
+        let usage = sequence.usage(now);
+        let keep = !sequence.grows() && !sequence.pages.is_empty();
+        let hold = Hold { pages: sequence.pages };
+        if keep {
+            return Ended { usage, hold: Some(hold) };
+        }
+        self.give_back(hold);
+        Ended { usage, hold: None }
+    }
+
+    fn end_step(&mut self) {
+        self.stepping = false;
+        for pages in std::mem::take(&mut self.after_step) {
+            self.pool.release(&pages);
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! Prefill and decode speed of a random model beside the machine's limits.
+//!
+//! `cargo run --release -p engine --example speed -- [llama-1b|qwen-0.5b] [threads]`
+
+use engine::{Config, Engine, Model, ModelShape, Row, Sample, Sampling, machine};
+use kv_cache::PageId;
+use std::time::Instant;
+
+fn main() -> Result<(), engine::Error> {
+    let mut arguments = std::env::args().skip(1);
+    let shape = match arguments.next().as_deref() {
+        Some("llama-1b") => ModelShape::llama_1b(),
+        _ => ModelShape::qwen_0_5b(),
+    };
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+    let threads = arguments.next().and_then(|threads| threads.parse().ok()).unwrap_or(cores);
+    let bf16 = machine::peak_gflops(machine::Arithmetic::Bf16, threads)?;
+    let f32 = machine::peak_gflops(machine::Arithmetic::F32, threads)?;
+    let read = machine::read_gigabytes_per_second(threads)?;
+    let copy = machine::copy_gigabytes_per_second(threads)?;
+    println!("{} x{threads}: bf16 {bf16:.0} Gop/s, f32 {f32:.0} Gop/s", machine::instruction_set());
+    println!("memory: read {read:.1} GB/s, copy {copy:.1} GB/s");
+
+    let start = Instant::now();
+    let model = Model::random(&shape, 1)?;
+    println!("{}: {} parameters in {:.2} s", shape.name, model.info().parameters, start.elapsed().as_secs_f64());
+    let config = Config { threads: Some(threads), kv_bytes: 2 << 30, ..Config::default() };
+    let mut engine = Engine::new(model.clone(), &config)?;
+
+    // Operations of a token outside attention and the head.
+    let head = (shape.vocab_size * shape.hidden) as f64;
+    let body = 2.0 * (model.info().parameters as f64 - head);
+    for tokens in [16, 64, 128, 512, 2048] {
+        let seconds = time(3, || prefill(&mut engine, tokens));
+        let rate = (body * tokens as f64 + 2.0 * head) / seconds / 1e9;
+        let share = 100.0 * rate / bf16;
+        println!(
+            "prefill {tokens}: {:.0} tok/s, {rate:.0} Gop/s without attention = {share:.0} %",
+            tokens as f64 / seconds
+        );
+    }
+    for (batch, context) in [(1, 16), (1, 1000), (4, 16), (8, 16), (16, 16), (32, 16), (8, 1000), (32, 1000)] {
+        let seconds = time(10, || decode(&mut engine, batch, context));
+        let layout = engine.memory().layout();
+        let kv = (layout.page_bytes() / layout.page_tokens as usize * context * batch) as f64;
+        let bytes = (model.info().weight_bytes as f64 + kv) / seconds / 1e9;
+        let share = 100.0 * bytes / read;
+        println!(
+            "decode {batch} x {context}: {:.1} tok/s, {:.1} ms, {bytes:.1} GB/s = {share:.0} %",
+            batch as f64 / seconds,
+            seconds * 1e3
+        );
+    }
+    Ok(())
+}
+
+/// Returns the shortest of `rounds` times in seconds.
+fn time(rounds: usize, mut work: impl FnMut()) -> f64 {
+    work();
+    let round = |_| {
+        let start = Instant::now();
+        work();
+        start.elapsed().as_secs_f64()
+    };
+    (0..rounds).map(round).fold(f64::INFINITY, f64::min)
+}
+
+fn prefill(engine: &mut Engine, tokens: usize) {
+    let prompt: Vec<u32> = (0..tokens as u32).map(|token| token * 7 % 50_000).collect();
+    let pages: Vec<PageId> = (0..tokens.div_ceil(16) as u32).map(PageId).collect();
+    let sampling = Sampling::default();
+    let sample = Sample { sampling: &sampling, history: &prompt, prompt_tokens: tokens, forbidden: &[] };
+    let row = Row { tokens: &prompt, start: 0, pages: &pages, sample: Some(sample) };
+    engine.step(&[row], &mut |_| {}).expect("a good row");
+}
+
+fn decode(engine: &mut Engine, batch: usize, context: usize) {
+    let pages = context / 16 + 1;
+    let tables: Vec<Vec<PageId>> =
+        (0..batch).map(|sequence| (0..pages).map(|page| PageId((sequence * pages + page) as u32)).collect()).collect();
+    let sampling = Sampling::default();
+    let sample = Sample { sampling: &sampling, history: &[], prompt_tokens: 0, forbidden: &[] };
+    let rows: Vec<Row<'_>> =
+        tables.iter().map(|pages| Row { tokens: &[17], start: context - 1, pages, sample: Some(sample) }).collect();
+    engine.step(&rows, &mut |_| {}).expect("good rows");
+}

@@ -1,0 +1,501 @@
+//! Matrix times packed weights.
+//!
+//! One output is one sum along the depth, from front to back, in one accumulator: the number of rows, the tile it is in, the
+//! cut of the depth into cache-sized blocks (partial sums are stored and loaded as they are) and the thread change nothing.
+//! That is all there is to batch invariance here. The tile unit ([`super::amx`]) has another order, and keeps it as strictly.
+//!
+//! Precision: sums are f32. With f32 and f16 weights inputs stay f32; with bf16 weights inputs are rounded to bf16 on every
+//! machine. Units differ in the last bits, so a cluster whose workers continue each other's sequences to the bit is one of
+//! equal processors.
+
+#[cfg(target_arch = "x86_64")]
+use super::simd::DotBf16;
+use super::{
+    format::Format,
+    packed::PANEL,
+    simd::{Simd, silu},
+};
+use std::ops::Range;
+
+/// Rows of one task.
+pub(crate) const TASK_ROWS: usize = 192;
+/// Panels of one task when its rows are many: their partial sums stay in a core's second-level cache.
+pub(crate) const TASK_PANELS: usize = 4;
+/// f32 of scratch that a task needs.
+pub(crate) const SCRATCH: usize = TASK_ROWS * TASK_PANELS * PANEL;
+/// Rows whose inputs fit every cache: their task may have any number of panels, one after the other.
+pub(crate) const FEW_ROWS: usize = 16;
+/// Inputs of many rows that stay in the second-level cache while a task's panels go by.
+const CHUNK_INPUTS: usize = 2048;
+/// Bytes of a panel that are used for all rows before the next: half a small second-level cache.
+const BLOCK_BYTES: usize = 128 << 10;
+/// How far ahead of use weights are asked for.
+const PREFETCH_BYTES: usize = 4 << 10;
+
+/// The outputs of some panels for some rows.
+#[derive(Debug)]
+pub(crate) struct LinearTask<'a> {
+    /// First input row, in the weights' [`Format`].
+    pub(crate) input: *const u8,
+    /// Bytes from row to row.
+    pub(crate) input_stride: usize,
+    /// At most [`TASK_ROWS`].
+    pub(crate) rows: usize,
+    /// Inputs of a row.
+    pub(crate) depth: usize,
+    /// The first panel's weights.
+    pub(crate) panel: *const u8,
+    /// Bytes from panel to panel.
+    pub(crate) panel_bytes: usize,
+    /// At most [`TASK_PANELS`] unless rows are [few](FEW_ROWS).
+    pub(crate) panels: usize,
+    /// Added to the sums, for each panel.
+    pub(crate) bias: Option<&'a [[f32; PANEL]]>,
+    /// Where the outputs of the first panel go; those of the others stand beside them.
+    pub(crate) output: Output,
+}
+
+/// What becomes of the sums of a panel.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Output {
+    /// Stored, `[rows][64]` with `stride` f32 from row to row.
+    Store { to: *mut f32, stride: usize },
+    /// Added to what is there.
+    Add { to: *mut f32, stride: usize },
+    /// `silu` of the first half of the panel times the second half, `[rows][32]` with `stride` bytes from row to row.
+    Gate { to: *mut u8, stride: usize, format: Format },
+}
+
+impl Output {
+    /// Returns where row `row` of panel `panel` goes.
+    #[inline(always)]
+    pub(crate) fn part(self, row: usize, panel: usize) -> Self {
+        // Only addresses: whoever writes vouches for them.
+        match self {
+            Output::Store { to, stride } => Output::Store { to: to.wrapping_add(row * stride + panel * PANEL), stride },
+            Output::Add { to, stride } => Output::Add { to: to.wrapping_add(row * stride + panel * PANEL), stride },
+            Output::Gate { to, stride, format } => {
+                let column = panel * PANEL / 2 * format.bytes();
+                Output::Gate { to: to.wrapping_add(row * stride + column), stride, format }
+            }
+        }
+    }
+}
+
+/// Some inputs of some rows, and the weights of one panel that belong to them.
+#[derive(Debug)]
+pub(crate) struct Block {
+    /// First row, from the first input on.
+    pub(crate) input: *const u8,
+    /// Bytes from row to row.
+    pub(crate) input_stride: usize,
+    pub(crate) rows: usize,
+    /// Inputs of a row.
+    pub(crate) depth: usize,
+    /// The panel, from the first input on.
+    pub(crate) panel: *const u8,
+    /// `[rows][64]`, with room for whole tiles of 16 rows.
+    pub(crate) sums: *mut f32,
+    /// Go on from the sums that are there.
+    pub(crate) resume: bool,
+}
+
+/// How the sums of a panel are computed.
+pub(crate) trait PanelSums<S: Simd> {
+    /// Bytes of one input.
+    const INPUT_BYTES: usize;
+    /// Bytes of one weight.
+    const WEIGHT_BYTES: usize;
+
+    /// Writes the sums of a block.
+    ///
+    /// # Safety
+    /// The pointers of `block` are valid for what they are documented to hold, and inputs as for [`run`].
+    unsafe fn sum(simd: S, block: &Block);
+}
+
+/// How weights of one type meet their inputs.
+pub(crate) trait Weights<S: Simd> {
+    /// One step of `LANES` outputs.
+    type Columns: Copy;
+    /// One step of a row's inputs, in every lane.
+    type Input: Copy;
+    /// Inputs that a step uses.
+    const STEP: usize;
+    /// Registers that a vector of a step takes once widened.
+    const REGISTERS: usize;
+    /// Bytes of a step of one output.
+    const COLUMN_BYTES: usize;
+    /// Bytes of a step of a row's inputs.
+    const INPUT_BYTES: usize;
+
+    /// # Safety
+    /// A step of `LANES` outputs can be read.
+    unsafe fn columns(simd: S, from: *const u8) -> Self::Columns;
+    /// # Safety
+    /// A step of inputs can be read.
+    unsafe fn input(simd: S, from: *const u8) -> Self::Input;
+    fn accumulate(simd: S, sum: S::F, input: Self::Input, columns: Self::Columns) -> S::F;
+}
+
+/// f32 weights, f32 inputs.
+pub(crate) struct F32;
+
+impl<S: Simd> Weights<S> for F32 {
+    type Columns = S::F;
+    type Input = S::F;
+    const STEP: usize = 1;
+    const REGISTERS: usize = 1;
+    const COLUMN_BYTES: usize = 4;
+    const INPUT_BYTES: usize = 4;
+
+    #[inline(always)]
+    unsafe fn columns(simd: S, from: *const u8) -> S::F {
+        // SAFETY: the caller vouches for the step.
+        unsafe { simd.load(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn input(simd: S, from: *const u8) -> S::F {
+        // SAFETY: the caller vouches for the step.
+        simd.splat(unsafe { from.cast::<f32>().read() })
+    }
+
+    #[inline(always)]
+    fn accumulate(simd: S, sum: S::F, input: S::F, columns: S::F) -> S::F {
+        simd.fma(input, columns, sum)
+    }
+}
+
+/// f16 weights, f32 inputs.
+pub(crate) struct F16;
+
+impl<S: Simd> Weights<S> for F16 {
+    type Columns = S::F;
+    type Input = S::F;
+    const STEP: usize = 1;
+    const REGISTERS: usize = 1;
+    const COLUMN_BYTES: usize = 2;
+    const INPUT_BYTES: usize = 4;
+
+    #[inline(always)]
+    unsafe fn columns(simd: S, from: *const u8) -> S::F {
+        // SAFETY: the caller vouches for the step.
+        unsafe { simd.load_f16(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn input(simd: S, from: *const u8) -> S::F {
+        // SAFETY: the caller vouches for the step.
+        simd.splat(unsafe { from.cast::<f32>().read() })
+    }
+
+    #[inline(always)]
+    fn accumulate(simd: S, sum: S::F, input: S::F, columns: S::F) -> S::F {
+        simd.fma(input, columns, sum)
+    }
+}
+
+/// bf16 weights, inputs rounded to bf16 and kept as f32.
+pub(crate) struct Bf16Widened;
+
+impl<S: Simd> Weights<S> for Bf16Widened {
+    type Columns = (S::F, S::F);
+    type Input = (S::F, S::F);
+    const STEP: usize = 2;
+    const REGISTERS: usize = 2;
+    const COLUMN_BYTES: usize = 4;
+    const INPUT_BYTES: usize = 8;
+
+    #[inline(always)]
+    unsafe fn columns(simd: S, from: *const u8) -> Self::Columns {
+        // SAFETY: the caller vouches for the step.
+        unsafe { simd.load_bf16_pairs(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn input(simd: S, from: *const u8) -> Self::Input {
+        // SAFETY: the caller vouches for the step, two f32.
+        let [first, second] = unsafe { from.cast::<[f32; 2]>().read() };
+        (simd.splat(first), simd.splat(second))
+    }
+
+    #[inline(always)]
+    fn accumulate(simd: S, sum: S::F, input: Self::Input, columns: Self::Columns) -> S::F {
+        simd.fma(input.1, columns.1, simd.fma(input.0, columns.0, sum))
+    }
+}
+
+/// bf16 weights, bf16 inputs, the machine's dot instruction.
+#[cfg(target_arch = "x86_64")]
+pub(crate) struct Bf16Dot;
+
+#[cfg(target_arch = "x86_64")]
+impl<S: DotBf16> Weights<S> for Bf16Dot {
+    type Columns = S::Pairs;
+    type Input = S::Pairs;
+    const STEP: usize = 2;
+    const REGISTERS: usize = 1;
+    const COLUMN_BYTES: usize = 4;
+    const INPUT_BYTES: usize = 4;
+
+    #[inline(always)]
+    unsafe fn columns(simd: S, from: *const u8) -> S::Pairs {
+        // SAFETY: the caller vouches for the step.
+        unsafe { simd.load_pairs(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn input(simd: S, from: *const u8) -> S::Pairs {
+        // SAFETY: the caller vouches for the step, two bf16; rows start at multiples of 64 bytes.
+        simd.splat_pair(unsafe { from.cast::<u32>().read() })
+    }
+
+    #[inline(always)]
+    fn accumulate(simd: S, sum: S::F, input: S::Pairs, columns: S::Pairs) -> S::F {
+        simd.dot(sum, input, columns)
+    }
+}
+
+/// Computes a task, with [`SCRATCH`] f32 for the sums.
+///
+/// # Safety
+/// The pointers of `task` are valid for what they are documented to hold, nobody else touches the outputs, and inputs can be
+/// read (as anything finite) up to 32 elements and 16 rows, to the next multiple.
+#[inline(always)]
+pub(crate) unsafe fn run<S: Simd, P: PanelSums<S>>(simd: S, task: &LinearTask<'_>, scratch: &mut [f32]) {
+    if task.rows <= FEW_ROWS {
+        for panel in 0..task.panels {
+            // SAFETY: passed on.
+            unsafe {
+                sum_chunk::<S, P>(simd, task, panel, 0..task.depth, scratch);
+                finish_panel(simd, task, panel, scratch);
+            }
+        }
+        return;
+    }
+    let panel_sums = task.rows.next_multiple_of(16) * PANEL;
+    for first in (0..task.depth).step_by(CHUNK_INPUTS) {
+        let inputs = first..task.depth.min(first + CHUNK_INPUTS);
+        for (panel, sums) in scratch.chunks_exact_mut(panel_sums).enumerate().take(task.panels) {
+            // SAFETY: passed on.
+            unsafe { sum_chunk::<S, P>(simd, task, panel, inputs.clone(), sums) };
+        }
+    }
+    for (panel, sums) in scratch.chunks_exact_mut(panel_sums).enumerate().take(task.panels) {
+        // SAFETY: passed on.
+        unsafe { finish_panel(simd, task, panel, sums) };
+    }
+}
+
+/// Sums some inputs of all rows for one panel.
+///
+/// # Safety
+/// As for [`run`].
+#[inline(always)]
+unsafe fn sum_chunk<S: Simd, P: PanelSums<S>>(
+    simd: S,
+    task: &LinearTask<'_>,
+    panel: usize,
+    inputs: Range<usize>,
+    sums: &mut [f32],
+) {
+    assert!(sums.len() >= task.rows.next_multiple_of(16) * PANEL);
+    // SAFETY: inputs and panel lie in what the caller vouches for, and `sums` has the room, as just checked.
+    unsafe {
+        let block = Block {
+            input: task.input.add(inputs.start * P::INPUT_BYTES),
+            input_stride: task.input_stride,
+            rows: task.rows,
+            depth: inputs.len(),
+            panel: task.panel.add(panel * task.panel_bytes + inputs.start * PANEL * P::WEIGHT_BYTES),
+            sums: sums.as_mut_ptr(),
+            resume: inputs.start > 0,
+        };
+        P::sum(simd, &block);
+    }
+}
+
+/// Adds the biases of a panel and writes its outputs.
+///
+/// # Safety
+/// As for [`run`].
+#[inline(always)]
+unsafe fn finish_panel<S: Simd>(simd: S, task: &LinearTask<'_>, panel: usize, sums: &mut [f32]) {
+    let sums = &mut sums[..task.rows * PANEL];
+    if let Some(bias) = task.bias {
+        for row in sums.chunks_exact_mut(PANEL) {
+            row.iter_mut().zip(&bias[panel]).for_each(|(sum, bias)| *sum += bias);
+        }
+    }
+    for (row, sums) in sums.chunks_exact(PANEL).enumerate() {
+        // SAFETY: passed on.
+        unsafe { write(simd, task.output.part(0, panel), row, sums) };
+    }
+}
+
+/// # Safety
+/// Row `row` of `output` is valid and ours.
+#[inline(always)]
+unsafe fn write<S: Simd>(simd: S, output: Output, row: usize, sums: &[f32]) {
+    let sums = sums.as_ptr();
+    for column in (0..PANEL).step_by(S::LANES) {
+        // SAFETY: `sums` holds 64 f32, a multiple of LANES; the row of the output is the caller's word.
+        unsafe {
+            match output {
+                Output::Store { to, stride } => simd.store(to.add(row * stride + column), simd.load(sums.add(column))),
+                Output::Add { to, stride } => {
+                    let to = to.add(row * stride + column);
+                    simd.store(to, simd.add(simd.load(to), simd.load(sums.add(column))));
+                }
+                Output::Gate { to, stride, format } if column < PANEL / 2 => {
+                    let gate = silu(simd, simd.load(sums.add(column)));
+                    let up = simd.load(sums.add(PANEL / 2 + column));
+                    format.store(simd, to.add(row * stride), column, simd.mul(gate, up));
+                }
+                Output::Gate { .. } => {}
+            }
+        }
+    }
+}
+
+/// Sums in register tiles of a vector unit.
+pub(crate) struct Tiled<W>(std::marker::PhantomData<W>);
+
+impl<S: Simd, W: Weights<S>> PanelSums<S> for Tiled<W> {
+    const INPUT_BYTES: usize = W::INPUT_BYTES / W::STEP;
+    const WEIGHT_BYTES: usize = W::COLUMN_BYTES / W::STEP;
+
+    #[inline(always)]
+    unsafe fn sum(simd: S, block: &Block) {
+        let steps = block.depth.div_ceil(W::STEP);
+        let each = BLOCK_BYTES / (PANEL * W::COLUMN_BYTES);
+        for first in (0..steps).step_by(each) {
+            let mut row = 0;
+            while row < block.rows {
+                let (rows, columns) = tile_shape::<S, W>(block.rows - row);
+                for column in (0..PANEL).step_by(columns) {
+                    // SAFETY: the steps lie in the panel, the rows in the input, and the tile in `sums`.
+                    unsafe {
+                        let tile = Tile {
+                            input: block.input.add(row * block.input_stride + first * W::INPUT_BYTES),
+                            input_stride: block.input_stride,
+                            panel: block.panel.add((first * PANEL + column) * W::COLUMN_BYTES),
+                            steps: each.min(steps - first),
+                            sums: block.sums.add(row * PANEL + column),
+                            resume: block.resume || first > 0,
+                        };
+                        run_tile::<S, W>(simd, rows, &tile);
+                    }
+                }
+                row += rows;
+            }
+        }
+    }
+}
+
+struct Tile {
+    input: *const u8,
+    input_stride: usize,
+    panel: *const u8,
+    steps: usize,
+    sums: *mut f32,
+    /// Go on from the sums that are there.
+    resume: bool,
+}
+
+/// Chooses rows and columns of the next tile so that its sums, with a step of weights, fill the registers. A batch of 7 to
+/// 14 rows is read in one go: taken in two, it would pay for the cache twice. Weights that are widened are best used for
+/// many rows.
+#[inline(always)]
+fn tile_shape<S: Simd, W: Weights<S>>(rows: usize) -> (usize, usize) {
+    match (S::LANES, W::REGISTERS, rows) {
+        (16, 1, 7..=14) => (rows, 32),
+        (16, 1, _) => (rows.min(6), PANEL),
+        (16, _, 1..=4) => (rows, PANEL),
+        (16, ..) => (rows.min(12), 32),
+        (_, _, 1) => (1, PANEL),
+        _ => (rows.min(4), 2 * S::LANES),
+    }
+}
+
+/// # Safety
+/// As for [`sum_tile`].
+#[inline(always)]
+unsafe fn run_tile<S: Simd, W: Weights<S>>(simd: S, rows: usize, tile: &Tile) {
+    // SAFETY: passed on.
+    unsafe {
+        if S::LANES == 16 {
+            match rows {
+                1 => sum_tile::<S, W, 1, 4>(simd, tile),
+                2 => sum_tile::<S, W, 2, 4>(simd, tile),
+                3 => sum_tile::<S, W, 3, 4>(simd, tile),
+                4 => sum_tile::<S, W, 4, 4>(simd, tile),
+                5 if W::REGISTERS == 2 => sum_tile::<S, W, 5, 2>(simd, tile),
+                5 => sum_tile::<S, W, 5, 4>(simd, tile),
+                6 if W::REGISTERS == 2 => sum_tile::<S, W, 6, 2>(simd, tile),
+                6 => sum_tile::<S, W, 6, 4>(simd, tile),
+                7 => sum_tile::<S, W, 7, 2>(simd, tile),
+                8 => sum_tile::<S, W, 8, 2>(simd, tile),
+                9 => sum_tile::<S, W, 9, 2>(simd, tile),
+                10 => sum_tile::<S, W, 10, 2>(simd, tile),
+                11 => sum_tile::<S, W, 11, 2>(simd, tile),
+                12 => sum_tile::<S, W, 12, 2>(simd, tile),
+                13 => sum_tile::<S, W, 13, 2>(simd, tile),
+                14 => sum_tile::<S, W, 14, 2>(simd, tile),
+                _ => unreachable!("tile_shape gives at most 14 rows"),
+            }
+        } else {
+            match rows {
+                1 => sum_tile::<S, W, 1, 8>(simd, tile),
+                2 => sum_tile::<S, W, 2, 2>(simd, tile),
+                3 => sum_tile::<S, W, 3, 2>(simd, tile),
+                4 => sum_tile::<S, W, 4, 2>(simd, tile),
+                _ => unreachable!("tile_shape gives at most 4 rows"),
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `ROWS` rows of `steps` steps can be read from `input`, `steps` steps of `VECTORS` vectors from `panel`, and `ROWS` rows of
+/// `VECTORS` vectors can be written to `sums`.
+#[inline(always)]
+unsafe fn sum_tile<S: Simd, W: Weights<S>, const ROWS: usize, const VECTORS: usize>(simd: S, tile: &Tile) {
+    let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
+    // SAFETY: all reads and writes below are within what the caller vouches for; `wrapping_add` only makes a prefetch address.
+    unsafe {
+        if tile.resume {
+            for (row, sums) in sums.iter_mut().enumerate() {
+                for (vector, sum) in sums.iter_mut().enumerate() {
+                    *sum = simd.load(tile.sums.add(row * PANEL + vector * S::LANES));
+                }
+            }
+        }
+        let (mut panel, mut input) = (tile.panel, tile.input);
+        for _ in 0..tile.steps {
+            let mut columns = [W::columns(simd, panel); VECTORS];
+            for (vector, columns) in columns.iter_mut().enumerate() {
+                let at = vector * S::LANES * W::COLUMN_BYTES;
+                *columns = W::columns(simd, panel.add(at));
+                simd.prefetch(panel.wrapping_add(PREFETCH_BYTES + at));
+            }
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let input = W::input(simd, input.add(row * tile.input_stride));
+                for (sum, columns) in sums.iter_mut().zip(columns) {
+                    *sum = W::accumulate(simd, *sum, input, columns);
+                }
+            }
+            panel = panel.add(PANEL * W::COLUMN_BYTES);
+            input = input.add(W::INPUT_BYTES);
+        }
+        for (row, sums) in sums.iter().enumerate() {
+            for (vector, sum) in sums.iter().enumerate() {
+                simd.store(tile.sums.add(row * PANEL + vector * S::LANES), *sum);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

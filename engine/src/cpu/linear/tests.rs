@@ -1,0 +1,305 @@
+use super::*;
+use crate::{
+    cpu::{
+        buffer::Buffer,
+        kernels::Kernels,
+        packed::{Packed, StoredRow},
+    },
+    model::checkpoint::ElementType,
+};
+use half::{bf16, f16};
+
+/// A matrix of weights as stored, and as packed.
+struct Weight {
+    dtype: ElementType,
+    depth: usize,
+    values: Vec<f32>,
+    packed: Packed,
+}
+
+impl Weight {
+    /// One panel of which 50 columns are there.
+    fn new(dtype: ElementType, depth: usize) -> Self {
+        Self::of_columns(dtype, depth, 50)
+    }
+
+    fn of_columns(dtype: ElementType, depth: usize, columns: usize) -> Self {
+        let values: Vec<f32> = (0..columns * depth).map(|index| rounded(dtype, wave(index, 3))).collect();
+        let stored: Vec<u8> = values.iter().flat_map(|value| stored(dtype, *value)).collect();
+        let row = |column: usize| {
+            let stride = depth * dtype.bytes();
+            stored.get(column * stride..(column + 1) * stride).map(|bytes| StoredRow { dtype, bytes })
+        };
+        let packed = Packed::pack(dtype, columns.div_ceil(PANEL), depth, 1, &row).expect("memory");
+        Self { dtype, depth, values, packed }
+    }
+
+    fn row(&self, column: usize) -> &[f32] {
+        self.values.get(column * self.depth..(column + 1) * self.depth).unwrap_or(&[])
+    }
+}
+
+/// A number in -1 ..= 1 that looks random.
+fn wave(index: usize, salt: usize) -> f32 {
+    ((index * 7919 + salt * 104_729) % 2003) as f32 / 1001.0 - 1.0
+}
+
+fn rounded(dtype: ElementType, value: f32) -> f32 {
+    match dtype {
+        ElementType::F32 => value,
+        ElementType::F16 => f16::from_f32(value).to_f32(),
+        ElementType::Bf16 => bf16::from_f32(value).to_f32(),
+    }
+}
+
+fn stored(dtype: ElementType, value: f32) -> Vec<u8> {
+    match dtype {
+        ElementType::F32 => value.to_le_bytes().to_vec(),
+        ElementType::F16 => f16::from_f32(value).to_le_bytes().to_vec(),
+        ElementType::Bf16 => bf16::from_f32(value).to_le_bytes().to_vec(),
+    }
+}
+
+/// Inputs of `rows` rows in `format`, with room for whole tiles; what is beyond the rows is NaN.
+fn inputs(format: Format, rows: usize, depth: usize) -> (Buffer, Vec<f32>) {
+    let stride = format.stride(depth);
+    // One tile more than the rows need, so that a test can start at any row.
+    let mut buffer = Buffer::new((rows + 16).next_multiple_of(16) * stride).expect("memory");
+    buffer.bytes_mut()[rows * stride..].fill(0xff);
+    let mut values = Vec::new();
+    for row in 0..rows {
+        for index in 0..depth {
+            let value = wave(row * depth + index, 5);
+            let (value, bytes) = match format {
+                Format::F32 => (value, value.to_le_bytes().to_vec()),
+                Format::RoundedBf16 => {
+                    let value = rounded(ElementType::Bf16, value);
+                    (value, value.to_le_bytes().to_vec())
+                }
+                Format::Bf16 => (rounded(ElementType::Bf16, value), stored(ElementType::Bf16, value)),
+                Format::F16 => unreachable!("no linear reads f16"),
+            };
+            values.push(value);
+            buffer.bytes_mut()[row * stride + index * bytes.len()..][..bytes.len()].copy_from_slice(&bytes);
+        }
+    }
+    (buffer, values)
+}
+
+/// Computes one panel and returns its outputs, `[rows][64]`.
+fn product(kernels: &Kernels, weight: &Weight, input: &Buffer, rows: usize, bias: Option<&[f32; PANEL]>) -> Vec<f32> {
+    let format = kernels.format(weight.dtype);
+    let mut scratch = Buffer::new(rows.next_multiple_of(16) * PANEL * 4).expect("memory");
+    scratch.bytes_mut().fill(0xff);
+    let mut output = Buffer::new(rows * PANEL * 4).expect("memory");
+    let task = LinearTask {
+        input: input.as_ptr(),
+        input_stride: format.stride(weight.depth),
+        rows,
+        depth: weight.depth,
+        panel: weight.packed.panel(0),
+        panel_bytes: weight.packed.panel_bytes(),
+        panels: 1,
+        bias: bias.map(std::slice::from_ref),
+        output: Output::Store { to: output.as_mut_ptr().cast(), stride: PANEL },
+    };
+    // SAFETY: the buffers hold the rows and end at guard pages; the kernels are available.
+    unsafe { kernels.linear(weight.dtype)(&task, scratch.floats_mut()) };
+    output.floats()[..rows * PANEL].to_vec()
+}
+
+const DTYPES: [ElementType; 3] = [ElementType::F32, ElementType::F16, ElementType::Bf16];
+
+#[test]
+fn products_are_right_for_all_rows_and_depths() {
+    for kernels in Kernels::available() {
+        for dtype in DTYPES {
+            for (rows, depth) in
+                [(1, 1), (2, 7), (3, 32), (5, 33), (6, 100), (7, 64), (14, 96), (15, 31), (33, 1100), (49, 2080)]
+            {
+                let weight = Weight::new(dtype, depth);
+                let (input, values) = inputs(kernels.format(dtype), rows, depth);
+                let bias: [f32; PANEL] = std::array::from_fn(|column| column as f32);
+                let output = product(kernels, &weight, &input, rows, Some(&bias));
+                for (row, (output, input)) in output.chunks_exact(PANEL).zip(values.chunks_exact(depth)).enumerate() {
+                    for (column, output) in output.iter().enumerate() {
+                        let terms = input.iter().zip(weight.row(column));
+                        let exact: f64 = terms.clone().map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                        let size: f64 = terms.map(|(a, b)| f64::from(a * b).abs()).sum();
+                        let expected = exact + column as f64;
+                        let error = (f64::from(*output) - expected).abs();
+                        // One sum in one accumulator: each term may add half a unit in the last place.
+                        let limit = 6e-8 * (depth + 4) as f64 * (size + column as f64) + 1e-6;
+                        assert!(
+                            error <= limit,
+                            "{} {dtype:?} {rows} x {depth}, row {row} column {column}: {output}, expected {expected}",
+                            kernels.name
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_has_the_same_bits_in_every_batch() {
+    let depth = 1500;
+    for kernels in Kernels::available() {
+        for dtype in DTYPES {
+            let weight = Weight::new(dtype, depth);
+            let format = kernels.format(dtype);
+            let (input, _) = inputs(format, TASK_ROWS, depth);
+            let all = product(kernels, &weight, &input, TASK_ROWS, None);
+            for rows in (1usize..40).chain([64, 100]) {
+                for first in [0, 16, 80] {
+                    let whole_tiles = rows.next_multiple_of(16);
+                    let mut part = Buffer::new(whole_tiles * format.stride(depth)).expect("memory");
+                    // SAFETY: `input` holds 192 rows, so from `first` on at least `rows`; the floats only carry bytes.
+                    let bytes = unsafe {
+                        std::slice::from_raw_parts(
+                            input.as_ptr().add(first * format.stride(depth)),
+                            rows * format.stride(depth),
+                        )
+                    };
+                    part.bytes_mut()[..bytes.len()].copy_from_slice(bytes);
+                    let some = product(kernels, &weight, &part, rows, None);
+                    let expected = &all[first * PANEL..][..rows * PANEL];
+                    assert!(
+                        some.iter().zip(expected).all(|(a, b)| a.to_bits() == b.to_bits()),
+                        "{} {dtype:?} {rows} rows from {first}",
+                        kernels.name
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn panels_together_have_the_bits_of_panels_alone() {
+    let (depth, rows, panels) = (4100, 33, 3);
+    for kernels in Kernels::available() {
+        for dtype in DTYPES {
+            let weight = Weight::of_columns(dtype, depth, 150);
+            let format = kernels.format(dtype);
+            let (input, _) = inputs(format, rows, depth);
+            let bias: Vec<[f32; PANEL]> = (0..panels).map(|panel| [panel as f32; PANEL]).collect();
+            let mut scratch = Buffer::new(rows.next_multiple_of(16) * panels * PANEL * 4).expect("memory");
+            scratch.bytes_mut().fill(0xff);
+            let mut compute = |first: usize, rows: usize, panel: usize, panels: usize| {
+                let stride = panels * PANEL;
+                let mut output = Buffer::new(rows * stride * 4).expect("memory");
+                let task = LinearTask {
+                    // The last rows of the buffer are padding, so one row alone can be followed by fifteen others.
+                    input: input.as_ptr().wrapping_add(first * format.stride(depth)),
+                    input_stride: format.stride(depth),
+                    rows,
+                    depth,
+                    panel: weight.packed.panel(panel),
+                    panel_bytes: weight.packed.panel_bytes(),
+                    panels,
+                    bias: Some(&bias[panel..]),
+                    output: Output::Store { to: output.as_mut_ptr().cast(), stride },
+                };
+                // SAFETY: the buffers hold the rows and end at guard pages; the kernels are available.
+                unsafe { kernels.linear(dtype)(&task, scratch.floats_mut()) };
+                output.floats()[..rows * stride].to_vec()
+            };
+            let together = compute(0, rows, 0, panels);
+            for row in [0, 1, 15, 32] {
+                let few = compute(row, 1, 0, panels);
+                assert!(few.iter().zip(&together[row * panels * PANEL..]).all(|(a, b)| a.to_bits() == b.to_bits()));
+                for panel in 0..panels {
+                    let alone = compute(row, 1, panel, 1);
+                    let expected = &together[(row * panels + panel) * PANEL..][..PANEL];
+                    assert!(
+                        alone.iter().zip(expected).all(|(a, b)| a.to_bits() == b.to_bits()),
+                        "{} {dtype:?} row {row} panel {panel}",
+                        kernels.name
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gates_multiply_by_silu_and_residuals_add() {
+    for kernels in Kernels::available() {
+        let weight = Weight::new(ElementType::F32, 40);
+        let (input, _) = inputs(Format::F32, 3, 40);
+        let plain = product(kernels, &weight, &input, 3, None);
+        let run = |output: Output| {
+            let mut scratch = Buffer::new(16 * PANEL * 4).expect("memory");
+            let task = LinearTask {
+                input: input.as_ptr(),
+                input_stride: Format::F32.stride(40),
+                rows: 3,
+                depth: 40,
+                panel: weight.packed.panel(0),
+                panel_bytes: weight.packed.panel_bytes(),
+                panels: 1,
+                bias: None,
+                output,
+            };
+            // SAFETY: the buffers hold the rows and end at guard pages; the kernels are available.
+            unsafe { kernels.linear(ElementType::F32)(&task, scratch.floats_mut()) };
+        };
+        let mut gated = Buffer::new(3 * PANEL / 2 * 4).expect("memory");
+        run(Output::Gate { to: gated.as_mut_ptr(), stride: PANEL / 2 * 4, format: Format::F32 });
+        for (row, gated) in gated.floats().chunks_exact(PANEL / 2).enumerate() {
+            for (column, gated) in gated.iter().enumerate() {
+                let (gate, up) = (plain[row * PANEL + column], plain[row * PANEL + PANEL / 2 + column]);
+                let expected = gate / (1.0 + (-gate).exp()) * up;
+                assert!((gated - expected).abs() <= 1e-5 * expected.abs() + 1e-6, "{gated} {expected}");
+            }
+        }
+        let mut sum = Buffer::new(3 * PANEL * 4).expect("memory");
+        sum.floats_mut().fill(2.0);
+        run(Output::Add { to: sum.as_mut_ptr().cast(), stride: PANEL });
+        assert!(sum.floats().iter().zip(&plain).all(|(sum, plain)| *sum == plain + 2.0));
+    }
+}
+
+/// `cargo test -p engine -- --ignored --nocapture linear::tests::speed`
+#[test]
+#[ignore = "prints speeds; asserts nothing"]
+fn speed() {
+    for kernels in Kernels::available() {
+        for dtype in DTYPES {
+            for (rows, depth) in [(1, 2048), (4, 2048), (8, 2048), (16, 2048), (32, 2048), (192, 2048), (192, 8192)] {
+                let weight = Weight::new(dtype, depth);
+                let (input, _) = inputs(kernels.format(dtype), rows, depth);
+                let mut best = f64::INFINITY;
+                let mut scratch = Buffer::new(rows.next_multiple_of(16) * PANEL * 4).expect("memory");
+                let mut output = Buffer::new(rows * PANEL * 4).expect("memory");
+                let task = LinearTask {
+                    input: input.as_ptr(),
+                    input_stride: kernels.format(dtype).stride(depth),
+                    rows,
+                    depth,
+                    panel: weight.packed.panel(0),
+                    panel_bytes: weight.packed.panel_bytes(),
+                    panels: 1,
+                    bias: None,
+                    output: Output::Store { to: output.as_mut_ptr().cast(), stride: PANEL },
+                };
+                for _ in 0..300 {
+                    let start = std::time::Instant::now();
+                    // SAFETY: the buffers hold the rows; the kernels are available.
+                    unsafe { kernels.linear(dtype)(&task, scratch.floats_mut()) };
+                    best = best.min(start.elapsed().as_secs_f64());
+                }
+                let operations = 2.0 * (rows * depth * PANEL) as f64;
+                let bytes = (depth * PANEL * dtype.bytes()) as f64;
+                println!(
+                    "{:12} {dtype:?} {rows:3} x {depth}: {:7.1} Gop/s {:6.1} GB/s",
+                    kernels.name,
+                    operations / best / 1e9,
+                    bytes / best / 1e9
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! One planned step, carried out.
+
+use super::{Chunk, Drawn, Ended, Plan, Scheduler, SequenceId};
+use crate::{Error, Row, Sampled};
+use std::time::Duration;
+
+/// What a step came to.
+#[derive(Debug, Default)]
+pub struct Computed {
+    /// The tokens drawn.
+    pub drawn: Vec<Drawn>,
+    /// The sequences that the step could not go on with; they are gone.
+    pub faults: Vec<Fault>,
+}
+
+/// A sequence that a step ended.
+#[derive(Debug)]
+pub struct Fault {
+    /// Whose.
+    pub id: SequenceId,
+    /// What the engine said.
+    pub error: String,
+    /// What is left of it.
+    pub ended: Ended,
+}
+
+/// The engine, as a step sees it: [`crate::Engine::step`].
+pub type StepFn<'a> = dyn FnMut(&[Row<'_>], &mut dyn FnMut(u32)) -> Result<Vec<Option<Sampled>>, Error> + 'a;
+
+impl Scheduler {
+    /// Carries out `plan` by `step` and completes it. `on_layer` is told the chunks being computed with each layer that is
+    /// final; `clock` is read when the step is over.
+    ///
+    /// A row that cannot be computed ends its own sequence and no other: the engine refuses such a step whole, so the rows are
+    /// then tried one by one, which gives the same bits. Any other error ends every sequence of the step.
+    pub fn compute(
+        &mut self,
+        plan: Plan,
+        step: &mut StepFn<'_>,
+        on_layer: &mut dyn FnMut(&[Chunk], u32),
+        clock: &dyn Fn() -> Duration,
+    ) -> Computed {
+        let mut computed = Computed::default();
+        let rows: Vec<Row<'_>> = self.rows(&plan).collect();
+        let result = step(&rows, &mut |layer| on_layer(&plan.chunks, layer));
+        drop(rows);
+        match result {
+            Ok(sampled) => computed.drawn = self.complete(plan, sampled, clock()),
+            Err(Error::Row(_)) if plan.chunks.len() > 1 => {
+                for single in self.split(plan) {
+                    self.stepping = true;
+                    let part = self.compute(single, step, on_layer, clock);
+                    computed.drawn.extend(part.drawn);
+                    computed.faults.extend(part.faults);
+                }
+            }
+            Err(error) => computed.faults = self.fail(plan, &error, clock()),
+        }
+        computed
+    }
+
+    fn split(&mut self, plan: Plan) -> Vec<Plan> {
+        let single = |&chunk| {
+            let mut single = Plan::default();
+            single.push(chunk);
+            single
+        };
+        let singles = plan.chunks.iter().map(single).collect();
+        self.abandon(plan);
+        singles
+    }
+
+    fn fail(&mut self, plan: Plan, error: &Error, now: Duration) -> Vec<Fault> {
+        let ids: Vec<SequenceId> = plan.chunks.iter().map(|chunk| chunk.id).collect();
+        self.abandon(plan);
+        let fault = |id| self.cancel(id, now).map(|ended| Fault { id, error: error.to_string(), ended });
+        ids.into_iter().filter_map(fault).collect()
+    }
+}

@@ -1,0 +1,85 @@
+//! A sequence's tokens and the names of its full pages.
+
+use kv_cache::{PageHash, PrefixHasher, TokenId};
+
+/// Tokens in order, each full page of them hashed once.
+///
+/// Hashing a long prompt takes longer than planning a step, so a history is made where the request arrives and not on
+/// the thread that steps.
+#[derive(Clone, Debug)]
+pub struct History {
+    tokens: Vec<TokenId>,
+    hashes: Vec<PageHash>,
+    hasher: PrefixHasher,
+    page_tokens: usize,
+}
+
+impl History {
+    /// Hashes the full pages of `tokens`; histories of different `salt` share no page.
+    pub fn new(salt: &[u8], tokens: Vec<TokenId>, page_tokens: usize) -> Self {
+        let mut hasher = PrefixHasher::new(salt);
+        let hashes = tokens.chunks_exact(page_tokens).map(|page| hasher.push(page)).collect();
+        Self { tokens, hashes, hasher, page_tokens }
+    }
+
+    /// Returns all tokens, prompt first.
+    pub fn tokens(&self) -> &[TokenId] {
+        &self.tokens
+    }
+
+    /// Returns the names of the full pages.
+    pub fn hashes(&self) -> &[PageHash] {
+        &self.hashes
+    }
+
+    /// Returns how many tokens there are.
+    pub fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Says whether there is no token.
+    pub fn is_empty(&self) -> bool {
+        self.tokens.is_empty()
+    }
+
+    /// Returns how many pages hold `tokens` tokens.
+    pub(super) fn pages_for(&self, tokens: usize) -> usize {
+        tokens.div_ceil(self.page_tokens)
+    }
+
+    /// Returns the names a fresh sequence may look up: never the page of the last token, which must be computed because
+    /// the next token is drawn from its logits.
+    pub(super) fn reusable(&self) -> &[PageHash] {
+        let most = self.tokens.len().saturating_sub(1) / self.page_tokens;
+        &self.hashes[..most.min(self.hashes.len())]
+    }
+
+    pub(super) fn push(&mut self, token: TokenId) {
+        self.tokens.push(token);
+        if self.tokens.len().is_multiple_of(self.page_tokens) {
+            let start = self.tokens.len() - self.page_tokens;
+            self.hashes.push(self.hasher.push(&self.tokens[start..]));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kv_cache::page_hashes;
+
+    #[test]
+    fn a_grown_history_has_the_names_of_a_whole_one() {
+        let tokens: Vec<TokenId> = (0..70).collect();
+        let mut history = History::new(b"salt", tokens[..5].to_vec(), 16);
+        tokens[5..].iter().for_each(|&token| history.push(token));
+        assert_eq!(history.tokens(), tokens);
+        assert_eq!(history.hashes(), page_hashes(b"salt", &tokens, 16));
+    }
+
+    #[test]
+    fn the_page_of_the_last_token_is_never_reused() {
+        let reusable = |tokens| History::new(b"", (0..tokens).collect(), 16).reusable().len();
+        assert_eq!([1, 16, 17, 32, 33].map(reusable), [0, 0, 1, 1, 2]);
+    }
+}

@@ -1,0 +1,116 @@
+//! Room for sequences whose pages come from another worker.
+//!
+//! A landing gets its pages and its place in the batch together, so what has landed runs at the next step. The rule of
+//! admission: besides the pages it needs, one page stays available for every sequence that is running or landing, because each
+//! may grow by one while this one is under way; and whoever stands in the line before it has their pages and their
+//! place set aside, so that a stream of landings cannot starve them.
+
+use super::{Ended, Hold, Request, Scheduler, Sequence, SequenceId};
+use kv_cache::{PageHash, PageId, TokenId};
+use std::time::Duration;
+
+/// Pages and a place in the batch, promised to a sequence on its way. End it with [`Scheduler::land`] or [`Scheduler::forgo`].
+#[derive(Debug)]
+#[must_use = "a landing must end in land or forgo"]
+pub struct Landing {
+    id: SequenceId,
+    hold: Hold,
+    have: usize,
+}
+
+impl Landing {
+    /// Returns the pages, in sequence order.
+    pub fn pages(&self) -> &[PageId] {
+        &self.hold.pages
+    }
+
+    /// Returns how many leading pages hold the sequence's prefix already. They may be shared and must not be written.
+    pub fn have(&self) -> usize {
+        self.have
+    }
+}
+
+/// Why there is no landing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoRoom {
+    /// Sequences must end first.
+    Now,
+    /// It is longer than anything this worker can hold.
+    Ever,
+}
+
+impl Scheduler {
+    /// Draws a place in the line for a sequence that will land.
+    pub fn ticket(&mut self, priority: i32) -> SequenceId {
+        self.next_number += 1;
+        SequenceId { priority, number: self.next_number }
+    }
+
+    /// Takes pages for all `tokens` tokens of a sequence whose full pages are named `hashes`, and a place in the batch.
+    ///
+    /// # Errors
+    /// [`NoRoom::Now`] is worth another try when a sequence has ended.
+    pub fn reserve(&mut self, id: SequenceId, hashes: &[PageHash], tokens: usize) -> Result<Landing, NoRoom> {
+        if tokens >= self.max_len {
+            return Err(NoRoom::Ever);
+        }
+        let line = self.waiting.first_key_value().filter(|(head, _)| **head < id);
+        let (line_places, line_pages) = line.map_or((0, 0), |(_, sequence)| (1, sequence.pages_missing()));
+        if self.occupied() + line_places >= self.max_sequences {
+            return Err(NoRoom::Now);
+        }
+        let reused = self.pool.reuse(hashes);
+        let missing = tokens.div_ceil(self.page_tokens) - reused.len();
+        if self.pool.stats().available() < missing + self.headroom() + line_pages {
+            self.pool.release(&reused);
+            return Err(NoRoom::Now);
+        }
+        let have = reused.len();
+        let mut pages = reused;
+        pages.extend(self.pool.allocate(missing).expect("pages were counted just above"));
+        self.landings += 1;
+        Ok(Landing { id, hold: Hold { pages }, have })
+    }
+
+    /// Puts a landed sequence into the batch: all of `request.history` is computed in the landing's pages, and `first_token`
+    /// follows it. `arrived` is when the request came.
+    pub fn land(
+        &mut self,
+        landing: Landing,
+        mut request: Request,
+        first_token: TokenId,
+        arrived: Duration,
+    ) -> SequenceId {
+        let tokens = request.history.len();
+        assert_eq!(landing.hold.pages.len(), request.history.pages_for(tokens), "a landing is as long as its sequence");
+        request.priority = landing.id.priority;
+        let mut sequence = Sequence::new(request, arrived);
+        sequence.land(landing.hold.pages, landing.have, self.page_tokens, &mut self.pool);
+        sequence.request.history.push(first_token);
+        self.landings -= 1;
+        self.running.insert(landing.id, sequence);
+        landing.id
+    }
+
+    /// Gives up a landing. Its place is free at once; its pages are the caller's until nobody can write them any more.
+    pub fn forgo(&mut self, landing: Landing) -> Hold {
+        self.landings -= 1;
+        landing.hold
+    }
+
+    /// Gives back the pages of a sequence that is over.
+    pub fn give_back(&mut self, hold: Hold) {
+        if self.stepping {
+            self.after_step.push(hold.pages);
+        } else {
+            self.pool.release(&hold.pages);
+        }
+    }
+
+    /// Takes a sequence out, wherever it is and also in the middle of a step, whose result for it is then ignored.
+    /// `None` when there is no such sequence (any more).
+    pub fn cancel(&mut self, id: SequenceId, now: Duration) -> Option<Ended> {
+        let sequence = self.running.remove(&id).or_else(|| self.waiting.remove(&id))?;
+        Some(self.close(sequence, now))
+    }
+}

@@ -1,0 +1,64 @@
+//! What one step computes.
+
+use super::SequenceId;
+
+/// A piece of one sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chunk {
+    /// Whose.
+    pub id: SequenceId,
+    /// Position of its first token. A multiple of the page size, except where a sequence takes one token at a time.
+    pub start: usize,
+    /// How many tokens; at least one.
+    pub tokens: usize,
+    /// Whether a token is drawn after the last of them. A chunk that ends earlier ends with a full page.
+    pub sample: bool,
+}
+
+/// The chunks of one step, in the order of their rows. Hand it to [`super::Scheduler::complete`] or
+/// [`super::Scheduler::abandon`]; until then no page it touches is given to anyone else.
+#[derive(Debug, Default)]
+#[must_use = "a plan must be completed or abandoned"]
+pub struct Plan {
+    pub(super) chunks: Vec<Chunk>,
+    pub(super) started: Vec<SequenceId>,
+    pub(super) preempted: Vec<SequenceId>,
+    pub(super) tokens: usize,
+}
+
+impl Plan {
+    /// Returns the chunks.
+    pub fn chunks(&self) -> &[Chunk] {
+        &self.chunks
+    }
+
+    /// Returns the sequences that are part of a step for the first time.
+    pub fn started(&self) -> &[SequenceId] {
+        &self.started
+    }
+
+    /// Returns the sequences that lost their pages and went back to the line.
+    pub fn preempted(&self) -> &[SequenceId] {
+        &self.preempted
+    }
+
+    /// Returns the tokens it computes.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Returns how many of its tokens are not the single next token of a sequence.
+    pub fn prompt_tokens(&self) -> usize {
+        self.chunks.iter().map(|chunk| chunk.tokens).filter(|&tokens| tokens > 1).sum()
+    }
+
+    /// Says whether there is nothing to compute.
+    pub fn is_empty(&self) -> bool {
+        self.chunks.is_empty()
+    }
+
+    pub(super) fn push(&mut self, chunk: Chunk) {
+        self.tokens += chunk.tokens;
+        self.chunks.push(chunk);
+    }
+}

@@ -1,0 +1,436 @@
+//! The scheduler against a world that misbehaves, from a seed.
+//!
+//! The world holds what pages would hold: for every position, a digest of all tokens up to it. A row checks the digests of
+//! everything before it and writes its own, so a page that is reused wrongly, too early or half-filled shows at once. The
+//! sampler is a function of the tokens so far, as the real one is, so what a sequence must emit is known beforehand.
+
+use super::*;
+use crate::Sampling;
+use kv_cache::{PageHash, TokenId};
+use proptest::prelude::*;
+use std::collections::{HashMap, HashSet};
+
+const PAGE: usize = 4;
+const VOCAB: u64 = 61;
+
+fn mix(a: u64, b: u64) -> u64 {
+    let mut z = a.wrapping_add(0x9e37_79b9_7f4a_7c15).wrapping_mul(b | 1) ^ b;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+fn digest(tokens: &[TokenId]) -> u64 {
+    tokens.iter().fold(7, |digest, &token| mix(digest, u64::from(token) + 1))
+}
+
+fn draw(tokens: &[TokenId], forbidden: &[TokenId]) -> TokenId {
+    let mut value = digest(tokens);
+    loop {
+        value = mix(value, 3);
+        let token = (value % VOCAB) as TokenId;
+        if !forbidden.contains(&token) {
+            return token;
+        }
+    }
+}
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 = mix(self.0, 11);
+        (self.0 % n as u64) as usize
+    }
+
+    fn one_in(&mut self, n: usize) -> bool {
+        self.below(n) == 0
+    }
+}
+
+/// What one sequence must emit, and has.
+struct Expected {
+    tokens: Vec<(usize, TokenId)>,
+    finish: Finish,
+    seen: usize,
+}
+
+impl Expected {
+    fn of(request: &Request, max_len: usize) -> Self {
+        let mut known = request.history.tokens().to_vec();
+        let mut tokens = Vec::new();
+        loop {
+            let index = known.len() - request.prompt_tokens;
+            let forbidden: &[TokenId] = if index < request.stop.min_tokens { &request.stop.ids } else { &[] };
+            let token = draw(&known, forbidden);
+            known.push(token);
+            tokens.push((index, token));
+            let finish = if request.stop.ids.contains(&token) {
+                Finish::Stop(token)
+            } else if index + 1 >= request.stop.max_tokens || known.len() >= max_len {
+                Finish::Length
+            } else if request.until == Until::FirstToken {
+                Finish::FirstToken
+            } else {
+                continue;
+            };
+            return Self { tokens, finish, seen: 0 };
+        }
+    }
+}
+
+/// A sequence on its way from another worker.
+struct Flight {
+    landing: Landing,
+    request: Request,
+    lost: bool,
+}
+
+struct World {
+    random: Random,
+    scheduler: Scheduler,
+    limits: Limits,
+    now: Duration,
+    /// What each position of each page holds.
+    memory: Vec<[u64; PAGE]>,
+    live: HashMap<SequenceId, Expected>,
+    ended: usize,
+    queue: Vec<(SequenceId, Request)>,
+    flights: Vec<Flight>,
+    /// Pages kept after a sequence's end; the flag says that somebody may still write to them.
+    holds: Vec<(Hold, bool)>,
+    reader: HashSet<PageHash>,
+    preempted: usize,
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let mut random = Random(seed);
+        let limits = Limits {
+            pages: 6 + random.below(20),
+            page_tokens: PAGE,
+            token_budget: PAGE + 1 + random.below(24),
+            max_sequences: 1 + random.below(6),
+            max_model_len: 12 + random.below(80),
+            max_waiting: 1 + random.below(8),
+        };
+        Self {
+            random,
+            scheduler: Scheduler::new(limits).unwrap(),
+            limits,
+            now: Duration::ZERO,
+            memory: vec![[0; PAGE]; limits.pages],
+            live: HashMap::new(),
+            ended: 0,
+            queue: Vec::new(),
+            flights: Vec::new(),
+            holds: Vec::new(),
+            reader: HashSet::new(),
+            preempted: 0,
+        }
+    }
+
+    /// Prompts come from few families, so that prefixes meet in the cache.
+    fn request(&mut self) -> Request {
+        let family = self.random.below(3) as TokenId;
+        let prompt_tokens = 1 + self.random.below(24);
+        let mut tokens: Vec<TokenId> = (0..prompt_tokens as TokenId).map(|i| (i * 5 + family) % VOCAB as u32).collect();
+        if self.random.one_in(3) {
+            let last = tokens.len() - 1;
+            tokens[last] = 0;
+        }
+        let emitted = if self.random.one_in(4) { self.random.below(6) } else { 0 };
+        for _ in 0..emitted {
+            tokens.push(draw(&tokens, &[]));
+        }
+        let (max_tokens, min_tokens) = (emitted + 1 + self.random.below(60), self.random.below(8));
+        Request {
+            history: History::new(b"", tokens, PAGE),
+            prompt_tokens,
+            sampling: Sampling::default(),
+            stop: Stop { max_tokens, min_tokens, ids: vec![3, 9] },
+            priority: if self.random.one_in(5) { 1 } else { 0 },
+            until: if self.random.one_in(4) { Until::FirstToken } else { Until::End },
+        }
+    }
+
+    fn arrive(&mut self) {
+        let mut request = self.request();
+        let max_len = self.scheduler.max_len();
+        if self.random.one_in(3) && request.stop.max_tokens > request.history.len() - request.prompt_tokens + 1 {
+            request.until = Until::End;
+            let id = self.scheduler.ticket(request.priority);
+            self.queue.push((id, request));
+            return;
+        }
+        let expected = Expected::of(&request, max_len);
+        let tokens = request.history.len();
+        match self.scheduler.submit(request, self.now) {
+            Ok(id) => assert!(self.live.insert(id, expected).is_none()),
+            Err(Refusal::TooLong { .. }) => assert!(tokens >= max_len),
+            Err(Refusal::Full { waiting }) => assert!(waiting >= self.limits.max_waiting),
+        }
+    }
+
+    /// Opens landings for the queue, oldest first, and lets bytes arrive in their pages at once.
+    fn open(&mut self) {
+        self.queue.sort_by_key(|(id, _)| *id);
+        let mut left = Vec::new();
+        for (id, request) in std::mem::take(&mut self.queue) {
+            let tokens = request.history.tokens().to_vec();
+            match self.scheduler.reserve(id, request.history.hashes(), tokens.len()) {
+                Ok(landing) => {
+                    self.check_written(landing.pages(), &tokens, landing.have() * PAGE);
+                    self.write(landing.pages(), &tokens, landing.have() * PAGE..tokens.len());
+                    let lost = self.random.one_in(3);
+                    self.flights.push(Flight { landing, request, lost });
+                }
+                Err(NoRoom::Now) => left.push((id, request)),
+                Err(NoRoom::Ever) => assert!(tokens.len() >= self.scheduler.max_len()),
+            }
+        }
+        self.queue = left;
+    }
+
+    fn settle_one_flight(&mut self) {
+        if self.flights.is_empty() {
+            return;
+        }
+        let pick = self.random.below(self.flights.len());
+        let Flight { landing, request, lost } = self.flights.swap_remove(pick);
+        if lost {
+            let hold = self.scheduler.forgo(landing);
+            self.holds.push((hold, true));
+            return;
+        }
+        // The source has drawn the first token; what is left to emit comes after it.
+        let first = draw(request.history.tokens(), self.forbidden(&request));
+        let mut expected = Expected::of(&request, self.scheduler.max_len());
+        if expected.tokens.len() == 1 {
+            let hold = self.scheduler.forgo(landing);
+            self.holds.push((hold, true));
+            return;
+        }
+        expected.tokens.remove(0);
+        let id = self.scheduler.land(landing, request, first, self.now);
+        assert!(self.live.insert(id, expected).is_none());
+    }
+
+    fn forbidden<'a>(&self, request: &'a Request) -> &'a [TokenId] {
+        let index = request.history.len() - request.prompt_tokens;
+        if index < request.stop.min_tokens { &request.stop.ids } else { &[] }
+    }
+
+    fn give_back_one(&mut self) {
+        if !self.holds.is_empty() {
+            let pick = self.random.below(self.holds.len());
+            let (hold, written) = self.holds.swap_remove(pick);
+            if written {
+                // A late write: it must hurt nobody, up to the moment the hold is given back.
+                for &page in hold.pages() {
+                    if self.scheduler.pool().stats().held() > 0 && !self.shared(page) {
+                        self.memory[page.index()] = [u64::MAX; PAGE];
+                    }
+                }
+            }
+            self.scheduler.give_back(hold);
+        }
+    }
+
+    /// Says whether anyone but a hold relies on `page`: its prefix has a name, so a landing had it and does not write it.
+    fn shared(&self, page: PageId) -> bool {
+        let mut probe = self.scheduler.pool().clone();
+        let names: Vec<PageHash> = probe.named().collect();
+        names.iter().any(|&name| probe.reuse(&[name]) == [page])
+    }
+
+    fn cancel_one(&mut self) {
+        let mut ids: Vec<SequenceId> = self.live.keys().copied().collect();
+        ids.sort();
+        if !ids.is_empty() {
+            let id = ids[self.random.below(ids.len())];
+            let ended = self.scheduler.cancel(id, self.now).expect("a live sequence is known");
+            assert!(self.scheduler.cancel(id, self.now).is_none(), "and only once");
+            self.live.remove(&id);
+            self.end(ended);
+        }
+    }
+
+    fn end(&mut self, ended: Ended) {
+        self.ended += 1;
+        assert!(ended.usage.queue <= self.now);
+        self.holds.extend(ended.hold.map(|hold| (hold, false)));
+    }
+
+    fn check_written(&self, pages: &[PageId], tokens: &[TokenId], until: usize) {
+        for position in 0..until {
+            let found = self.memory[pages[position / PAGE].index()][position % PAGE];
+            assert_eq!(found, digest(&tokens[..=position]), "position {position} of {tokens:?} in {pages:?}");
+        }
+    }
+
+    fn write(&mut self, pages: &[PageId], tokens: &[TokenId], range: std::ops::Range<usize>) {
+        for position in range {
+            self.memory[pages[position / PAGE].index()][position % PAGE] = digest(&tokens[..=position]);
+        }
+    }
+
+    fn meddle(&mut self) {
+        for _ in 0..self.random.below(3) {
+            match self.random.below(6) {
+                0 => self.cancel_one(),
+                1 | 2 => self.settle_one_flight(),
+                3 | 4 => self.give_back_one(),
+                _ => self.open(),
+            }
+        }
+    }
+
+    fn step(&mut self) {
+        self.now += Duration::from_millis(1);
+        let plan = self.scheduler.schedule(self.now);
+        self.check_plan(&plan);
+        self.preempted += plan.preempted().len();
+        if plan.is_empty() {
+            return;
+        }
+        // What the engine will read is fixed before anything else happens; its writes come after.
+        struct Work {
+            pages: Vec<PageId>,
+            known: Vec<TokenId>,
+            start: usize,
+            end: usize,
+            drawn: Option<Sampled>,
+        }
+        let live_tokens: HashMap<SequenceId, Vec<TokenId>> = plan
+            .chunks()
+            .iter()
+            .map(|chunk| (chunk.id, self.scheduler.running[&chunk.id].request.history.tokens().to_vec()))
+            .collect();
+        let work: Vec<Work> = self
+            .scheduler
+            .rows(&plan)
+            .zip(plan.chunks())
+            .map(|(row, chunk)| {
+                let known = live_tokens[&chunk.id].clone();
+                assert_eq!(row.tokens, &known[row.start..row.start + row.tokens.len()]);
+                let drawn = row.sample.map(|sample| {
+                    assert_eq!(sample.history, known);
+                    Sampled { token: draw(sample.history, sample.forbidden), logprobs: None }
+                });
+                Work { pages: row.pages.to_vec(), known, start: row.start, end: row.start + row.tokens.len(), drawn }
+            })
+            .collect();
+        self.meddle();
+        let mut sampled = Vec::new();
+        for work in work {
+            self.check_written(&work.pages, &work.known, work.start);
+            self.write(&work.pages, &work.known, work.start..work.end);
+            sampled.push(work.drawn);
+        }
+        if self.random.one_in(20) {
+            self.scheduler.abandon(plan);
+            return;
+        }
+        for drawn in self.scheduler.complete(plan, sampled, self.now) {
+            let expected = self.live.get_mut(&drawn.id).expect("only live sequences draw");
+            assert_eq!(
+                (drawn.index, drawn.sampled.token),
+                expected.tokens[expected.seen],
+                "in order, once, and the same"
+            );
+            expected.seen += 1;
+            let last = expected.seen == expected.tokens.len();
+            assert_eq!(last, drawn.ended.is_some());
+            if let Some((finish, ended)) = drawn.ended {
+                assert_eq!(finish, self.live.remove(&drawn.id).unwrap().finish);
+                self.end(ended);
+            }
+        }
+    }
+
+    fn check_plan(&self, plan: &Plan) {
+        let tokens: usize = plan.chunks().iter().map(|chunk| chunk.tokens).sum();
+        assert_eq!(tokens, plan.tokens());
+        assert!(tokens <= self.limits.token_budget, "{tokens} over budget");
+        assert!(plan.chunks().len() <= self.scheduler.max_sequences());
+        let ids: HashSet<SequenceId> = plan.chunks().iter().map(|chunk| chunk.id).collect();
+        assert_eq!(ids.len(), plan.chunks().len(), "one chunk per sequence");
+        for chunk in plan.chunks() {
+            assert!(chunk.tokens > 0);
+            assert!(chunk.sample || (chunk.start + chunk.tokens).is_multiple_of(PAGE), "{chunk:?} ends inside a page");
+        }
+        for id in plan.started() {
+            assert!(ids.contains(id), "who starts is part of the step");
+        }
+    }
+
+    fn check_names(&mut self) {
+        let delta = self.scheduler.take_delta();
+        for hash in &delta.evicted {
+            assert!(self.reader.remove(hash));
+        }
+        for hash in &delta.stored {
+            assert!(self.reader.insert(*hash));
+        }
+        assert_eq!(self.reader, self.scheduler.pool().named().collect());
+    }
+
+    fn idle(&self) -> bool {
+        self.live.is_empty() && self.queue.is_empty() && self.flights.is_empty() && self.holds.is_empty()
+    }
+}
+
+/// Runs one world to its end. Returns it for closer looks.
+fn simulate(seed: u64) -> World {
+    let mut world = World::new(seed);
+    let arrivals = 10 + world.random.below(30);
+    for _ in 0..arrivals {
+        for _ in 0..world.random.below(3) {
+            world.arrive();
+        }
+        world.open();
+        world.step();
+        world.meddle();
+        world.check_names();
+    }
+    // From here on every sequence ends by itself: bounded work, so a bounded number of steps.
+    for _ in 0..20_000 {
+        if world.idle() {
+            break;
+        }
+        world.open();
+        world.step();
+        world.settle_one_flight();
+        world.give_back_one();
+        world.check_names();
+    }
+    assert!(world.idle(), "{} sequences never ended", world.live.len());
+    let stats = world.scheduler.pool().stats();
+    assert_eq!(stats.held(), 0, "pages leaked");
+    assert_eq!(world.scheduler.backlog(), Backlog::default());
+    assert_eq!(world.scheduler.landings, 0);
+    world
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+    /// Whatever arrives, is cancelled, lands or gets lost: no page leaks or is shared wrongly, every sequence ends, and each
+    /// emits what it would have emitted alone.
+    #[test]
+    fn every_sequence_ends_as_if_it_were_alone(seed: u64) {
+        simulate(seed);
+    }
+}
+
+#[test]
+fn the_simulation_reaches_what_it_is_for() {
+    let (mut preempted, mut ended) = (0, 0);
+    for seed in 0..100 {
+        let world = simulate(seed);
+        preempted += world.preempted;
+        ended += world.ended;
+    }
+    assert!(preempted > 50, "only {preempted} preemptions");
+    assert!(ended > 1000, "only {ended} sequences ended");
+}
