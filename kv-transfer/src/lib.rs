@@ -4,20 +4,57 @@
 //! scheduled, pushes blocks as layers finish and commits; the target side opens a landing or refuses. Per hand-off, each side
 //! is a pure state machine (`source.rs`, `target.rs`) with a deadline in every state; transports only move bytes. The crate knows
 //! no model: it moves blocks of a [`PageLayout`].
+//!
+//! To follow a hand-off, read `transfer.rs` (what the workers call), `driver.rs` (the task that acts), `handoffs.rs` with
+//! `source.rs` and `target.rs` (what is decided), `landing.rs` (who may write which page) and `transport/` (how bytes move);
+//! `links.rs` and `link.rs` bring two workers together and notice when one is gone.
+//!
+//! Memory of a link: its socket buffers, one header and system calls of 256 KiB straight from and
+//! into pages per data connection, at most one control frame (4 MiB) being read, and descriptors of the blocks still to go.
+
+mod coverage;
+mod digest;
+mod driver;
+mod handoffs;
+mod handshake;
+mod inbox;
+mod landing;
+mod link;
+mod links;
+mod message;
+mod metrics;
+mod mover;
+mod pages;
+mod plan;
+#[cfg(test)]
+mod simulation;
+mod source;
+mod speed;
+mod target;
+#[cfg(test)]
+mod testing;
+mod transfer;
+mod transport;
+
+pub use transfer::Transfer;
 
 use kv_cache::{PageId, PageLayout, TokenId};
 use serde::{Deserialize, Serialize};
-use std::{fs::File, net::SocketAddr, ops::Range, sync::Arc, time::Duration};
-use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
+use std::{fmt, net::SocketAddr};
 
 /// Names one attempt at moving one sequence; drawn at random by the router, never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct HandoffId(pub u64);
 
+impl fmt::Display for HandoffId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
 /// Who this worker is to its peers. Sent in `Hello`; a mismatch of fingerprint or layout refuses the link, naming both values.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     /// Member id.
     pub worker: String,
@@ -47,7 +84,7 @@ pub struct Peer {
 pub struct Config {
     /// Where peers connect. Port 0 takes a free one.
     pub listen: SocketAddr,
-    /// `host:port` that peers are told; unset = the bound address.
+    /// `host:port` that peers are told, or a host alone, which goes with the bound port; unset = the bound address.
     pub advertise: Option<String>,
     /// Refuses any other transport instead of falling back to it.
     pub require: Option<TransportKind>,
@@ -59,7 +96,8 @@ pub struct Config {
     pub tcp_streams: usize,
     /// Longest a hand-off may wait for `Open`, in milliseconds.
     pub open_timeout_ms: u64,
-    /// Longest a hand-off may go without progress once opened, in milliseconds.
+    /// Longest a hand-off may go without progress once opened, in milliseconds. Progress is a push, a block that moves, or an
+    /// answer; so the time that one layer group of a chunk computes counts too, and must stay below this.
     pub progress_timeout_ms: u64,
     /// Interval of pings, in milliseconds; two missed ones are death.
     pub ping_interval_ms: u64,
@@ -173,7 +211,8 @@ pub enum Outcome {
     Landed,
     /// The target would not take it.
     Refused(String),
-    /// One side called it off, or the link died.
+    /// One side called it off, or the link died. A link that dies between `Commit` and its acknowledgement leaves open whether
+    /// the target owns the sequence; the pages here are free either way.
     Aborted(String),
     /// A deadline passed.
     Expired(String),
@@ -190,6 +229,9 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The threads that move bytes cannot be had.
+    #[error("start mover threads: {0}")]
+    Threads(std::io::Error),
     /// The page pool cannot be mapped.
     #[error("map page pool of {bytes} bytes: {source}")]
     Map {
@@ -198,69 +240,4 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
-}
-
-/// One worker's end of all its links. Cloning is cheap; everything stops when the token given to [`Transfer::start`] is cancelled.
-#[derive(Clone, Debug)]
-pub struct Transfer {
-    inner: Arc<()>,
-}
-
-impl Transfer {
-    /// Maps the pool `pages` (a file of `identity.layout.pool_bytes()` bytes), listens for links and starts reporting to `events`.
-    ///
-    /// `events` is bounded; when it is full the link waits, and with it the peer.
-    pub async fn start(
-        _config: Config,
-        _identity: Identity,
-        _pages: &File,
-        _events: mpsc::Sender<Event>,
-        _shutdown: CancellationToken,
-    ) -> Result<Self, Error> {
-        todo!()
-    }
-
-    /// Returns the `host:port` that peers use.
-    pub fn address(&self) -> String {
-        todo!()
-    }
-
-    /// Source: asks the target for a landing. Never blocks; the link is opened if needed.
-    pub fn begin(&self, _begin: Begin) {
-        todo!()
-    }
-
-    /// Source: the blocks of `layers` of pages `pages` (indices into [`Begin::pages`]) are final. They are sent as soon as the
-    /// target has opened, merged into groups. Never blocks; called from the step, so it only queues a descriptor.
-    pub fn push(&self, _handoff: HandoffId, _layers: Range<u32>, _pages: Range<u32>) {
-        todo!()
-    }
-
-    /// Source: every block has been pushed; `commit` follows the last one.
-    pub fn commit(&self, _handoff: HandoffId, _commit: Commit) {
-        todo!()
-    }
-
-    /// Target: `landing` are the local pages for all of the sequence, in order; the first `have` of them already hold its prefix
-    /// and are not sent.
-    pub fn open(&self, _handoff: HandoffId, _landing: Vec<PageId>, _have: u32) {
-        todo!()
-    }
-
-    /// Target: no landing for this one.
-    pub fn refuse(&self, _handoff: HandoffId, _reason: String) {
-        todo!()
-    }
-
-    /// Either side: calls the hand-off off (the request was cancelled). The source still gets [`Event::SourceDone`], a target
-    /// that had opened still gets [`Event::Quiet`]. Unknown hand-offs are remembered for a while, so that an abort may come
-    /// before its `Begin`.
-    pub fn abort(&self, _handoff: HandoffId, _reason: String) {
-        todo!()
-    }
-
-    /// Waits until no hand-off is in flight, for at most `limit`. Returns how many were left.
-    pub async fn drain(&self, _limit: Duration) -> usize {
-        todo!()
-    }
 }

@@ -1,0 +1,225 @@
+//! The bytes of this worker's page pool, mapped from the file that the engine maps too.
+//!
+//! Nothing here knows who may touch a block: the hand-off protocol says so, and it is what every `unsafe` call below leans on.
+//!
+//! - A *source* block is frozen from the `push` that names it until [`Event::SourceDone`](crate::Event::SourceDone). The
+//!   transports only read it in between; the engine only reads it too.
+//! - A *landing* block belongs to its hand-off from [`Transfer::open`](crate::Transfer::open) until `Landed` or `Quiet`. Only a
+//!   transport that holds a [`Permit`](crate::landing::Permit) of that landing writes it, each block is admitted once, and the
+//!   engine does not touch it.
+//! - Every other block is none of our business.
+//!
+//! The mapping is followed by an inaccessible guard page, so that running over the end is a fault and not somebody's memory.
+
+use crate::{
+    Error,
+    plan::{Copy, Extent},
+};
+use kv_cache::PageLayout;
+use std::{fs::File, io, os::fd::AsRawFd, ptr};
+
+/// A page pool as this crate sees it. Unmapped on drop.
+#[derive(Debug)]
+pub(crate) struct Pages {
+    base: *mut u8,
+    /// Length of the whole reservation: the pool rounded up to system pages, and the guard.
+    reserved: usize,
+    layout: PageLayout,
+}
+
+// SAFETY: `base` is an address of shared memory, valid from every thread for as long as `self` lives; all access goes through
+// the unsafe functions below, whose callers answer for races.
+unsafe impl Send for Pages {}
+// SAFETY: as above.
+unsafe impl Sync for Pages {}
+
+impl Pages {
+    /// Maps `file`, which must be at least [`PageLayout::pool_bytes`] long: touching a mapping past the end of its file kills
+    /// the process.
+    pub(crate) fn map(file: &File, layout: PageLayout) -> Result<Self, Error> {
+        let bytes = layout.pool_bytes();
+        Self::reserve_and_map(file, &layout)
+            .map(|(base, reserved)| Self { base, reserved, layout })
+            .map_err(|source| Error::Map { bytes, source })
+    }
+
+    fn reserve_and_map(file: &File, layout: &PageLayout) -> io::Result<(*mut u8, usize)> {
+        let bytes = layout.pool_bytes();
+        let length = file.metadata()?.len();
+        if bytes == 0 || length < bytes as u64 {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("the pool file has {length} bytes")));
+        }
+        let guard = system_page_bytes();
+        let reserved = bytes.next_multiple_of(guard) + guard;
+        // SAFETY: an anonymous reservation at an address of the system's choice touches no memory of ours.
+        let base = unsafe {
+            libc::mmap(ptr::null_mut(), reserved, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: replaces the first part of the reservation just made, which nobody else knows of.
+        let mapped =
+            unsafe { libc::mmap(base, bytes, access, libc::MAP_SHARED | libc::MAP_FIXED, file.as_raw_fd(), 0) };
+        if mapped == libc::MAP_FAILED {
+            let error = io::Error::last_os_error();
+            // SAFETY: gives back the reservation made above; nothing points into it.
+            unsafe { libc::munmap(base, reserved) };
+            return Err(error);
+        }
+        Ok((base.cast(), reserved))
+    }
+
+    /// Returns the shape of the pool.
+    pub(crate) fn layout(&self) -> &PageLayout {
+        &self.layout
+    }
+
+    /// Returns the address of `extent`.
+    ///
+    /// # Panics
+    /// When it leaves the pool. Extents come out of `plan`, which cannot produce one; this is the last check before memory.
+    fn address(&self, offset: usize, bytes: usize) -> *mut u8 {
+        let end = offset.checked_add(bytes);
+        assert!(
+            end.is_some_and(|end| end <= self.layout.pool_bytes()),
+            "{bytes} bytes at {offset} leave the page pool"
+        );
+        // SAFETY: inside the mapping, as just checked.
+        unsafe { self.base.add(offset) }
+    }
+
+    /// Views bytes of frozen blocks.
+    ///
+    /// # Safety
+    /// Nobody writes `extent` while the slice lives: its blocks were pushed and their hand-off is not done, or they landed
+    /// under a permit that the caller still holds.
+    pub(crate) unsafe fn bytes(&self, extent: Extent) -> &[u8] {
+        let address = self.address(extent.offset, extent.bytes);
+        // SAFETY: valid for the length (checked), initialised (a file mapping), and not written meanwhile (caller).
+        unsafe { std::slice::from_raw_parts(address, extent.bytes) }
+    }
+
+    /// Views bytes of landing blocks for writing.
+    ///
+    /// # Safety
+    /// The caller holds a permit of the landing that `extent` lies in for as long as the slice lives, and is the only one to
+    /// whom these blocks were admitted.
+    #[allow(clippy::mut_from_ref)] // Exclusive by the hand-off protocol, not by the borrow of the pool as a whole.
+    pub(crate) unsafe fn bytes_mut(&self, extent: Extent) -> &mut [u8] {
+        let address = self.address(extent.offset, extent.bytes);
+        // SAFETY: valid for the length (checked), initialised (a file mapping), and exclusive (caller).
+        unsafe { std::slice::from_raw_parts_mut(address, extent.bytes) }
+    }
+
+    /// Copies blocks of `source` into landing blocks here.
+    ///
+    /// # Safety
+    /// As [`Pages::bytes`] for the source's bytes and [`Pages::bytes_mut`] for ours.
+    pub(crate) unsafe fn copy_from(&self, source: &Pages, copy: Copy) {
+        let from = source.address(copy.source, copy.bytes);
+        let to = self.address(copy.target, copy.bytes);
+        // SAFETY: both valid for the length (checked); source and landing blocks are distinct even when both pools are the
+        // same file, since no page is a source and a landing at once (caller).
+        unsafe { ptr::copy_nonoverlapping(from, to, copy.bytes) };
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: the reservation made in `map`; whoever uses the bytes holds `self`, so nobody does any more.
+        unsafe { libc::munmap(self.base.cast(), self.reserved) };
+    }
+}
+
+fn system_page_bytes() -> usize {
+    // SAFETY: asks for a constant of the system.
+    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    usize::try_from(bytes).expect("the system has a page size")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{layout, pool};
+    use kv_cache::PageId;
+    use std::os::fd::AsRawFd;
+
+    fn block(layout: &PageLayout, layer: u32, page: u32) -> Extent {
+        Extent { offset: layout.block_offset(layer, PageId(page)), bytes: layout.block_bytes() }
+    }
+
+    /// Every block is written through the mapping and read back through the file, with all others poisoned: a write that
+    /// strays by a byte shows in a neighbour.
+    #[test]
+    fn a_block_is_its_bytes_and_nothing_else() {
+        let layout = layout(3, 5);
+        let file = pool(&layout);
+        let pages = Pages::map(&file, layout.clone()).expect("map");
+        for layer in 0..layout.layers {
+            for page in 0..layout.pages {
+                let extent = block(&layout, layer, page);
+                let mut expected = vec![0xA5; layout.pool_bytes()];
+                crate::testing::fill(&file, &expected);
+                // SAFETY: this test is the only user of the pool.
+                unsafe { pages.bytes_mut(extent) }.fill(7);
+                expected[extent.offset..extent.offset + extent.bytes].fill(7);
+                assert!(crate::testing::contents(&file, &layout) == expected, "block ({layer}, {page})");
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_copy_between_pools_of_different_size() {
+        let (ours, theirs) = (layout(2, 3), layout(2, 7));
+        let (source_file, target_file) = (pool(&ours), pool(&theirs));
+        let (source, target) = (Pages::map(&source_file, ours.clone()), Pages::map(&target_file, theirs.clone()));
+        let (source, target) = (source.expect("map"), target.expect("map"));
+        let (from, to) = (block(&ours, 1, 2), block(&theirs, 1, 6));
+        // SAFETY: this test is the only user of both pools.
+        unsafe {
+            source.bytes_mut(from).fill(9);
+            target.copy_from(&source, Copy { source: from.offset, target: to.offset, bytes: from.bytes });
+        }
+        let landed = crate::testing::contents(&target_file, &theirs);
+        assert!(landed[to.offset..to.offset + to.bytes].iter().all(|byte| *byte == 9));
+        assert!(landed[..to.offset].iter().all(|byte| *byte == 0), "neighbours are untouched");
+    }
+
+    /// The page after the pool cannot be touched. Asked through the kernel, which answers EFAULT where the processor would
+    /// kill the test.
+    #[test]
+    fn a_guard_page_follows_the_pool() {
+        let layout = layout(1, 1);
+        let pages = Pages::map(&pool(&layout), layout.clone()).expect("map");
+        let sink = tempfile::tempfile().expect("temporary file");
+        let write = |offset: usize| {
+            // SAFETY: the kernel checks the address; nothing is dereferenced here.
+            let wrote = unsafe { libc::write(sink.as_raw_fd(), pages.base.add(offset).cast(), 1) };
+            if wrote == 1 { Ok(()) } else { Err(io::Error::last_os_error().raw_os_error()) }
+        };
+        let rounded = layout.pool_bytes().next_multiple_of(system_page_bytes());
+        assert_eq!(write(layout.pool_bytes() - 1), Ok(()));
+        assert_eq!(write(rounded), Err(Some(libc::EFAULT)));
+        assert_eq!(write(rounded + system_page_bytes() - 1), Err(Some(libc::EFAULT)));
+    }
+
+    #[test]
+    #[should_panic(expected = "leave the page pool")]
+    fn an_extent_outside_is_caught_before_memory() {
+        let layout = layout(1, 2);
+        let pages = Pages::map(&pool(&layout), layout.clone()).expect("map");
+        // SAFETY: panics before touching anything.
+        unsafe { pages.bytes(Extent { offset: layout.block_bytes(), bytes: layout.block_bytes() + 1 }) };
+    }
+
+    #[test]
+    fn a_short_file_is_refused() {
+        let layout = layout(2, 4);
+        let file = tempfile::tempfile().expect("temporary file");
+        file.set_len(layout.pool_bytes() as u64 - 1).expect("set length");
+        let error = Pages::map(&file, layout).expect_err("too short").to_string();
+        assert!(error.starts_with("map page pool of 3072 bytes: the pool file has 3071 bytes"), "{error}");
+    }
+}

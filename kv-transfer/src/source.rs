@@ -1,0 +1,412 @@
+//! The source's half of a hand-off: a pure state machine.
+//!
+//! ```text
+//!            Opened             commit, all frames out        Acked
+//! Offered ───────────► Moving ─────────────────────► Committed ─────► done: Landed
+//!    │                   │                               │
+//!    └─── refused, called off, link lost, deadline ──────┘
+//!                        ▼
+//!                    Draining ── last frame in flight comes back ──► done: Refused | Aborted | Expired
+//! ```
+//!
+//! | state     | who must act                       | deadline passes                                   |
+//! |-----------|------------------------------------|---------------------------------------------------|
+//! | Offered   | the target's worker                | Abort, Expired                                    |
+//! | Moving    | this worker (push) and the link    | Abort, Expired                                    |
+//! | Committed | the target                         | Abort, Expired                                    |
+//! | Draining  | this side's transport              | the link is dropped, which ends every frame on it |
+//!
+//! Frames in flight read the source's pages, so a hand-off is not done before the last of them has come back, whatever
+//! happened. After that, and only then, `Quiet` tells the target that nothing more of it can land.
+//!
+//! A link lost after `Commit` leaves the source without knowledge: the target may own the sequence. It ends as Aborted here;
+//! the pages are free either way, because the target has its own copy.
+
+use crate::{
+    Begin, Commit, HandoffId, Outcome,
+    coverage::Coverage,
+    digest::Digest,
+    message::{Message, Sent},
+    plan::{self, Piece},
+};
+use kv_cache::{PageId, PageLayout};
+use std::{collections::VecDeque, ops::Range, sync::Arc, time::Duration};
+
+/// Frames of one hand-off that may be in flight at once: enough to keep every stream of a link busy.
+const WINDOW: u32 = 16;
+
+/// How long the link or the target gets to say why a frame was lost, before "lost" must do as the reason.
+const EXPLANATION: Duration = Duration::from_millis(500);
+
+/// How long states last and how blocks are grouped.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Longest wait for `Open`.
+    pub(crate) open: Duration,
+    /// Longest wait without progress afterwards.
+    pub(crate) progress: Duration,
+    /// Blocks are gathered up to this many bytes before any leave.
+    pub(crate) group_bytes: usize,
+    /// Most bytes in one frame; a group leaves as several so that all streams of the link share it.
+    pub(crate) frame_bytes: usize,
+}
+
+/// Blocks that travel as one. They are read from the source's pool when their turn comes, not before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Frame {
+    /// The attempt.
+    pub(crate) handoff: HandoffId,
+    /// Number within the hand-off, from 0.
+    pub(crate) sequence: u32,
+    /// Which blocks.
+    pub(crate) pieces: Vec<Piece>,
+    /// The sequence's pages here.
+    pub(crate) pages: Arc<[PageId]>,
+    /// The sequence's pages there. For transports that write into the target's memory.
+    pub(crate) landing: Arc<[PageId]>,
+}
+
+/// What happens to a source.
+#[derive(Clone, Debug)]
+pub(crate) enum Input {
+    /// The worker finished these blocks.
+    Push { layers: Range<u32>, pages: Range<u32> },
+    /// The worker finished them all.
+    Commit(Commit),
+    /// The worker calls it off.
+    Abort(String),
+    /// The target has a landing.
+    Opened { landing: Vec<PageId>, have: u32 },
+    /// The target will not take it.
+    Refused(String),
+    /// The target owns the sequence.
+    Acked,
+    /// The target called it off.
+    PeerAborted(String),
+    /// The transport no longer reads a frame's blocks; every byte is on its way.
+    FrameSent { sequence: u32, digest: Option<Digest> },
+    /// The transport no longer reads a frame's blocks; they did not all leave.
+    FrameLost,
+    /// The link is gone, or never came up; `refused` when the other end would not have it.
+    LinkLost { reason: String, refused: bool },
+    /// Time passed.
+    Tick,
+}
+
+/// What a source wants done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// Say this to the target.
+    Send(Message),
+    /// Move these blocks; answered by `FrameSent` or `FrameLost`.
+    Post(Frame),
+    /// Drop frames that have not started; each is answered by `FrameLost`.
+    Cancel,
+    /// Close the link: nothing else ends what is in flight.
+    DropLink(String),
+    /// Over; the pages may be given back.
+    Done(Outcome),
+}
+
+#[derive(Debug)]
+enum State {
+    Offered,
+    Moving { landing: Arc<[PageId]>, have: u32 },
+    Committed,
+    Draining { outcome: Outcome, tell: bool },
+    Done,
+}
+
+/// One hand-off, seen from the worker that computed the pages.
+#[derive(Debug)]
+pub(crate) struct Source {
+    handoff: HandoffId,
+    pages: Arc<[PageId]>,
+    layout: PageLayout,
+    limits: Limits,
+    state: State,
+    deadline: Duration,
+    pushed: Coverage,
+    /// Pushed and not yet cut into frames, as (layers, pages).
+    gathered: Vec<(Range<u32>, Range<u32>)>,
+    /// Cut and not yet posted.
+    queue: VecDeque<Vec<Piece>>,
+    /// A frame was lost, so this cannot land any more.
+    broken: bool,
+    in_flight: u32,
+    /// By frame number, of all frames posted.
+    digests: Vec<Option<Digest>>,
+    committed: Option<(Duration, Commit)>,
+}
+
+impl Source {
+    /// Starts a hand-off at `now` with asking the target for a landing.
+    pub(crate) fn begin(
+        now: Duration,
+        begin: &Begin,
+        layout: &PageLayout,
+        limits: Limits,
+        out: &mut Vec<Action>,
+    ) -> Self {
+        let mut source = Self {
+            handoff: begin.handoff,
+            pages: begin.pages.as_slice().into(),
+            layout: layout.clone(),
+            limits,
+            state: State::Offered,
+            deadline: now + limits.open,
+            pushed: Coverage::new(layout.layers, 0),
+            gathered: Vec::new(),
+            queue: VecDeque::new(),
+            broken: false,
+            in_flight: 0,
+            digests: Vec::new(),
+            committed: None,
+        };
+        if layout.pages_for(begin.tokens as usize) == begin.pages.len() && fit(&begin.pages, layout) {
+            source.pushed = Coverage::new(layout.layers, begin.pages.len() as u32);
+            out.push(Action::Send(Message::Begin { handoff: begin.handoff, tokens: begin.tokens }));
+        } else {
+            let reason = format!("{} pages were given for {} tokens", begin.pages.len(), begin.tokens);
+            source.end(now, Outcome::Aborted(reason), false, out);
+        }
+        source
+    }
+
+    /// Returns when [`Input::Tick`] has something to say.
+    pub(crate) fn deadline(&self) -> Duration {
+        self.deadline
+    }
+
+    /// Says whether it is over.
+    pub(crate) fn is_done(&self) -> bool {
+        matches!(self.state, State::Done)
+    }
+
+    /// Returns when the worker committed.
+    pub(crate) fn committed_at(&self) -> Option<Duration> {
+        self.committed.as_ref().map(|(at, _)| *at)
+    }
+
+    /// Takes one input at `now` and appends what to do about it. Returns whether the input meant anything in this state.
+    pub(crate) fn step(&mut self, now: Duration, input: Input, out: &mut Vec<Action>) -> bool {
+        match input {
+            Input::Push { layers, pages } => self.push(now, layers, pages, out),
+            Input::Commit(commit) => self.commit(now, commit, out),
+            Input::Abort(reason) => self.call_off(now, Outcome::Aborted(reason), out),
+            Input::Opened { landing, have } => return self.opened(now, landing, have, out),
+            Input::Refused(reason) => return self.told_off(now, Outcome::Refused(reason), out),
+            Input::PeerAborted(reason) => return self.told_off(now, Outcome::Aborted(reason), out),
+            Input::Acked => return self.acked(out),
+            Input::FrameSent { sequence, digest } => self.frame_sent(now, sequence, digest, out),
+            Input::FrameLost => self.frame_lost(now, out),
+            Input::LinkLost { reason, refused } => self.link_lost(now, reason, refused, out),
+            Input::Tick if now >= self.deadline => self.expire(now, out),
+            Input::Tick => {}
+        }
+        true
+    }
+
+    fn push(&mut self, now: Duration, layers: Range<u32>, pages: Range<u32>, out: &mut Vec<Action>) {
+        if self.committed.is_some() || !matches!(self.state, State::Offered | State::Moving { .. }) {
+            return;
+        }
+        for layer in layers.clone() {
+            if !self.pushed.mark(&Piece { layer, pages: pages.clone() }) {
+                let reason = format!("layer {layer} of pages {pages:?} was pushed twice or lies outside");
+                return self.call_off(now, Outcome::Aborted(reason), out);
+            }
+        }
+        let last_layer = layers.end == self.layout.layers;
+        match self.gathered.last_mut() {
+            Some(last) if last.1 == pages && last.0.end == layers.start => last.0.end = layers.end,
+            _ => self.gathered.push((layers, pages)),
+        }
+        self.advance(now, last_layer, out);
+    }
+
+    fn commit(&mut self, now: Duration, commit: Commit, out: &mut Vec<Action>) {
+        if self.committed.is_none() && matches!(self.state, State::Offered | State::Moving { .. }) {
+            self.committed = Some((now, commit));
+            self.advance(now, true, out);
+        }
+    }
+
+    fn opened(&mut self, now: Duration, landing: Vec<PageId>, have: u32, out: &mut Vec<Action>) -> bool {
+        if !matches!(self.state, State::Offered) {
+            return false;
+        }
+        if landing.len() != self.pages.len() || have as usize > landing.len() {
+            let reason = format!("landing of {} pages, {have} there, for {} pages", landing.len(), self.pages.len());
+            self.call_off(now, Outcome::Aborted(reason), out);
+            return true;
+        }
+        self.state = State::Moving { landing: landing.into(), have };
+        // What was pushed while waiting has waited long enough.
+        self.advance(now, true, out);
+        true
+    }
+
+    fn acked(&mut self, out: &mut Vec<Action>) -> bool {
+        let expected = matches!(self.state, State::Committed);
+        if expected {
+            self.state = State::Done;
+            out.push(Action::Done(Outcome::Landed));
+        }
+        expected
+    }
+
+    fn frame_sent(&mut self, now: Duration, sequence: u32, digest: Option<Digest>, out: &mut Vec<Action>) {
+        self.in_flight -= 1;
+        self.digests[sequence as usize] = digest;
+        self.advance(now, false, out);
+        self.settle(out);
+    }
+
+    fn frame_lost(&mut self, now: Duration, out: &mut Vec<Action>) {
+        self.in_flight -= 1;
+        if matches!(self.state, State::Moving { .. }) && !std::mem::replace(&mut self.broken, true) {
+            self.deadline = self.deadline.min(now + EXPLANATION);
+        }
+        self.settle(out);
+    }
+
+    fn link_lost(&mut self, now: Duration, reason: String, refused: bool, out: &mut Vec<Action>) {
+        match &mut self.state {
+            State::Draining { tell, .. } => *tell = false,
+            State::Done => {}
+            _ if refused => self.end(now, Outcome::Refused(reason), false, out),
+            _ => self.end(now, Outcome::Aborted(reason), false, out),
+        }
+    }
+
+    fn expire(&mut self, now: Duration, out: &mut Vec<Action>) {
+        let reason = match self.state {
+            State::Offered => format!("no landing within {:?}", self.limits.open),
+            State::Moving { .. } if self.broken => {
+                return self.call_off(now, Outcome::Aborted("blocks could not be moved".into()), out);
+            }
+            State::Moving { .. } => format!("no progress for {:?}", self.limits.progress),
+            State::Committed => format!("commit not acknowledged for {:?}", self.limits.progress),
+            State::Draining { .. } => {
+                self.deadline = Duration::MAX;
+                return out
+                    .push(Action::DropLink(format!("{} frames of hand-off {} hang", self.in_flight, self.handoff)));
+            }
+            State::Done => return,
+        };
+        self.call_off(now, Outcome::Expired(reason), out);
+    }
+
+    /// There was progress: cuts what was gathered into frames when there is enough of it (or `flush`), posts what the window
+    /// allows, and says `Commit` after the last.
+    fn advance(&mut self, now: Duration, flush: bool, out: &mut Vec<Action>) {
+        let State::Moving { landing, have } = &self.state else { return };
+        if self.broken {
+            return;
+        }
+        let (landing, have) = (landing.clone(), *have);
+        self.deadline = now + self.limits.progress;
+        if flush || self.gathered_bytes(have) >= self.limits.group_bytes {
+            let limit = (self.limits.frame_bytes / self.layout.block_bytes()).max(1) as u32;
+            let gathered = std::mem::take(&mut self.gathered);
+            let pieces = gathered.into_iter().flat_map(|(layers, pages)| plan::pieces(layers, pages, have));
+            self.queue.extend(plan::frames(pieces, limit));
+        }
+        while self.in_flight < WINDOW
+            && let Some(pieces) = self.queue.pop_front()
+        {
+            let (pages, landing) = (self.pages.clone(), landing.clone());
+            let sequence = self.digests.len() as u32;
+            self.digests.push(None);
+            self.in_flight += 1;
+            out.push(Action::Post(Frame { handoff: self.handoff, sequence, pieces, pages, landing }));
+        }
+        if self.in_flight == 0
+            && self.queue.is_empty()
+            && let Some((_, commit)) = self.committed.clone()
+        {
+            self.say_commit(now, have, commit, out);
+        }
+    }
+
+    fn say_commit(&mut self, now: Duration, have: u32, commit: Commit, out: &mut Vec<Action>) {
+        let pages = self.pages.len() as u32 - have;
+        let blocks = u64::from(pages) * u64::from(self.layout.layers);
+        let missing = self.pushed.missing_from(have);
+        if missing > 0 {
+            let reason = format!("committed with {missing} of {blocks} blocks not pushed");
+            return self.call_off(now, Outcome::Aborted(reason), out);
+        }
+        let sent = Sent {
+            pages,
+            bytes: blocks * self.layout.block_bytes() as u64,
+            frames: self.digests.len() as u32,
+            digest: self.digests.iter().copied().collect::<Option<Vec<_>>>().map(Digest::of_frames),
+        };
+        self.state = State::Committed;
+        self.deadline = now + self.limits.progress;
+        out.push(Action::Send(Message::Commit { handoff: self.handoff, sent, commit }));
+    }
+
+    /// Ends it on our own account: the target hears `Abort` first, and `Quiet` once that is true.
+    fn call_off(&mut self, now: Duration, outcome: Outcome, out: &mut Vec<Action>) {
+        if !matches!(self.state, State::Draining { .. } | State::Done) {
+            let reason = outcome.reason().to_owned();
+            out.push(Action::Send(Message::Abort { handoff: self.handoff, reason }));
+            self.end(now, outcome, true, out);
+        }
+    }
+
+    /// Ends it because the target said so. Returns whether it was still going.
+    fn told_off(&mut self, now: Duration, outcome: Outcome, out: &mut Vec<Action>) -> bool {
+        let going = !matches!(self.state, State::Draining { .. } | State::Done);
+        if going {
+            self.end(now, outcome, true, out);
+        }
+        going
+    }
+
+    fn end(&mut self, now: Duration, outcome: Outcome, tell: bool, out: &mut Vec<Action>) {
+        self.gathered.clear();
+        self.queue.clear();
+        self.state = State::Draining { outcome, tell };
+        self.deadline = now + self.limits.progress;
+        if self.in_flight > 0 {
+            out.push(Action::Cancel);
+        }
+        self.settle(out);
+    }
+
+    /// Leaves `Draining` once nobody reads the pages any more.
+    fn settle(&mut self, out: &mut Vec<Action>) {
+        if self.in_flight > 0 || !matches!(self.state, State::Draining { .. }) {
+            return;
+        }
+        if let State::Draining { outcome, tell } = std::mem::replace(&mut self.state, State::Done) {
+            if tell {
+                out.push(Action::Send(Message::Quiet { handoff: self.handoff }));
+            }
+            out.push(Action::Done(outcome));
+        }
+    }
+
+    fn gathered_bytes(&self, have: u32) -> usize {
+        let blocks: u64 = self
+            .gathered
+            .iter()
+            .map(|(layers, pages)| layers.len() as u64 * u64::from(pages.end.saturating_sub(pages.start.max(have))))
+            .sum();
+        blocks as usize * self.layout.block_bytes()
+    }
+}
+
+/// Says whether all `pages` are distinct pages of a pool of this `layout`.
+pub(crate) fn fit(pages: &[PageId], layout: &PageLayout) -> bool {
+    let mut sorted = pages.to_vec();
+    sorted.sort_unstable();
+    sorted.last().is_none_or(|last| last.0 < layout.pages) && sorted.windows(2).all(|pair| pair[0] != pair[1])
+}
+
+#[cfg(test)]
+mod tests;

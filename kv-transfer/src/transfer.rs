@@ -1,0 +1,208 @@
+//! The handle that workers hold: starts everything and passes requests to the driver.
+
+use crate::{
+    Begin, Commit, Config, Error, Event, HandoffId, Identity,
+    driver::{Driver, Live, Parts},
+    handoffs::{Handoffs, Request},
+    handshake::Offer,
+    inbox::{Inbox, Note},
+    landing::Landings,
+    links::{Links, MOST_STREAMS},
+    metrics::Metrics,
+    mover::Movers,
+    pages::Pages,
+    source::Limits,
+    speed::Speed,
+    transport::memory,
+};
+use kv_cache::PageId;
+use std::{fs::File, net::SocketAddr, ops::Range, sync::Arc, time::Duration};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+
+/// Least bytes of a frame; smaller ones cost more in wake-ups than sharing them among streams gains.
+const LEAST_FRAME_BYTES: usize = 256 << 10;
+/// Arrivals from all links that wait for the driver; when it is full, links stop reading.
+const MOST_ARRIVALS: usize = 256;
+
+/// One worker's end of all its links. Cloning is cheap; everything stops when the token given to [`Transfer::start`] is
+/// cancelled, when the receiver of its events is dropped, or with the runtime it was started on.
+#[derive(Clone, Debug)]
+pub struct Transfer {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    address: String,
+    inbox: Arc<Inbox>,
+    live: watch::Sender<Live>,
+    speed: Arc<Speed>,
+}
+
+impl Transfer {
+    /// Maps the pool `pages` (a file of `identity.layout.pool_bytes()` bytes), listens for links and starts reporting to `events`.
+    ///
+    /// `events` is bounded; when it is full the link waits, and with it the peer. After `shutdown` the hand-offs in flight get
+    /// half a second to end; [`Transfer::drain`] comes before that.
+    pub async fn start(
+        config: Config,
+        identity: Identity,
+        pages: &File,
+        events: mpsc::Sender<Event>,
+        shutdown: CancellationToken,
+    ) -> Result<Self, Error> {
+        let pool = Arc::new(Pages::map(pages, identity.layout.clone())?);
+        let listen = |source| Error::Listen { address: config.listen, source };
+        let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
+        let bound = listener.local_addr().map_err(listen)?;
+        if bound.ip().is_unspecified() && config.advertise.is_none() {
+            tracing::warn!(%bound, "no address to advertise: peers elsewhere cannot use an unspecified one");
+        }
+        let streams = config.tcp_streams.clamp(1, MOST_STREAMS);
+        let movers = Movers::start(streams).map_err(Error::Threads)?;
+
+        let inbox = Arc::new(Inbox::default());
+        let landings = Arc::new(Landings::new(pool.clone(), inbox.clone()));
+        let (arrivals, arrived) = mpsc::channel(MOST_ARRIVALS);
+        let offer = Offer::new(&config, identity.clone(), memory::process());
+        let links = Links::new(&config, offer, (pool, landings.clone()), movers, arrivals);
+        let accepting = CancellationToken::new();
+        links.tasks.spawn(links.clone().accept(listener, accepting.clone()));
+
+        let inner = Inner {
+            address: advertised(config.advertise.as_deref(), bound),
+            inbox: inbox.clone(),
+            live: watch::Sender::default(),
+            speed: Arc::default(),
+        };
+        let driver = Driver::new(Parts {
+            handoffs: Handoffs::new(identity.layout.clone(), limits(&config)),
+            links: links.clone(),
+            landings,
+            inbox,
+            arrivals: arrived,
+            events,
+            live: inner.live.clone(),
+            speed: inner.speed.clone(),
+            metrics: Metrics::new(&identity.worker),
+            block_bytes: identity.layout.block_bytes(),
+            _accepting: accepting.drop_guard(),
+        });
+        links.tasks.spawn(driver.run(shutdown));
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Returns the `host:port` that peers use.
+    pub fn address(&self) -> String {
+        self.inner.address.clone()
+    }
+
+    /// Source: asks the target for a landing. Never blocks; the link is opened if needed. The hand-off's trace span is a child of
+    /// the current one.
+    pub fn begin(&self, begin: Begin) {
+        let span = tracing::info_span!("handoff", id = %begin.handoff, side = "source", peer = begin.target.worker);
+        self.inner.live.send_modify(|live| live.queued += 1);
+        self.inner.inbox.put(Note::Begin(begin, span));
+    }
+
+    /// Source: the blocks of `layers` of pages `pages` (indices into [`Begin::pages`]) are final. They are sent as soon as the
+    /// target has opened, merged into groups. Never blocks; called from the step, so it only queues a descriptor.
+    ///
+    /// Each block is pushed once: a page is pushed when it is full, or with the last of the prompt.
+    pub fn push(&self, handoff: HandoffId, layers: Range<u32>, pages: Range<u32>) {
+        self.request(Request::Push { handoff, layers, pages });
+    }
+
+    /// Source: every block has been pushed; `commit` follows the last one.
+    pub fn commit(&self, handoff: HandoffId, commit: Commit) {
+        self.request(Request::Commit { handoff, commit });
+    }
+
+    /// Target: `landing` are the local pages for all of the sequence, in order; the first `have` of them already hold its prefix
+    /// and are not sent. If the hand-off has been lost meanwhile, [`Event::Quiet`] follows at once.
+    pub fn open(&self, handoff: HandoffId, landing: Vec<PageId>, have: u32) {
+        self.request(Request::Open { handoff, landing, have });
+    }
+
+    /// Target: no landing for this one.
+    pub fn refuse(&self, handoff: HandoffId, reason: String) {
+        self.request(Request::Refuse { handoff, reason });
+    }
+
+    /// Either side: calls the hand-off off (the request was cancelled). The source still gets [`Event::SourceDone`], a target
+    /// that had opened still gets [`Event::Quiet`]. Unknown hand-offs are remembered for a while, so that an abort may come
+    /// before its `Begin`.
+    pub fn abort(&self, handoff: HandoffId, reason: String) {
+        self.request(Request::Abort { handoff, reason });
+    }
+
+    /// Returns the number of hand-offs that have not ended, both sides.
+    pub fn in_flight(&self) -> usize {
+        let live = *self.inner.live.borrow();
+        live.queued + live.known
+    }
+
+    /// Returns how fast pages left this worker lately, in bytes per second while there was something to send; 0 = not known yet.
+    pub fn link_bytes_per_s(&self) -> f64 {
+        self.inner.speed.bytes_per_s()
+    }
+
+    /// Waits until no hand-off is in flight, for at most `limit`. Returns how many were left.
+    pub async fn drain(&self, limit: Duration) -> usize {
+        let mut live = self.inner.live.subscribe();
+        let drained = live.wait_for(|live| live.queued + live.known == 0);
+        match timeout(limit, drained).await {
+            Ok(_) => 0,
+            Err(_) => self.in_flight(),
+        }
+    }
+
+    fn request(&self, request: Request) {
+        self.inner.inbox.put(Note::Request(request));
+    }
+}
+
+/// Returns `host:port` for peers: what is advertised, completed by the bound port where it is a host alone (an IPv6 address wears
+/// brackets).
+fn advertised(advertise: Option<&str>, bound: SocketAddr) -> String {
+    let has_port = |host: &str| host.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+    match advertise {
+        None => bound.to_string(),
+        Some(address) if has_port(address) => address.to_owned(),
+        Some(host) => format!("{host}:{}", bound.port()),
+    }
+}
+
+fn limits(config: &Config) -> Limits {
+    let frame_bytes = config.group_bytes / config.tcp_streams.clamp(1, MOST_STREAMS) / 2;
+    Limits {
+        open: Duration::from_millis(config.open_timeout_ms),
+        progress: Duration::from_millis(config.progress_timeout_ms),
+        group_bytes: config.group_bytes,
+        frame_bytes: frame_bytes.max(LEAST_FRAME_BYTES),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_advertised_host_takes_the_bound_port() {
+        let bound = SocketAddr::from(([127, 0, 0, 1], 7001));
+        for (advertise, expected) in [
+            (None, "127.0.0.1:7001"),
+            (Some("worker-3.prefill"), "worker-3.prefill:7001"),
+            (Some("worker-3:9000"), "worker-3:9000"),
+            (Some("[fd00::3]"), "[fd00::3]:7001"),
+            (Some("[fd00::3]:9000"), "[fd00::3]:9000"),
+        ] {
+            assert_eq!(advertised(advertise, bound), expected);
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! Ways to move bytes.
+//!
+//! A link has one [`Transport`] at its source: it takes frames and says when each no longer needs its blocks. It decides
+//! nothing: what may be sent is decided by the source's state machine, what may be written by the target's landings. Control
+//! messages never pass through it; they have the link's own socket, whose closing is seen at once.
+//!
+//! Two kinds today, and the seam for those to come:
+//!
+//! | transport | who writes the target's pages | proof that no write can land           |
+//! |-----------|-------------------------------|----------------------------------------|
+//! | `memory`  | the source's mover, by permit | the landing is closed                  |
+//! | `tcp`     | the target's mover, by permit | the landing is closed                  |
+//! | one-sided | the source, from outside      | `Quiet` from the source, or its death  |
+//!
+//! A one-sided transport (shared memory, RDMA) has everything it needs in a [`Frame`]: the pages on both sides. Its target
+//! answers `Seal` only when vouched for, or when the endpoint is gone; the state machines already treat it so.
+
+pub(crate) mod memory;
+pub(crate) mod tcp;
+
+use crate::{
+    HandoffId,
+    digest::Digest,
+    handoffs::Moved,
+    inbox::{Inbox, Note},
+    link::LinkStop,
+    source::Frame,
+    speed::Speed,
+};
+use std::{
+    collections::VecDeque,
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+use tokio::{sync::Notify, time::Instant};
+
+/// Bytes moved between two looks at anything else: one system call, one permit. At memory speed some 20 to 60 µs, which bounds
+/// how long a mover's other links, and a seal, wait; small enough to be digested from the second-level cache.
+pub(crate) const BURST_BYTES: usize = 256 << 10;
+
+/// The source's end of a link's data path.
+pub(crate) trait Transport: fmt::Debug + Send + Sync {
+    /// Queues a frame. Never blocks. The number of frames is bounded by the state machines' windows.
+    fn post(&self, job: Job);
+
+    /// Drops the frames of `handoff` that have not started.
+    fn cancel(&self, handoff: HandoffId);
+
+    /// Stops. Every frame that has not left is dropped, as soon as nobody reads its blocks.
+    fn close(&self);
+}
+
+/// A frame on its way. Dropping it unfinished reports it as lost, so no way out of a transport forgets one.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) frame: Frame,
+    bytes: u64,
+    inbox: Arc<Inbox>,
+    speed: Arc<Speed>,
+    sent: Option<Moved>,
+}
+
+impl Job {
+    /// Starts the way of `frame`, whose blocks have `bytes` in all.
+    pub(crate) fn new(frame: Frame, bytes: u64, inbox: Arc<Inbox>, speed: Arc<Speed>) -> Self {
+        speed.started(Instant::now());
+        Self { frame, bytes, inbox, speed, sent: None }
+    }
+
+    /// All bytes are on their way and its blocks are no longer read.
+    pub(crate) fn finish(mut self, digest: Option<Digest>) {
+        self.sent = Some(Moved::Sent { sequence: self.frame.sequence, bytes: self.bytes, digest });
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        let moved = self.sent.take().unwrap_or(Moved::Lost);
+        let bytes = if matches!(moved, Moved::Lost) { 0 } else { self.bytes };
+        self.speed.finished(Instant::now(), bytes);
+        self.inbox.put(Note::Moved(self.frame.handoff, moved));
+    }
+}
+
+/// Frames waiting for one of the movers of a link, first come first served.
+#[derive(Debug)]
+pub(crate) struct JobQueue {
+    state: Mutex<QueueState>,
+    wake: Notify,
+}
+
+#[derive(Debug, Default)]
+struct QueueState {
+    jobs: VecDeque<Job>,
+    closed: bool,
+}
+
+impl JobQueue {
+    /// Starts empty.
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::new(Self { state: Mutex::default(), wake: Notify::new() })
+    }
+
+    fn post(&self, job: Job) {
+        let mut state = self.lock();
+        if !state.closed {
+            state.jobs.push_back(job);
+            drop(state);
+            self.wake.notify_one();
+        }
+    }
+
+    /// Waits for the next frame. Cancel safe.
+    async fn next(&self) -> Job {
+        loop {
+            if let Some(job) = self.lock().jobs.pop_front() {
+                return job;
+            }
+            self.wake.notified().await;
+        }
+    }
+
+    fn cancel(&self, handoff: HandoffId) {
+        let mut state = self.lock();
+        let jobs = std::mem::take(&mut state.jobs);
+        let (cancelled, kept): (VecDeque<_>, _) = jobs.into_iter().partition(|job| job.frame.handoff == handoff);
+        state.jobs = kept;
+        drop(state);
+        drop(cancelled);
+    }
+
+    fn close(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        let jobs = std::mem::take(&mut state.jobs);
+        drop(state);
+        drop(jobs);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, QueueState> {
+        // Whole between any two statements.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Takes the link down when the data path of it ends for whatever reason, a panic included.
+#[derive(Debug)]
+pub(crate) struct EndsLink(pub(crate) LinkStop, pub(crate) &'static str);
+
+impl Drop for EndsLink {
+    fn drop(&mut self) {
+        self.0.stop(self.1);
+    }
+}

@@ -1,0 +1,156 @@
+//! `memory`: both workers live in this process, and the source copies blocks straight into the target's pool.
+//!
+//! The source finds the target's landings in a process-wide registry under the number that the target's `Welcome` named. The
+//! copy runs on the *source's* movers, in bursts under the target's permit: closing the landing waits for at most one burst
+//! and then proves that nothing more is written.
+
+use super::{BURST_BYTES, EndsLink, Job, JobQueue, Transport};
+use crate::{
+    HandoffId,
+    digest::FrameHasher,
+    landing::{Landing, Landings},
+    link::LinkStop,
+    mover::Movers,
+    pages::Pages,
+    plan::{self, Copy, Extent, Place},
+};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
+};
+use tokio_util::sync::CancellationToken;
+
+/// Landings of this process, by number.
+static REGISTRY: Mutex<Option<HashMap<u64, Weak<Landings>>>> = Mutex::new(None);
+
+/// Returns the number of this process: two workers that see the same one share memory.
+pub(crate) fn process() -> u64 {
+    static PROCESS: OnceLock<u64> = OnceLock::new();
+    *PROCESS.get_or_init(rand::random)
+}
+
+/// Landings that peers in this process can find, until dropped.
+#[derive(Debug)]
+pub(crate) struct Registration(u64);
+
+impl Registration {
+    /// Lists `landings` under a new number.
+    pub(crate) fn new(landings: &Arc<Landings>) -> Self {
+        let number = rand::random();
+        registry().get_or_insert_default().insert(number, Arc::downgrade(landings));
+        Self(number)
+    }
+
+    /// Returns the number to tell peers.
+    pub(crate) fn number(&self) -> u64 {
+        self.0
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        registry().get_or_insert_default().remove(&self.0);
+    }
+}
+
+fn registry() -> MutexGuard<'static, Option<HashMap<u64, Weak<Landings>>>> {
+    // Whole between any two statements.
+    REGISTRY.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The source's end.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    queue: Arc<JobQueue>,
+    stop: CancellationToken,
+}
+
+/// What a link's copiers share.
+#[derive(Clone, Debug)]
+pub(crate) struct Path {
+    /// The source's pool.
+    pub(crate) pool: Arc<Pages>,
+    /// Token of the link.
+    pub(crate) token: u64,
+    /// Whether contents are digested on both sides.
+    pub(crate) digest: bool,
+}
+
+impl Memory {
+    /// Starts copiers on `movers` for the landings under `number`, or `None` when they are gone.
+    pub(crate) fn start(number: u64, path: &Path, movers: &Movers, link: &LinkStop) -> Option<Self> {
+        let landings = registry().as_ref()?.get(&number)?.upgrade()?;
+        let (queue, stop) = (JobQueue::new(), CancellationToken::new());
+        for mover in 0..movers.count() {
+            let (queue, stop, path) = (queue.clone(), stop.clone(), path.clone());
+            let (landings, ends) = (landings.clone(), EndsLink(link.clone(), "a copier ended"));
+            movers.spawn(mover, async move {
+                stop.run_until_cancelled(copy_frames(&queue, &landings, &path)).await;
+                drop(ends);
+            });
+        }
+        Some(Self { queue, stop })
+    }
+}
+
+impl Transport for Memory {
+    fn post(&self, job: Job) {
+        self.queue.post(job);
+    }
+
+    fn cancel(&self, handoff: HandoffId) {
+        self.queue.cancel(handoff);
+    }
+
+    fn close(&self) {
+        self.queue.close();
+        self.stop.cancel();
+    }
+}
+
+async fn copy_frames(queue: &JobQueue, landings: &Landings, path: &Path) {
+    loop {
+        let job = queue.next().await;
+        match landings.find(job.frame.handoff, path.token) {
+            Some(landing) if landing.admit(&job.frame.pieces) => copy_frame(job, &landing, path).await,
+            _ => landings.stale(job.frame.handoff),
+        }
+    }
+}
+
+/// Copies one frame, unless the landing is closed meanwhile; then the job is dropped and so reported as lost.
+async fn copy_frame(job: Job, landing: &Landing, path: &Path) {
+    let frame = &job.frame;
+    let hasher = || path.digest.then(|| FrameHasher::new(frame.handoff, frame.sequence, &frame.pieces));
+    let (mut sent, mut landed) = (hasher(), hasher());
+    let source = Place { layout: path.pool.layout(), pages: &frame.pages };
+    for burst in plan::copies(source, landing.place(), &frame.pieces).into_iter().flat_map(bursts) {
+        let Some(_permit) = landing.enter() else { return };
+        // SAFETY: the source blocks are frozen until this job reports back; the landing blocks were admitted to this frame
+        // alone and the permit is held. Source and landing are pages of different sequences.
+        unsafe { landing.pool().copy_from(&path.pool, burst) };
+        if let (Some(sent), Some(landed)) = (&mut sent, &mut landed) {
+            // SAFETY: as above; nobody else writes either.
+            let (from, to) = unsafe {
+                let to = Extent { offset: burst.target, bytes: burst.bytes };
+                (path.pool.bytes(Extent { offset: burst.source, bytes: burst.bytes }), landing.pool().bytes(to))
+            };
+            sent.update(from);
+            landed.update(to);
+        }
+        drop(_permit);
+        tokio::task::yield_now().await;
+    }
+    let Some(permit) = landing.enter() else { return };
+    landing.landed(&permit, frame.sequence, &frame.pieces, landed.map(FrameHasher::finish));
+    drop(permit);
+    job.finish(sent.map(FrameHasher::finish));
+}
+
+fn bursts(copy: Copy) -> impl Iterator<Item = Copy> {
+    (0..copy.bytes).step_by(BURST_BYTES).map(move |at| Copy {
+        source: copy.source + at,
+        target: copy.target + at,
+        bytes: BURST_BYTES.min(copy.bytes - at),
+    })
+}

@@ -1,0 +1,357 @@
+//! `tcp`: between any two machines, over a few data connections per link.
+//!
+//! A frame is a `Pages` header and then its blocks, end to end, written vectored straight from the source's pages and read
+//! straight into the landing's. All connections of a link draw frames from one queue, so a slow one gets fewer. Back-pressure
+//! is the kernel's: at most the socket buffers are in flight, and whatever waits is only descriptors.
+//!
+//! The *target* writes its own pages. A frame for a landing that is closed, or that fails admission, is read and thrown away,
+//! which is why closing the landing, or the connection, proves that nothing more of it can land.
+
+use super::{BURST_BYTES, EndsLink, Job, JobQueue, Transport};
+use crate::{
+    HandoffId,
+    digest::FrameHasher,
+    landing::{Landing, Landings},
+    link::LinkStop,
+    message::{Message, frame_bytes},
+    mover::Movers,
+    pages::Pages,
+    plan::{self, Extent, Piece, Place},
+};
+use std::{
+    io::{self, ErrorKind, IoSlice, IoSliceMut},
+    sync::Arc,
+};
+use tokio::{io::AsyncReadExt, net::TcpStream};
+use tokio_util::sync::CancellationToken;
+
+/// Most extents in one system call; the kernel takes 1024.
+const MOST_SLICES: usize = 256;
+/// Longest header believed: a frame of [`BURST_BYTES`]-sized blocks needs a few dozen bytes, one of tiny blocks some kilobytes.
+const LONGEST_HEADER: usize = 1 << 20;
+
+/// The source's end.
+#[derive(Debug)]
+pub(crate) struct Tcp {
+    queue: Arc<JobQueue>,
+    stop: CancellationToken,
+}
+
+impl Tcp {
+    /// Starts a sender per connection. `digest`: contents are digested.
+    pub(crate) fn start(
+        streams: Vec<std::net::TcpStream>,
+        pool: &Arc<Pages>,
+        digest: bool,
+        movers: &Movers,
+        link: &LinkStop,
+    ) -> Self {
+        let (queue, stop) = (JobQueue::new(), CancellationToken::new());
+        for (number, stream) in streams.into_iter().enumerate() {
+            let (queue, stop, pool) = (queue.clone(), stop.clone(), pool.clone());
+            let ends = EndsLink(link.clone(), "a data connection ended");
+            movers.spawn(number, async move {
+                let sending = async {
+                    let stream = TcpStream::from_std(stream)?;
+                    loop {
+                        send_frame(&stream, queue.next().await, &pool, digest).await?;
+                    }
+                };
+                let ended: Option<io::Result<()>> = stop.run_until_cancelled(sending).await;
+                if let Some(Err(error)) = ended {
+                    ends.0.stop(format!("data connection: {error}"));
+                }
+                drop(ends);
+            });
+        }
+        Self { queue, stop }
+    }
+}
+
+impl Transport for Tcp {
+    fn post(&self, job: Job) {
+        self.queue.post(job);
+    }
+
+    fn cancel(&self, handoff: HandoffId) {
+        self.queue.cancel(handoff);
+    }
+
+    fn close(&self) {
+        self.queue.close();
+        self.stop.cancel();
+    }
+}
+
+async fn send_frame(stream: &TcpStream, job: Job, pool: &Pages, digest: bool) -> io::Result<()> {
+    let frame = &job.frame;
+    let mut header = Vec::new();
+    let pieces = frame.pieces.clone();
+    Message::Pages { handoff: frame.handoff, sequence: frame.sequence, pieces }.encode(&mut header);
+    let mut hasher = digest.then(|| FrameHasher::new(frame.handoff, frame.sequence, &frame.pieces));
+    let place = Place { layout: pool.layout(), pages: &frame.pages };
+    for burst in bursts(plan::extents(place, &frame.pieces)) {
+        // SAFETY: the blocks are frozen until this job reports back, which it does when it is dropped, after these slices.
+        let blocks = burst.into_iter().map(|extent| unsafe { pool.bytes(extent) });
+        let mut slices: Vec<IoSlice<'_>> = Vec::with_capacity(blocks.len() + 1);
+        slices.push(IoSlice::new(&header));
+        slices.extend(blocks.map(IoSlice::new));
+        if let Some(hasher) = &mut hasher {
+            slices[1..].iter().for_each(|block| hasher.update(block));
+        }
+        write_all(stream, &mut slices).await?;
+        header.clear();
+    }
+    job.finish(hasher.map(FrameHasher::finish));
+    Ok(())
+}
+
+async fn write_all(stream: &TcpStream, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+    IoSlice::advance_slices(&mut slices, 0); // Drops empty ones in front: an empty write would read as a closed connection.
+    while !slices.is_empty() {
+        stream.writable().await?;
+        match stream.try_write_vectored(slices) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(bytes) => IoSlice::advance_slices(&mut slices, bytes),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// The target's end of one data connection.
+#[derive(Debug)]
+pub(crate) struct Receiver {
+    pub(crate) landings: Arc<Landings>,
+    /// Token of the link: names the landings that may be written.
+    pub(crate) token: u64,
+    /// Bytes of one block here and there.
+    pub(crate) block_bytes: usize,
+    /// Whether contents are digested.
+    pub(crate) digest: bool,
+}
+
+impl Receiver {
+    /// Starts reading frames on `movers` until the link stops, which it does when the connection ends.
+    pub(crate) fn start(self, number: usize, stream: std::net::TcpStream, movers: &Movers, link: &LinkStop) {
+        let (link, ends) = (link.clone(), EndsLink(link.clone(), "a data connection ended"));
+        movers.spawn(number, async move {
+            let receiving = async {
+                let mut stream = TcpStream::from_std(stream)?;
+                loop {
+                    self.receive_frame(&mut stream).await?;
+                }
+            };
+            let ended: Option<io::Result<()>> = link.token().run_until_cancelled(receiving).await;
+            if let Some(Err(error)) = ended {
+                link.stop(format!("data connection: {error}"));
+            }
+            drop(ends);
+        });
+    }
+
+    async fn receive_frame(&self, stream: &mut TcpStream) -> io::Result<()> {
+        let (handoff, sequence, pieces) = read_header(stream).await?;
+        // Bounded whatever the peer says: blocks of a frame are counted in 64 bits and only ever read into pages or thrown away.
+        let bytes = payload_bytes(&pieces, self.block_bytes)?;
+        let admitted = self.landings.find(handoff, self.token).filter(|landing| landing.admit(&pieces));
+        let left = match &admitted {
+            Some(landing) => self.land(stream, landing, (handoff, sequence, &pieces)).await?,
+            None => bytes,
+        };
+        if admitted.is_none() || left > 0 {
+            self.landings.stale(handoff);
+        }
+        discard(stream, left).await
+    }
+
+    /// Reads a frame into its pages. Returns the bytes still to come when the landing was closed meanwhile.
+    async fn land(
+        &self,
+        stream: &TcpStream,
+        landing: &Landing,
+        (handoff, sequence, pieces): (HandoffId, u32, &[Piece]),
+    ) -> io::Result<u64> {
+        let mut hasher = self.digest.then(|| FrameHasher::new(handoff, sequence, pieces));
+        let mut left = plan::blocks(pieces) * self.block_bytes as u64;
+        for burst in bursts(plan::extents(landing.place(), pieces)) {
+            let read = fill(stream, landing, &burst).await?;
+            left -= read;
+            if read < burst.iter().map(|extent| extent.bytes as u64).sum() {
+                return Ok(left);
+            }
+            if let Some(hasher) = &mut hasher {
+                let Some(_permit) = landing.enter() else { return Ok(left) };
+                // SAFETY: admitted to this frame alone and the permit is held, so nobody writes these blocks.
+                burst.into_iter().for_each(|extent| hasher.update(unsafe { landing.pool().bytes(extent) }));
+            }
+        }
+        if let Some(permit) = landing.enter() {
+            landing.landed(&permit, sequence, pieces, hasher.map(FrameHasher::finish));
+        }
+        Ok(left)
+    }
+}
+
+/// Reads into `extents` of the landing until they are full or it is closed. Returns the bytes read. A permit is held only while
+/// the kernel copies what is there already, never while waiting for more.
+async fn fill(stream: &TcpStream, landing: &Landing, extents: &[Extent]) -> io::Result<u64> {
+    let wanted: usize = extents.iter().map(|extent| extent.bytes).sum();
+    let mut read = 0;
+    while read < wanted {
+        stream.readable().await?;
+        let Some(_permit) = landing.enter() else { break };
+        // SAFETY: admitted to this frame alone, each extent once, and the permit is held while the slices live.
+        let blocks = extents.iter().map(|extent| IoSliceMut::new(unsafe { landing.pool().bytes_mut(*extent) }));
+        let mut slices: Vec<IoSliceMut<'_>> = blocks.collect();
+        let mut rest = slices.as_mut_slice();
+        IoSliceMut::advance_slices(&mut rest, read);
+        match stream.try_read_vectored(rest) {
+            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok(bytes) => read += bytes,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(read as u64)
+}
+
+async fn read_header(stream: &mut TcpStream) -> io::Result<(HandoffId, u32, Vec<Piece>)> {
+    let mut prefix = [0; 4];
+    stream.read_exact(&mut prefix).await?;
+    let bytes = frame_bytes(prefix).map_err(io::Error::other)?;
+    if bytes > LONGEST_HEADER {
+        return Err(io::Error::other(format!("header of {bytes} bytes")));
+    }
+    let mut header = vec![0; bytes];
+    stream.read_exact(&mut header).await?;
+    match Message::decode(&header) {
+        Ok(Message::Pages { handoff, sequence, pieces }) => Ok((handoff, sequence, pieces)),
+        Ok(other) => Err(io::Error::other(format!("{other:?} on a data connection"))),
+        Err(error) => Err(io::Error::other(error)),
+    }
+}
+
+fn payload_bytes(pieces: &[Piece], block_bytes: usize) -> io::Result<u64> {
+    if pieces.iter().any(|piece| piece.pages.start >= piece.pages.end) {
+        return Err(io::Error::other("a piece without pages"));
+    }
+    Ok(plan::blocks(pieces).saturating_mul(block_bytes as u64))
+}
+
+async fn discard(stream: &mut TcpStream, bytes: u64) -> io::Result<()> {
+    let discarded = tokio::io::copy(&mut stream.take(bytes), &mut tokio::io::sink()).await?;
+    if discarded == bytes { Ok(()) } else { Err(ErrorKind::UnexpectedEof.into()) }
+}
+
+/// Cuts extents into groups of at most [`BURST_BYTES`] bytes and [`MOST_SLICES`] extents.
+fn bursts(extents: Vec<Extent>) -> impl Iterator<Item = Vec<Extent>> {
+    let mut rest = extents.into_iter();
+    let mut cut: Option<Extent> = None;
+    std::iter::from_fn(move || {
+        let mut burst = Vec::new();
+        let mut room = BURST_BYTES;
+        while room > 0 && burst.len() < MOST_SLICES {
+            let Some(extent) = cut.take().or_else(|| rest.next()) else { break };
+            let bytes = extent.bytes.min(room);
+            burst.push(Extent { offset: extent.offset, bytes });
+            room -= bytes;
+            if bytes < extent.bytes {
+                cut = Some(Extent { offset: extent.offset + bytes, bytes: extent.bytes - bytes });
+            }
+        }
+        (!burst.is_empty()).then_some(burst)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        handoffs::Moved,
+        inbox::{Inbox, Note},
+        testing::{contents, fill, layout, pool},
+    };
+    use kv_cache::PageId;
+    use tokio::{io::AsyncWriteExt, net::TcpListener};
+
+    #[test]
+    fn bursts_hold_every_byte_once_in_order() {
+        let extents = vec![
+            Extent { offset: 10, bytes: 5 },
+            Extent { offset: 100, bytes: 2 * BURST_BYTES },
+            Extent { offset: 7, bytes: 1 },
+        ];
+        let bursts: Vec<_> = bursts(extents).collect();
+        assert_eq!(
+            bursts,
+            [
+                vec![Extent { offset: 10, bytes: 5 }, Extent { offset: 100, bytes: BURST_BYTES - 5 }],
+                vec![Extent { offset: 95 + BURST_BYTES, bytes: BURST_BYTES }],
+                vec![Extent { offset: 95 + 2 * BURST_BYTES, bytes: 5 }, Extent { offset: 7, bytes: 1 }],
+            ]
+        );
+        let tiny = (0..MOST_SLICES + 1).map(|at| Extent { offset: 2 * at, bytes: 1 }).collect();
+        assert_eq!(self::bursts(tiny).map(|burst| burst.len()).collect::<Vec<_>>(), [MOST_SLICES, 1]);
+    }
+
+    /// A peer that sends what it was not asked for: every such frame is read, thrown away and counted, the connection goes on,
+    /// and only the blocks that were asked for change.
+    #[tokio::test]
+    async fn only_what_was_asked_for_is_written() {
+        let layout = layout(2, 6);
+        let file = pool(&layout);
+        fill(&file, &vec![0xA5; layout.pool_bytes()]);
+        let inbox = Arc::new(Inbox::default());
+        let pages = Arc::new(Pages::map(&file, layout.clone()).expect("map"));
+        let landings = Arc::new(Landings::new(pages, inbox.clone()));
+        let (good, closed) = (HandoffId(1), HandoffId(2));
+        landings.open(good, 7, [4, 2].map(PageId).as_slice().into(), 0);
+        landings.open(closed, 7, [0].map(PageId).as_slice().into(), 0);
+        landings.open(HandoffId(3), 8, [1].map(PageId).as_slice().into(), 0);
+        landings.seal(closed);
+
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
+        let mut peer = TcpStream::connect(listener.local_addr().expect("bound")).await.expect("connect");
+        let mut stream = listener.accept().await.expect("accept").0;
+        let block_bytes = layout.block_bytes();
+        let receiver = Receiver { landings, token: 7, block_bytes, digest: false };
+        let piece = |layer, pages| Piece { layer, pages };
+        let frames = [
+            (good, vec![piece(0, 0..3)]),                 // beyond the sequence
+            (good, vec![piece(2, 0..1)]),                 // beyond the layers
+            (good, vec![piece(0, 0..1), piece(0, 0..1)]), // twice in one frame
+            (closed, vec![piece(0, 0..1)]),
+            (HandoffId(3), vec![piece(0, 0..1)]), // another link's
+            (HandoffId(4), vec![piece(0, 0..1)]), // nobody's
+            (good, vec![piece(1, 1..2)]),
+            (good, vec![piece(1, 1..2)]), // a second time
+        ];
+        for (byte, (handoff, pieces)) in frames.iter().enumerate() {
+            let mut bytes = Vec::new();
+            Message::Pages { handoff: *handoff, sequence: 0, pieces: pieces.clone() }.encode(&mut bytes);
+            bytes.resize(bytes.len() + plan::blocks(pieces) as usize * block_bytes, byte as u8);
+            peer.write_all(&bytes).await.expect("write");
+            receiver.receive_frame(&mut stream).await.expect("the connection goes on");
+        }
+        let mut expected = vec![0xA5; layout.pool_bytes()];
+        let at = layout.block_offset(1, PageId(2));
+        expected[at..at + block_bytes].fill(6);
+        assert!(contents(&file, &layout) == expected);
+        let mut notes = Vec::new();
+        inbox.take(&mut notes).await;
+        let count = |kind: fn(&Moved) -> bool| {
+            notes.iter().filter(|(_, note)| matches!(note, Note::Moved(_, moved) if kind(moved))).count()
+        };
+        assert_eq!(count(|moved| matches!(moved, Moved::Stale)), 7);
+        assert_eq!(count(|moved| matches!(moved, Moved::Landed { blocks: 1, .. })), 1);
+    }
+
+    #[test]
+    fn a_frame_without_blocks_is_malformed() {
+        assert!(payload_bytes(&[Piece { layer: 0, pages: 3..3 }], 1).is_err());
+        let pieces = [Piece { layer: 0, pages: 0..u32::MAX }];
+        assert_eq!(payload_bytes(&pieces, 1 << 40).unwrap(), u64::MAX);
+    }
+}

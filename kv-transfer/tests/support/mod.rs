@@ -1,0 +1,127 @@
+//! A worker without an engine: a pool of random bytes, a transfer over it, and its events.
+#![allow(dead_code)] // Each test file uses its part.
+
+pub(crate) mod proxy;
+
+use kv_cache::{KvDtype, PageId, PageLayout};
+use kv_transfer::{Begin, Commit, Config, Event, HandoffId, Identity, Peer, Transfer, TransportKind};
+use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
+use std::{fs::File, ops::Range, os::unix::fs::FileExt, time::Duration};
+use tokio::{sync::mpsc, time::timeout};
+use tokio_util::sync::CancellationToken;
+
+/// Longest a test waits for an event that must come.
+pub(crate) const SOON: Duration = Duration::from_secs(10);
+
+/// Layers of every pool here.
+pub(crate) const LAYERS: u32 = 4;
+
+/// Blocks of 12 KiB.
+pub(crate) fn layout(pages: u32) -> PageLayout {
+    PageLayout { layers: LAYERS, page_tokens: 16, kv_heads: 4, key_dim: 64, value_dim: 32, dtype: KvDtype::Bf16, pages }
+}
+
+pub(crate) struct Worker {
+    pub(crate) transfer: Transfer,
+    pub(crate) identity: Identity,
+    pub(crate) events: mpsc::Receiver<Event>,
+    pub(crate) shutdown: CancellationToken,
+    file: File,
+}
+
+/// Only over this transport.
+pub(crate) fn only(kind: TransportKind) -> Config {
+    Config { require: Some(kind), group_bytes: 64 << 10, ..Config::default() }
+}
+
+pub(crate) fn identity(worker: &str, pages: u32) -> Identity {
+    Identity { worker: worker.into(), incarnation: 1_000, fingerprint: "weights".into(), layout: layout(pages) }
+}
+
+impl Worker {
+    /// Starts one with a pool full of noise: every page is somebody else's until it is a landing.
+    pub(crate) async fn start(config: Config, identity: Identity, seed: u64) -> Self {
+        let file = tempfile::tempfile().expect("temporary file");
+        let mut noise = vec![0; identity.layout.pool_bytes()];
+        StdRng::seed_from_u64(seed).fill(&mut noise[..]);
+        file.write_all_at(&noise, 0).expect("fill pool");
+        let (sender, events) = mpsc::channel(64);
+        let shutdown = CancellationToken::new();
+        let transfer = Transfer::start(config, identity.clone(), &file, sender, shutdown.clone()).await.expect("start");
+        Self { transfer, identity, events, shutdown, file }
+    }
+
+    pub(crate) fn peer(&self) -> Peer {
+        let (worker, incarnation) = (self.identity.worker.clone(), self.identity.incarnation);
+        Peer { worker, incarnation, link: self.transfer.address() }
+    }
+
+    pub(crate) async fn event(&mut self) -> Event {
+        timeout(SOON, self.events.recv()).await.expect("an event in time").expect("transfer runs")
+    }
+
+    /// Waits for the next event and checks that it is for `handoff` and says that a source asks.
+    pub(crate) async fn begun(&mut self, handoff: HandoffId) {
+        match self.event().await {
+            Event::Begun { handoff: begun, .. } if begun == handoff => {}
+            other => panic!("{other:?} instead of Begun"),
+        }
+    }
+
+    pub(crate) fn contents(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.identity.layout.pool_bytes()];
+        self.file.read_exact_at(&mut bytes, 0).expect("read pool");
+        bytes
+    }
+
+    pub(crate) fn write(&self, at: usize, bytes: &[u8]) {
+        self.file.write_all_at(bytes, at as u64).expect("write pool");
+    }
+
+    /// Begins a hand-off of these pages to `target`.
+    pub(crate) fn begin(&self, handoff: HandoffId, target: Peer, pages: &[PageId]) {
+        let tokens = pages.len() as u32 * 16 - 3;
+        self.transfer.begin(Begin { handoff, target, tokens, pages: pages.to_vec() });
+    }
+
+    /// Pushes pages `pages` in two groups of layers.
+    pub(crate) fn push(&self, handoff: HandoffId, pages: Range<u32>) {
+        self.transfer.push(handoff, 0..1, pages.clone());
+        self.transfer.push(handoff, 1..LAYERS, pages);
+    }
+
+    pub(crate) fn commit(&self, handoff: HandoffId, first_token: u32) {
+        self.transfer.commit(handoff, Commit { first_token });
+    }
+}
+
+/// `count` pages of a pool, in no order.
+pub(crate) fn some_pages(layout: &PageLayout, count: usize, seed: u64) -> Vec<PageId> {
+    let mut pages: Vec<PageId> = (0..layout.pages).map(PageId).collect();
+    pages.shuffle(&mut StdRng::seed_from_u64(seed));
+    pages.truncate(count);
+    pages
+}
+
+/// What the target's pool must hold: `before`, but for the landing pages from `have` on, which are the source's.
+pub(crate) fn landed(
+    (source, source_pages, source_bytes): (&PageLayout, &[PageId], &[u8]),
+    (target, landing, before): (&PageLayout, &[PageId], &[u8]),
+    have: usize,
+) -> Vec<u8> {
+    let mut expected = before.to_vec();
+    for layer in 0..source.layers {
+        for (from, to) in source_pages.iter().zip(landing).skip(have) {
+            let (from, to) = (source.block_offset(layer, *from), target.block_offset(layer, *to));
+            let block = source.block_bytes();
+            expected[to..to + block].copy_from_slice(&source_bytes[from..from + block]);
+        }
+    }
+    expected
+}
+
+/// Checks that no byte differs, without printing megabytes when one does.
+pub(crate) fn assert_same(got: &[u8], expected: &[u8]) {
+    let differs = got.iter().zip(expected).position(|(got, expected)| got != expected);
+    assert_eq!((got.len(), differs), (expected.len(), None), "first difference");
+}
