@@ -1,2 +1,38 @@
-//! The prefill worker.
+//! The prefill worker: prompts in, pages and a first token out.
+//!
+//! ```text
+//!  router ──► attach ── commands ──► [runner] the step thread: line up · chunk · step · push · commit
+//!         ◄── attach ◄── tokens ────    │  ▲
+//!                              push, commit  SourceDone
+//!                                        ▼  │
+//!                                     kv-transfer ══ pages ══► decode worker
+//! ```
+//!
+//! How it joins the directory, serves routers and leaves is the same for both kinds of worker: [`attach::live`].
 #![forbid(unsafe_code)]
+
+mod config;
+mod runner;
+
+pub use config::Config;
+
+use cluster::Directory;
+use engine::Engine;
+use runner::Runner;
+use std::sync::Arc;
+use telemetry::Health;
+use tokio_util::sync::CancellationToken;
+
+/// Serves prompts until `shutdown`, then finishes those it has, for at most the drain timeout.
+///
+/// # Errors
+/// When a setting makes no sense, an address cannot be bound, the directory refuses the name, or the step thread dies.
+pub async fn run(
+    config: Config,
+    engine: Engine,
+    directory: Arc<dyn Directory>,
+    health: Health,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    attach::live(config.into_slot(), engine, directory, health, shutdown, Runner::new).await
+}

@@ -1,0 +1,129 @@
+//! What a worker measures, under the same names for both roles.
+
+use crate::{Load, Rate};
+use engine::scheduler::{Scheduler, Usage};
+use metrics::{
+    Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
+};
+use std::time::Duration;
+
+/// Handles of one worker's metrics, made once, and the rates that its load reports.
+pub struct Meters {
+    running: Gauge,
+    waiting: Gauge,
+    pages_free: Gauge,
+    pages_cached: Gauge,
+    pages_held: Gauge,
+    prefill_step: Histogram,
+    decode_step: Histogram,
+    mixed_step: Histogram,
+    step_tokens: Histogram,
+    preemptions: Counter,
+    queue: Histogram,
+    cache_hit: Counter,
+    cache_query: Counter,
+    prefill_tokens: Counter,
+    decode_tokens: Counter,
+    prefill: Rate,
+    decode_steps: Rate,
+}
+
+impl std::fmt::Debug for Meters {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Meters").field("prefill", &self.prefill).field("decode_steps", &self.decode_steps).finish()
+    }
+}
+
+impl Meters {
+    /// Makes the metrics of the worker with this member id.
+    pub fn new(worker: &str) -> Self {
+        describe();
+        let worker = worker.to_owned();
+        let pages = |state: &'static str| gauge!("baton_pages", "worker" => worker.clone(), "state" => state);
+        let step = |kind: &'static str| histogram!("baton_step_seconds", "worker" => worker.clone(), "kind" => kind);
+        let tokens =
+            |kind: &'static str| counter!("baton_worker_tokens_total", "worker" => worker.clone(), "kind" => kind);
+        Self {
+            running: gauge!("baton_worker_running", "worker" => worker.clone()),
+            waiting: gauge!("baton_worker_waiting", "worker" => worker.clone()),
+            pages_free: pages("free"),
+            pages_cached: pages("cached"),
+            pages_held: pages("held"),
+            prefill_step: step("prefill"),
+            decode_step: step("decode"),
+            mixed_step: step("mixed"),
+            step_tokens: histogram!("baton_step_tokens", "worker" => worker.clone()),
+            preemptions: counter!("baton_preemptions_total", "worker" => worker.clone()),
+            queue: histogram!("baton_worker_queue_seconds", "worker" => worker.clone()),
+            cache_hit: counter!("baton_prefix_cache_hit_tokens_total", "worker" => worker.clone()),
+            cache_query: counter!("baton_prefix_cache_query_tokens_total", "worker" => worker.clone()),
+            prefill_tokens: tokens("prefill"),
+            decode_tokens: tokens("decode"),
+            prefill: Rate::default(),
+            decode_steps: Rate::default(),
+        }
+    }
+
+    /// Counts a sequence of `tokens` known tokens that is part of a step for the first time.
+    pub fn started(&self, tokens: usize, usage: &Usage) {
+        self.queue.record(usage.queue);
+        self.cache_query.increment(tokens as u64);
+        self.cache_hit.increment(usage.cached_tokens as u64);
+    }
+
+    /// Counts a step over `prompt_tokens` tokens of chunks and `single_tokens` sequences that took one token each.
+    pub fn step(&mut self, prompt_tokens: usize, single_tokens: usize, took: Duration) {
+        let histogram = match (prompt_tokens, single_tokens) {
+            (_, 0) => &self.prefill_step,
+            (0, _) => &self.decode_step,
+            _ => &self.mixed_step,
+        };
+        histogram.record(took);
+        self.step_tokens.record((prompt_tokens + single_tokens) as f64);
+        self.prefill_tokens.increment(prompt_tokens as u64);
+        self.decode_tokens.increment(single_tokens as u64);
+        if prompt_tokens > 0 {
+            self.prefill.add(prompt_tokens as f64, took);
+        } else {
+            self.decode_steps.add(1.0, took);
+        }
+    }
+
+    /// Counts sequences that lost their pages.
+    pub fn preempted(&self, sequences: usize) {
+        self.preemptions.increment(sequences as u64);
+    }
+
+    /// Sets the gauges and returns the load, as far as `scheduler` knows it.
+    pub fn load(&self, scheduler: &Scheduler) -> Load {
+        let (backlog, pages) = (scheduler.backlog(), scheduler.pool().stats());
+        self.running.set(backlog.running as f64);
+        self.waiting.set(backlog.waiting as f64);
+        self.pages_free.set(pages.free as f64);
+        self.pages_cached.set(pages.cached as f64);
+        self.pages_held.set(pages.held() as f64);
+        Load {
+            running: backlog.running,
+            waiting: backlog.waiting,
+            waiting_tokens: backlog.tokens,
+            pages_free: pages.available(),
+            pages_total: pages.total,
+            prefill: self.prefill,
+            decode_steps: self.decode_steps,
+            ..Load::default()
+        }
+    }
+}
+
+fn describe() {
+    describe_gauge!("baton_worker_running", "Sequences in the batch");
+    describe_gauge!("baton_worker_waiting", "Sequences not yet scheduled");
+    describe_gauge!("baton_pages", "Pages by state: free, cached (reusable, nobody holds them), held");
+    describe_histogram!("baton_step_seconds", "Time of one step, by what it held: prefill, decode or both (mixed)");
+    describe_histogram!("baton_step_tokens", "Tokens computed in one step");
+    describe_counter!("baton_preemptions_total", "Sequences that lost their pages to others and were computed again");
+    describe_histogram!("baton_worker_queue_seconds", "From a leg's arrival to the first step that held it");
+    describe_counter!("baton_prefix_cache_hit_tokens_total", "Tokens found in the prefix cache");
+    describe_counter!("baton_prefix_cache_query_tokens_total", "Tokens looked up in the prefix cache");
+    describe_counter!("baton_worker_tokens_total", "Tokens computed: of prompts (prefill), one at a time (decode)");
+}

@@ -1,0 +1,365 @@
+//! The step thread: it owns the engine, the scheduler and every leg, and is the only one that decides.
+//!
+//! A leg's life: *in line* until its prompt is part of a step, when the hand-off begins; *computing*, with each layer's whole
+//! pages pushed while later layers compute; *committed* once its first token is drawn; over when the hand-off is. Its pages are
+//! given back when kv-transfer says that nobody reads them, which may be later than the leg's end (a cancel) but never
+//! before.
+
+use attach::{Command, End, Input, Leg, LegId, Legs, Load, Meters, Parts, Routers, Stepper, StreamId, Submission};
+use engine::{
+    TokenId,
+    scheduler::{Chunk, Computed, Drawn, Ended, Fault, Finish, Hold, Plan, SequenceId, Usage},
+};
+use kv_cache::CacheDelta;
+use kv_transfer::{Begin, Commit, Event, HandoffId, Outcome, Peer};
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
+use tracing::Span;
+
+/// The step thread's state.
+#[derive(Debug)]
+pub(crate) struct Runner {
+    parts: Parts,
+    /// Moment from which the scheduler's time counts.
+    epoch: Instant,
+    page_tokens: usize,
+    layers: u32,
+    legs: Legs<Prompt>,
+    sequences: HashMap<SequenceId, LegId>,
+    handoffs: HashMap<HandoffId, Handoff>,
+    routers: Routers,
+    meters: Meters,
+}
+
+/// A live leg.
+#[derive(Debug)]
+struct Prompt {
+    handoff: HandoffId,
+    target: Peer,
+    /// Its sequence, until the first token is drawn.
+    sequence: Option<SequenceId>,
+    usage: Usage,
+    span: Span,
+}
+
+/// A hand-off that has begun and is not over.
+#[derive(Debug)]
+struct Handoff {
+    /// Gone when the leg has ended before its hand-off.
+    leg: Option<LegId>,
+    /// The pages, once the sequence is gone.
+    hold: Option<Hold>,
+}
+
+impl Stepper for Runner {
+    fn run(&mut self) {
+        loop {
+            self.parts.inbox.take().into_iter().for_each(|input| self.react(input));
+            self.expire();
+            if self.finished() {
+                self.flush();
+                return self.routers.finish();
+            }
+            let plan = self.parts.scheduler.schedule(self.now());
+            if plan.is_empty() {
+                self.flush();
+                self.parts.health.progressed(true);
+                self.wait();
+                self.parts.health.work_began();
+            } else {
+                self.step(plan);
+                self.flush();
+                self.parts.health.progressed(false);
+            }
+        }
+    }
+
+    fn fail(&mut self, panic: &str) {
+        self.parts.health.not_ready("the step thread panicked");
+        for id in self.legs.ids() {
+            self.routers.ended(
+                id,
+                End::Failed(format!("the worker's step thread panicked: {panic}")),
+                Usage::default(),
+            );
+        }
+        let load = *self.parts.load.borrow();
+        self.routers.flush(Instant::now(), CacheDelta::default(), self.parts.scheduler.pool(), &load);
+        self.routers.finish();
+    }
+}
+
+impl Runner {
+    pub(crate) fn new(parts: Parts) -> Self {
+        let layout = parts.engine.memory().layout();
+        Self {
+            epoch: Instant::now(),
+            page_tokens: layout.page_tokens as usize,
+            layers: layout.layers,
+            legs: Legs::default(),
+            sequences: HashMap::new(),
+            handoffs: HashMap::new(),
+            routers: Routers::default(),
+            meters: Meters::new(&parts.worker),
+            parts,
+        }
+    }
+
+    /// Waits until there is something to do.
+    fn wait(&mut self) {
+        let deadline = self.legs.next_deadline().map(|deadline| self.epoch + deadline);
+        let until = [deadline, self.routers.load_due()].into_iter().flatten().min();
+        if let Some(input) = self.parts.inbox.wait(until) {
+            self.react(input);
+        }
+    }
+
+    fn react(&mut self, input: Input<Event>) {
+        match input {
+            Input::Command(command) => self.command(command),
+            Input::Event(event) => self.event(event),
+        }
+    }
+
+    /// Says whether the thread is to end: at once, with whatever is left failing, or because it drains and nothing is left.
+    fn finished(&mut self) -> bool {
+        if self.parts.inbox.stopped() {
+            for id in self.legs.ids() {
+                self.end_leg(id, End::Failed("the worker stopped before this was done".into()));
+            }
+        }
+        self.legs.is_empty() && (self.parts.inbox.stopped() || self.draining())
+    }
+
+    fn draining(&self) -> bool {
+        self.parts.inbox.draining()
+    }
+
+    fn now(&self) -> Duration {
+        self.epoch.elapsed()
+    }
+
+    // ---- what routers ask ----
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Attached(router) => self.routers.attach(router),
+            Command::Submit(submission) => self.submit(*submission),
+            Command::Cancel(id) => self.end_leg(id, End::Cancelled),
+            Command::Resync(stream) => self.routers.resync(stream),
+            Command::Detached(stream) => self.detach(stream),
+        }
+    }
+
+    fn submit(&mut self, submission: Submission) {
+        let Submission { id, request, traceparent, received, deadline, sequence, leg } = submission;
+        if self.legs.get(id).is_some() {
+            return self.expel(id);
+        }
+        let arrived = received.saturating_duration_since(self.epoch);
+        let (handoff, target) = match self.admit(leg) {
+            Ok(admitted) => admitted,
+            Err(end) => return self.routers.ended(id, end, Usage::default()),
+        };
+        let sequence = match self.parts.scheduler.submit(sequence, arrived) {
+            Ok(sequence) => sequence,
+            Err(refusal) => return self.routers.ended(id, End::Refused(refusal.to_string()), Usage::default()),
+        };
+        let span = tracing::info_span!("prefill", request, attempt = id.attempt, worker = self.parts.worker);
+        telemetry::set_parent(&span, &traceparent);
+        let prompt = Prompt { handoff, target, sequence: Some(sequence), usage: Usage::default(), span };
+        self.sequences.insert(sequence, id);
+        self.legs.insert(id, prompt, deadline.map(|deadline| arrived + deadline)).expect("it was looked up above");
+    }
+
+    /// Checks what only this worker can check.
+    fn admit(&self, leg: Leg) -> Result<(HandoffId, Peer), End> {
+        let Leg::Prefill { handoff, worker, incarnation, link } = leg else {
+            return Err(End::Invalid(format!("{} is a prefill worker and takes prefill legs only", self.parts.worker)));
+        };
+        let handoff = HandoffId(handoff);
+        if self.draining() {
+            return Err(End::Refused(format!("{} is draining", self.parts.worker)));
+        }
+        if self.handoffs.contains_key(&handoff) {
+            return Err(End::Invalid(format!("hand-off {:016x} was used before", handoff.0)));
+        }
+        Ok((handoff, Peer { worker, incarnation, link }))
+    }
+
+    /// Ends the stream of a router that reuses a live attempt id, with all it submitted: its books and ours differ.
+    fn expel(&mut self, id: LegId) {
+        self.routers.expel(id.stream, &attach::Duplicate(id).to_string());
+        self.detach(id.stream);
+    }
+
+    fn detach(&mut self, stream: StreamId) {
+        self.routers.detach(stream);
+        for id in self.legs.of_stream(stream) {
+            self.end_leg(id, End::Cancelled);
+        }
+    }
+
+    fn expire(&mut self) {
+        for id in self.legs.overdue(self.now()) {
+            self.end_leg(id, End::Failed("the leg's deadline passed on the prefill worker".into()));
+        }
+    }
+
+    // ---- a step ----
+
+    fn step(&mut self, plan: Plan) {
+        plan.started().iter().for_each(|&sequence| self.begin(sequence));
+        let (prompt_tokens, tokens) = (plan.prompt_tokens(), plan.tokens());
+        let started = Instant::now();
+        let computed = self.compute(plan);
+        self.meters.step(prompt_tokens, tokens - prompt_tokens, started.elapsed());
+        computed.drawn.into_iter().for_each(|drawn| self.drawn(drawn));
+        computed.faults.into_iter().for_each(|fault| self.fault(fault));
+    }
+
+    /// Begins the hand-off of a sequence that is part of a step for the first time, and sends what is cached of it.
+    fn begin(&mut self, sequence: SequenceId) {
+        let now = self.now();
+        let id = self.sequences[&sequence];
+        let prompt = self.legs.get(id).expect("a sequence in a step has a live leg");
+        let (usage, tokens) = self.parts.scheduler.usage_of(sequence, now).expect("a planned sequence is known");
+        self.meters.started(tokens, &usage);
+        let (handoff, target) = (prompt.handoff, prompt.target.clone());
+        let pages = self.parts.scheduler.pages_of(sequence).to_vec();
+        self.parts.transfer.begin(Begin { handoff, target, tokens: tokens as u32, pages });
+        let cached = (usage.cached_tokens / self.page_tokens) as u32;
+        if cached > 0 {
+            self.parts.transfer.push(handoff, 0..self.layers, 0..cached);
+        }
+        self.handoffs.insert(handoff, Handoff { leg: Some(id), hold: None });
+    }
+
+    /// Computes `plan`, pushing each layer's pages when they are final.
+    fn compute(&mut self, plan: Plan) -> Computed {
+        let Self { parts, sequences, legs, epoch, page_tokens, .. } = self;
+        let Parts { engine, scheduler, transfer, .. } = parts;
+        let push = |chunk: &Chunk, layer: u32| {
+            let prompt = sequences.get(&chunk.id).and_then(|&id| legs.get(id)).expect("a chunk's leg is live");
+            let (first, end) = (chunk.start / *page_tokens, (chunk.start + chunk.tokens).div_ceil(*page_tokens));
+            transfer.push(prompt.handoff, layer..layer + 1, first as u32..end as u32);
+        };
+        scheduler.compute(
+            plan,
+            &mut |rows, on_layer| engine.step(rows, on_layer),
+            &mut |chunks, layer| chunks.iter().for_each(|chunk| push(chunk, layer)),
+            &|| epoch.elapsed(),
+        )
+    }
+
+    /// The first token of a prompt: the router gets it now, the decode worker with the commit.
+    fn drawn(&mut self, drawn: Drawn) {
+        let Drawn { id: sequence, index, sampled, ended } = drawn;
+        let id = self.sequences.remove(&sequence).expect("a drawn sequence has a live leg");
+        let (finish, Ended { usage, hold }) = ended.expect("a prompt ends here with its first token");
+        let prompt = self.legs.get_mut(id).expect("a drawn sequence has a live leg");
+        prompt.sequence = None;
+        prompt.usage = usage;
+        let handoff = prompt.handoff;
+        self.hold(handoff, hold);
+        let first_token: TokenId = sampled.token;
+        self.routers.token(id, index, sampled);
+        match finish {
+            Finish::FirstToken => self.parts.transfer.commit(handoff, Commit { first_token }),
+            Finish::Stop(token) => self.end_leg(id, End::Stop(token)),
+            Finish::Length => self.end_leg(id, End::Length),
+        }
+    }
+
+    fn fault(&mut self, fault: Fault) {
+        let Fault { id: sequence, error, ended } = fault;
+        let id = self.sequences.remove(&sequence).expect("a faulty sequence has a live leg");
+        tracing::error!(leg = %id, error, "a sequence could not be computed");
+        let prompt = self.legs.get_mut(id).expect("a faulty sequence has a live leg");
+        prompt.sequence = None;
+        prompt.usage = ended.usage;
+        let handoff = prompt.handoff;
+        self.hold(handoff, ended.hold);
+        self.end_leg(id, End::Failed(error));
+    }
+
+    // ---- hand-offs ----
+
+    fn event(&mut self, event: Event) {
+        match event {
+            Event::SourceDone { handoff, outcome } => self.source_done(handoff, outcome),
+            Event::Begun { handoff, from, .. } => {
+                let reason = format!("{} is a prefill worker: nothing lands here", self.parts.worker);
+                tracing::warn!(handoff = handoff.0, from, "a hand-off came to a prefill worker");
+                self.parts.transfer.refuse(handoff, reason);
+            }
+            Event::Landed { handoff, .. } | Event::Lost { handoff, .. } | Event::Quiet { handoff } => {
+                tracing::warn!(handoff = handoff.0, "news of a landing that this worker never opened");
+            }
+        }
+    }
+
+    /// The hand-off is over: its pages come back, and with them the leg's end.
+    fn source_done(&mut self, handoff: HandoffId, outcome: Outcome) {
+        let Some(Handoff { leg, hold }) = self.handoffs.remove(&handoff) else { return };
+        if let Some(hold) = hold {
+            self.parts.scheduler.give_back(hold);
+        }
+        if let Some(id) = leg {
+            self.end_leg(id, end_of(outcome));
+        }
+    }
+
+    /// Keeps the pages of a sequence that is gone until its hand-off is over, which it may be already.
+    fn hold(&mut self, handoff: HandoffId, hold: Option<Hold>) {
+        let Some(hold) = hold else { return };
+        match self.handoffs.get_mut(&handoff) {
+            Some(open) => open.hold = Some(hold),
+            None => self.parts.scheduler.give_back(hold),
+        }
+    }
+
+    /// Ends a leg in whatever state it is. Unknown legs have ended already.
+    fn end_leg(&mut self, id: LegId, end: End) {
+        let Some(prompt) = self.legs.remove(id) else { return };
+        let mut usage = prompt.usage;
+        if let Some(sequence) = prompt.sequence {
+            self.sequences.remove(&sequence);
+            if let Some(ended) = self.parts.scheduler.cancel(sequence, self.epoch.elapsed()) {
+                usage = ended.usage;
+                self.hold(prompt.handoff, ended.hold);
+            }
+        }
+        if let Some(open) = self.handoffs.get_mut(&prompt.handoff) {
+            open.leg = None;
+            self.parts.transfer.abort(prompt.handoff, format!("the prefill leg ended: {end:?}"));
+        }
+        tracing::debug!(parent: &prompt.span, leg = %id, ?end, ?usage, "leg ended");
+        self.routers.ended(id, end, usage);
+    }
+
+    // ---- what is reported ----
+
+    fn flush(&mut self) {
+        let load = Load {
+            handoffs: self.handoffs.len(),
+            link_bytes_per_s: self.parts.transfer.link_bytes_per_s(),
+            draining: self.draining(),
+            ..self.meters.load(&self.parts.scheduler)
+        };
+        let delta = self.parts.scheduler.take_delta();
+        self.routers.flush(Instant::now(), delta, self.parts.scheduler.pool(), &load);
+        self.parts.load.send_replace(load);
+    }
+}
+
+fn end_of(outcome: Outcome) -> End {
+    match outcome {
+        Outcome::Landed => End::HandedOff,
+        Outcome::Refused(why) => End::Refused(format!("the decode worker refused: {why}")),
+        Outcome::Aborted(why) => End::Failed(format!("hand-off called off: {why}")),
+        Outcome::Expired(why) => End::Failed(format!("hand-off expired: {why}")),
+    }
+}
