@@ -1,0 +1,205 @@
+//! One attempt at a choice: its legs, and their tokens in order.
+//!
+//! Token 0 comes from the prefill worker, the rest from the decode worker, over two streams that know nothing of each other. An
+//! [`Attempt`] puts them in order, each index once, and tells when all of it has ended.
+
+use crate::{
+    fleet::{
+        Fleet, Path, Target,
+        leg::{End, Ended, LegEvent, LegRole, Said, Submission, Token},
+        session::LegGuard,
+    },
+    recovery::{Failure, FailureKind, Part},
+};
+use std::collections::BTreeMap;
+use tokio::sync::mpsc;
+
+/// Events taken from the queue at once: what gathered while the client was written to.
+const GATHER: usize = 64;
+
+/// See the module. Dropping it calls its legs off.
+#[derive(Debug)]
+pub(crate) struct Attempt {
+    legs: Vec<Leg>,
+    events: mpsc::Receiver<LegEvent>,
+    /// Index of the next token to give out.
+    next: u32,
+    /// Tokens ahead of their turn.
+    early: BTreeMap<u32, Token>,
+    /// Whether any token has come.
+    spoke: bool,
+    ended: Option<Ending>,
+    failure: Option<Failure>,
+    /// Prompt tokens that were not computed, once that is known.
+    cached_tokens: Option<u32>,
+}
+
+#[derive(Debug)]
+struct Leg {
+    guard: LegGuard,
+    part: Part,
+    worker: String,
+    spoke: bool,
+}
+
+/// How a sequence came to its natural end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// This token ended it.
+    Stop(u32),
+    Length,
+}
+
+/// What an attempt has to say next.
+#[derive(Debug)]
+pub(crate) enum News {
+    Token(Token),
+    Ended(Ending),
+    Failed(Failure),
+}
+
+impl Attempt {
+    /// Submits all legs at once. `submission` is the same for each but for its number and role; the first token wanted is `next`.
+    pub(crate) fn start(
+        fleet: &Fleet,
+        path: &Path,
+        submission: &Submission,
+        next: u32,
+        handoff: u64,
+        buffer: usize,
+    ) -> Result<Self, Failure> {
+        // Besides the tokens there is room for the last word of each leg.
+        let (sender, events) = mpsc::channel(buffer + 2);
+        let decode = &path.decode;
+        let parts: Vec<(Part, &Target, LegRole)> = match &path.prefill {
+            None => vec![(Part::Local, decode, LegRole::Local)],
+            Some(prefill) => vec![
+                (
+                    Part::Prefill,
+                    prefill,
+                    LegRole::Prefill {
+                        handoff,
+                        worker: decode.worker.id.clone(),
+                        incarnation: decode.incarnation,
+                        link: decode.link.clone(),
+                    },
+                ),
+                (
+                    Part::Decode,
+                    decode,
+                    LegRole::Decode { handoff, worker: prefill.worker.id.clone(), incarnation: prefill.incarnation },
+                ),
+            ],
+        };
+        let mut legs = Vec::with_capacity(parts.len());
+        for (part, target, role) in parts {
+            let submission = Submission { attempt: fleet.next_attempt(), role, ..submission.clone() };
+            let worker = target.worker.id.clone();
+            match target.session.submit(submission, target.missing_tokens, &sender) {
+                Ok(guard) => legs.push(Leg { guard, part, worker, spoke: false }),
+                // The other leg, if it is under way, is called off as its guard drops.
+                Err(unsent) => {
+                    return Err(Failure {
+                        kind: FailureKind::Lost,
+                        worker,
+                        part,
+                        peer: None,
+                        spoke: false,
+                        message: unsent.to_string(),
+                    });
+                }
+            }
+        }
+        Ok(Self {
+            legs,
+            events,
+            next,
+            early: BTreeMap::new(),
+            spoke: false,
+            ended: None,
+            failure: None,
+            cached_tokens: None,
+        })
+    }
+
+    /// Waits for something to happen and takes it in. Cancel-safe.
+    pub(crate) async fn listen(&mut self, events: &mut Vec<LegEvent>) {
+        self.events.recv_many(events, GATHER).await;
+        for event in events.drain(..) {
+            self.hear(event);
+        }
+    }
+
+    /// Returns what there is to say without waiting: tokens in order, then how it ended.
+    pub(crate) fn news(&mut self) -> Option<News> {
+        if let Some(token) = self.early.remove(&self.next) {
+            self.next += 1;
+            return Some(News::Token(token));
+        }
+        if let Some(ending) = self.ended.filter(|_| self.spoke && self.early.is_empty()) {
+            return Some(News::Ended(ending));
+        }
+        self.failure.take().map(News::Failed)
+    }
+
+    /// The failure of an attempt from which nothing came for too long.
+    pub(crate) fn stalled(&self, message: String) -> Failure {
+        // Before its first token the prompt is to blame on whoever computes it, afterwards whoever decodes.
+        let at = if self.spoke { self.legs.len() - 1 } else { 0 };
+        self.failure_of(at, FailureKind::Stalled, message)
+    }
+
+    /// Whether a token has come.
+    pub(crate) fn has_spoken(&self) -> bool {
+        self.spoke
+    }
+
+    /// Returns the prompt tokens taken from a prefix cache, once that is known.
+    pub(crate) fn cached_tokens(&self) -> Option<u32> {
+        self.cached_tokens
+    }
+
+    fn hear(&mut self, event: LegEvent) {
+        let Some(at) = self.legs.iter().position(|leg| leg.guard.attempt() == event.attempt) else { return };
+        match event.said {
+            Said::Token(token) => {
+                self.spoke = true;
+                self.legs[at].spoke = true;
+                // An index that was given out already is an echo.
+                if token.index >= self.next {
+                    self.early.insert(token.index, token);
+                }
+            }
+            Said::Ended(ended) => self.hear_ended(at, *ended),
+        }
+    }
+
+    fn hear_ended(&mut self, at: usize, ended: Ended) {
+        // What the decode worker already held saved a transfer, not compute.
+        if self.legs[at].part != Part::Decode {
+            self.cached_tokens = Some(ended.cached_tokens);
+        }
+        let (kind, message) = match ended.end {
+            End::Stop(token) => return self.ended = Some(Ending::Stop(token)),
+            End::Length => return self.ended = Some(Ending::Length),
+            End::HandedOff => return,
+            End::Lost(message) => (FailureKind::Lost, message),
+            End::Failed(message) => (FailureKind::Failed, message),
+            End::Refused(message) => (FailureKind::Refused, message),
+            End::Invalid(message) => (FailureKind::Invalid, message),
+            End::Overflow => (FailureKind::Overflow, "the client does not read".into()),
+        };
+        // Once the decode worker decodes, it owns the sequence, whatever becomes of the prefill leg.
+        let superseded =
+            self.legs[at].part == Part::Prefill && self.legs.iter().any(|l| l.part == Part::Decode && l.spoke);
+        if !superseded && self.failure.is_none() {
+            self.failure = Some(self.failure_of(at, kind, message));
+        }
+    }
+
+    fn failure_of(&self, at: usize, kind: FailureKind, message: String) -> Failure {
+        let leg = &self.legs[at];
+        let peer = self.legs.iter().find(|other| other.worker != leg.worker).map(|other| other.worker.clone());
+        Failure { kind, worker: leg.worker.clone(), part: leg.part, peer, spoke: self.spoke, message }
+    }
+}

@@ -1,0 +1,274 @@
+//! Settings of the router.
+
+use serde::{Deserialize, Serialize};
+use std::{path::PathBuf, time::Duration};
+
+/// Settings of the router. Milliseconds where a name ends in `_ms`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Member id in the directory; unset = drawn at random.
+    pub name: Option<String>,
+    /// HF directory of the model: `config.json`, `tokenizer.json`, `tokenizer_config.json`, `generation_config.json` and,
+    /// where the template is not in the tokenizer's config, `chat_template.jinja`. Weights are not read.
+    pub model_dir: PathBuf,
+    /// Name clients ask for. Workers that serve another name are ignored.
+    pub model_name: String,
+    /// Other names that mean the same model.
+    pub aliases: Vec<String>,
+    /// `host:port` the directory is told; unset = the listener's address.
+    pub advertise: Option<String>,
+    /// Where prompts are computed.
+    pub placement: Policy,
+    /// How candidates are compared.
+    pub weights: Weights,
+    /// How much is accepted and how long anything may take.
+    pub limits: Limits,
+    /// Bytes the prefix index may use. When it is full, what was neither stored nor matched longest is forgotten first;
+    /// forgetting costs a worse placement, never a wrong one.
+    pub prefix_index_bytes: usize,
+    /// Threads that render templates and tokenise; 0 = half of the cores.
+    pub text_threads: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            name: None,
+            model_dir: PathBuf::new(),
+            model_name: String::new(),
+            aliases: Vec::new(),
+            advertise: None,
+            placement: Policy::Auto,
+            weights: Weights::default(),
+            limits: Limits::default(),
+            prefix_index_bytes: 64 << 20,
+            text_threads: 0,
+        }
+    }
+}
+
+/// Where prompts are computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Policy {
+    /// Wherever the predicted cost is least.
+    #[default]
+    Auto,
+    /// Always on a prefill worker, handed off to a decode worker.
+    Remote,
+    /// Always on the decode worker itself.
+    Local,
+}
+
+/// What the cost function assumes where workers have not reported, and what it weighs against what.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Weights {
+    /// Prompt tokens per second of a worker that has not reported a speed: a small model on a laptop.
+    pub prior_prefill_tokens_per_s: f64,
+    /// Milliseconds of a decode step with one sequence, for a worker that has not reported one.
+    pub prior_decode_step_ms: f64,
+    /// Bytes per second of a link that has not reported a speed: 10 Gbit/s.
+    pub prior_link_bytes_per_s: f64,
+    /// Milliseconds a hand-off costs whatever its size: opening, committing, one more worker in the path.
+    pub handoff_ms: f64,
+    /// Part of the transfer that is not hidden behind the prefill's own compute: the last layer group.
+    pub exposed_transfer: f64,
+    /// By how much of itself one more sequence slows a decode step.
+    pub step_growth: f64,
+    /// Tokens a request is assumed to produce (its `max_tokens`, if less): turns a slower step into milliseconds.
+    pub expected_output_tokens: u32,
+    /// Sequences assumed to join a decode worker while a prompt is computed there: what keeps long prompts away from an idle
+    /// decode worker.
+    pub expected_neighbours: f64,
+    /// Costs closer than this, in milliseconds, are equal; the choice among them rotates.
+    pub tie_ms: f64,
+}
+
+impl Default for Weights {
+    fn default() -> Self {
+        Self {
+            prior_prefill_tokens_per_s: 4_000.0,
+            prior_decode_step_ms: 10.0,
+            prior_link_bytes_per_s: 1.25e9,
+            handoff_ms: 3.0,
+            exposed_transfer: 0.25,
+            step_growth: 0.05,
+            expected_output_tokens: 64,
+            expected_neighbours: 0.5,
+            tie_ms: 0.01,
+        }
+    }
+}
+
+/// How much is accepted and how long anything may take.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Choices generated at once; a request with `n` choices takes `n`.
+    pub max_concurrent: usize,
+    /// Requests that may wait for their turn; beyond, 429 at once.
+    pub max_queued: usize,
+    /// Longest wait for a turn; then 503.
+    pub queue_timeout_ms: u64,
+    /// Longest wait for a path (a prefill and a decode worker) to take a request whose workers died.
+    pub recovery_timeout_ms: u64,
+    /// Longest wait for the first token of an attempt.
+    pub first_token_timeout_ms: u64,
+    /// Longest silence between two tokens of a choice.
+    pub stall_timeout_ms: u64,
+    /// Longest life of a request.
+    pub request_timeout_ms: u64,
+    /// Times a choice may be placed, the first included.
+    pub max_attempts: u32,
+    /// Most choices of one request: prompts times `n`.
+    pub max_choices: u32,
+    /// Largest request body in bytes.
+    pub max_body_bytes: usize,
+    /// Most alternatives `top_logprobs` may ask for.
+    pub max_logprobs: u32,
+    /// Tokens a client may be behind before its request is ended: the answer to a client that does not read.
+    pub stream_buffer_tokens: usize,
+    /// Longest wait at shutdown for streams to finish.
+    pub drain_timeout_ms: u64,
+    /// Longest wait for a worker to accept a connection and to say welcome.
+    pub connect_timeout_ms: u64,
+    /// Interval of pings to each worker.
+    pub probe_interval_ms: u64,
+    /// Silence after which an attached worker counts as gone.
+    pub probe_timeout_ms: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_concurrent: 4_096,
+            max_queued: 1_024,
+            queue_timeout_ms: 10_000,
+            recovery_timeout_ms: 5_000,
+            first_token_timeout_ms: 120_000,
+            stall_timeout_ms: 30_000,
+            request_timeout_ms: 600_000,
+            max_attempts: 4,
+            max_choices: 128,
+            max_body_bytes: 32 << 20,
+            max_logprobs: 20,
+            stream_buffer_tokens: 4_096,
+            drain_timeout_ms: 30_000,
+            connect_timeout_ms: 2_000,
+            probe_interval_ms: 500,
+            probe_timeout_ms: 2_000,
+        }
+    }
+}
+
+impl Limits {
+    pub(crate) fn queue_timeout(&self) -> Duration {
+        Duration::from_millis(self.queue_timeout_ms)
+    }
+
+    pub(crate) fn recovery_timeout(&self) -> Duration {
+        Duration::from_millis(self.recovery_timeout_ms)
+    }
+
+    pub(crate) fn first_token_timeout(&self) -> Duration {
+        Duration::from_millis(self.first_token_timeout_ms)
+    }
+
+    pub(crate) fn stall_timeout(&self) -> Duration {
+        Duration::from_millis(self.stall_timeout_ms)
+    }
+
+    pub(crate) fn request_timeout(&self) -> Duration {
+        Duration::from_millis(self.request_timeout_ms)
+    }
+
+    pub(crate) fn drain_timeout(&self) -> Duration {
+        Duration::from_millis(self.drain_timeout_ms)
+    }
+
+    pub(crate) fn connect_timeout(&self) -> Duration {
+        Duration::from_millis(self.connect_timeout_ms)
+    }
+
+    pub(crate) fn probe_interval(&self) -> Duration {
+        Duration::from_millis(self.probe_interval_ms)
+    }
+
+    pub(crate) fn probe_timeout(&self) -> Duration {
+        Duration::from_millis(self.probe_timeout_ms)
+    }
+}
+
+impl Config {
+    /// Checks what types cannot. The error names the field.
+    pub fn validate(&self) -> Result<(), String> {
+        let positive = |field: &str, value: f64| {
+            if value > 0.0 && value.is_finite() {
+                Ok(())
+            } else {
+                Err(format!("{field}: {value} is not a positive number"))
+            }
+        };
+        let at_least_one =
+            |field: &str, value: u64| if value > 0 { Ok(()) } else { Err(format!("{field}: must be at least 1")) };
+        if self.model_name.is_empty() {
+            return Err("model_name: must not be empty".into());
+        }
+        let (w, l) = (&self.weights, &self.limits);
+        positive("weights.prior_prefill_tokens_per_s", w.prior_prefill_tokens_per_s)?;
+        positive("weights.prior_decode_step_ms", w.prior_decode_step_ms)?;
+        positive("weights.prior_link_bytes_per_s", w.prior_link_bytes_per_s)?;
+        for (field, value) in [
+            ("weights.handoff_ms", w.handoff_ms),
+            ("weights.exposed_transfer", w.exposed_transfer),
+            ("weights.step_growth", w.step_growth),
+            ("weights.expected_neighbours", w.expected_neighbours),
+            ("weights.tie_ms", w.tie_ms),
+        ] {
+            if !(value >= 0.0 && value.is_finite()) {
+                return Err(format!("{field}: {value} is negative or not a number"));
+            }
+        }
+        for (field, value) in [
+            ("limits.max_concurrent", l.max_concurrent as u64),
+            ("limits.request_timeout_ms", l.request_timeout_ms),
+            ("limits.first_token_timeout_ms", l.first_token_timeout_ms),
+            ("limits.stall_timeout_ms", l.stall_timeout_ms),
+            ("limits.max_attempts", u64::from(l.max_attempts)),
+            ("limits.max_choices", u64::from(l.max_choices)),
+            ("limits.max_body_bytes", l.max_body_bytes as u64),
+            ("limits.stream_buffer_tokens", l.stream_buffer_tokens as u64),
+            ("limits.connect_timeout_ms", l.connect_timeout_ms),
+            ("limits.probe_interval_ms", l.probe_interval_ms),
+        ] {
+            at_least_one(field, value)?;
+        }
+        if l.probe_timeout_ms <= l.probe_interval_ms {
+            return Err(format!(
+                "limits.probe_timeout_ms: {} must be longer than limits.probe_interval_ms ({})",
+                l.probe_timeout_ms, l.probe_interval_ms
+            ));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_valid_and_errors_name_the_field() {
+        let good = Config { model_name: "demo".into(), ..Config::default() };
+        assert_eq!(good.validate(), Ok(()));
+        let mut bad = good.clone();
+        bad.weights.prior_link_bytes_per_s = 0.0;
+        assert!(bad.validate().unwrap_err().contains("weights.prior_link_bytes_per_s"));
+        let mut bad = good.clone();
+        bad.limits.probe_timeout_ms = 10;
+        assert!(bad.validate().unwrap_err().contains("limits.probe_timeout_ms"));
+        assert!(Config::default().validate().unwrap_err().contains("model_name"));
+    }
+}

@@ -1,0 +1,186 @@
+//! What a worker is asked to do for a request, and what it says about it.
+
+use bytes::Bytes;
+use kv_cache::TokenId;
+use std::{sync::Arc, time::Duration};
+
+/// One leg of one attempt at a choice.
+#[derive(Clone, Debug)]
+pub(crate) struct Submission {
+    /// Unique in this router.
+    pub(crate) attempt: u64,
+    /// Request id, for logs and traces.
+    pub(crate) request: Arc<str>,
+    /// W3C trace context, or empty.
+    pub(crate) traceparent: Arc<str>,
+    /// The prompt, then what earlier attempts emitted.
+    pub(crate) tokens: Vec<TokenId>,
+    /// How many of `tokens` are the prompt.
+    pub(crate) prompt_tokens: u32,
+    /// Root of the page hash chain.
+    pub(crate) salt: Bytes,
+    pub(crate) sampling: Arc<Sampling>,
+    /// Which of the request's choices.
+    pub(crate) choice: u32,
+    pub(crate) stop: Arc<Stop>,
+    /// Lower runs first.
+    pub(crate) priority: i32,
+    /// Until the leg must have ended.
+    pub(crate) deadline: Duration,
+    pub(crate) role: LegRole,
+}
+
+/// What this worker's part is.
+#[derive(Clone, Debug)]
+pub(crate) enum LegRole {
+    /// Compute the prompt and decode.
+    Local,
+    /// Compute the prompt, emit the first token, push the pages to this worker.
+    Prefill { handoff: u64, worker: String, incarnation: u64, link: String },
+    /// Expect the pages from this worker, then decode.
+    Decode { handoff: u64, worker: String, incarnation: u64 },
+}
+
+/// How tokens are drawn.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Sampling {
+    /// Below 1e-5 the most likely token is taken.
+    pub(crate) temperature: f32,
+    /// Probability mass kept; 1 = all.
+    pub(crate) top_p: f32,
+    /// Tokens kept; 0 = all.
+    pub(crate) top_k: u32,
+    /// Least probability kept, relative to the most likely token's; 0 = all.
+    pub(crate) min_p: f32,
+    pub(crate) seed: u64,
+    /// 1 = off.
+    pub(crate) repetition_penalty: f32,
+    pub(crate) frequency_penalty: f32,
+    pub(crate) presence_penalty: f32,
+    pub(crate) logit_bias: Vec<(TokenId, f32)>,
+    /// Alternatives reported beside the sampled token; `None` = no log-probabilities at all.
+    pub(crate) logprobs: Option<u32>,
+}
+
+impl Sampling {
+    /// Whether the most likely token is always taken.
+    pub(crate) fn is_greedy(&self) -> bool {
+        self.temperature < 1e-5
+    }
+}
+
+/// When a worker ends a sequence. Stop strings are the router's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Stop {
+    /// Output tokens, whatever attempt emitted them.
+    pub(crate) max_tokens: u32,
+    pub(crate) min_tokens: u32,
+    pub(crate) ignore_eos: bool,
+    pub(crate) token_ids: Vec<TokenId>,
+}
+
+/// Something a leg said.
+#[derive(Debug)]
+pub(crate) struct LegEvent {
+    /// The leg's number.
+    pub(crate) attempt: u64,
+    pub(crate) said: Said,
+}
+
+#[derive(Debug)]
+pub(crate) enum Said {
+    Token(Token),
+    /// The last word.
+    Ended(Box<Ended>),
+}
+
+/// An output token.
+#[derive(Debug)]
+pub(crate) struct Token {
+    /// Counted from the first token after the prompt.
+    pub(crate) index: u32,
+    pub(crate) id: TokenId,
+    pub(crate) logprobs: Option<Box<Logprobs>>,
+}
+
+/// Log-probabilities of one token, natural.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Logprobs {
+    pub(crate) logprob: f32,
+    /// The most likely tokens, best first.
+    pub(crate) top: Vec<(TokenId, f32)>,
+}
+
+/// How a leg ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Ended {
+    pub(crate) end: End,
+    /// Prompt tokens it took from its prefix cache.
+    pub(crate) cached_tokens: u32,
+    /// From receipt to first scheduled.
+    pub(crate) queue: Duration,
+    /// From first scheduled to the first token.
+    pub(crate) prefill: Duration,
+}
+
+impl Ended {
+    /// An end the worker did not report itself.
+    pub(crate) fn without_numbers(end: End) -> Self {
+        Self { end, cached_tokens: 0, queue: Duration::ZERO, prefill: Duration::ZERO }
+    }
+}
+
+/// Why a leg ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// This token ended the sequence. It was emitted too.
+    Stop(TokenId),
+    /// `max_tokens` or the context length was reached.
+    Length,
+    /// The decode worker owns the sequence now.
+    HandedOff,
+    /// The worker died on it; another may not.
+    Failed(String),
+    /// The worker would not take it; another may.
+    Refused(String),
+    /// No worker could do it.
+    Invalid(String),
+    /// The stream to the worker ended.
+    Lost(String),
+    /// Nobody took the tokens.
+    Overflow,
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A local leg with a prompt of `tokens` tokens.
+    pub(crate) fn submission(attempt: u64, tokens: usize) -> Submission {
+        Submission {
+            attempt,
+            request: "test".into(),
+            traceparent: "".into(),
+            tokens: vec![1; tokens],
+            prompt_tokens: tokens as u32,
+            salt: Bytes::new(),
+            sampling: Arc::new(Sampling {
+                temperature: 0.0,
+                top_p: 1.0,
+                top_k: 0,
+                min_p: 0.0,
+                seed: 0,
+                repetition_penalty: 1.0,
+                frequency_penalty: 0.0,
+                presence_penalty: 0.0,
+                logit_bias: Vec::new(),
+                logprobs: None,
+            }),
+            choice: 0,
+            stop: Arc::new(Stop { max_tokens: 16, min_tokens: 0, ignore_eos: false, token_ids: Vec::new() }),
+            priority: 0,
+            deadline: Duration::from_secs(1),
+            role: LegRole::Local,
+        }
+    }
+}

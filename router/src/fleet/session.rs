@@ -1,0 +1,415 @@
+//! One live stream to one worker: what waits to go down, and who waits for what comes up.
+//!
+//! A [`Session`] lasts as long as the stream. Submitting to it never waits: frames are gathered by the stream's own task, so a
+//! burst of submissions and cancels becomes one frame. When the stream ends, every leg on it hears [`End::Lost`].
+//!
+//! Full, in either direction: beyond [`MAX_UNSENT`] unsent submissions the worker counts as busy and the request goes elsewhere; a
+//! request whose own queue is full belongs to a client that does not read, and its leg ends with [`End::Overflow`]. The last word of
+//! a leg has a place reserved and always arrives.
+
+use super::{
+    leg::{End, Ended, LegEvent, Said, Submission},
+    wire,
+};
+use crate::cost::Speed;
+use proto::{RouterFrame, WorkerFrame};
+use std::{
+    collections::{HashMap, VecDeque},
+    fmt,
+    sync::{Arc, Mutex, MutexGuard},
+};
+use tokio::sync::{Notify, mpsc};
+
+/// Submissions that may wait for the stream's flow control.
+const MAX_UNSENT: usize = 4_096;
+
+/// Tokens of the submissions in one frame, unless the first alone has more: keeps frames well below gRPC's 4 MiB.
+const FRAME_TOKENS: usize = 128 << 10;
+
+/// How much a new report moves a learned speed.
+const SPEED_BLEND: f64 = 0.3;
+
+/// The worker took no submission.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Unsent {
+    /// Its stream has ended.
+    #[error("the stream to the worker has ended")]
+    Gone,
+    /// Too many submissions wait already.
+    #[error("{MAX_UNSENT} submissions already wait to be sent to the worker")]
+    Busy,
+}
+
+/// One live stream.
+pub(crate) struct Session {
+    inner: Mutex<Inner>,
+    wake: Notify,
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session").field("legs", &self.lock().legs.len()).finish_non_exhaustive()
+    }
+}
+
+/// Load as the worker last reported it, and what was sent to it since.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Load {
+    /// Sequences that run, wait or are on their way there.
+    pub(crate) sequences: u32,
+    /// Tokens known and not yet computed.
+    pub(crate) queued_tokens: u64,
+    /// Pages free or evictable; `None` before the first report.
+    pub(crate) free_pages: Option<u32>,
+    pub(crate) draining: bool,
+    pub(crate) speed: Speed,
+}
+
+#[derive(Default)]
+struct Inner {
+    closed: bool,
+    first: Option<RouterFrame>,
+    submits: VecDeque<proto::Submit>,
+    cancels: Vec<u64>,
+    resync: bool,
+    ping: u64,
+    legs: HashMap<u64, Leg>,
+    /// Tokens of legs that have not produced a token yet.
+    pending_tokens: u64,
+    /// Submitted since the last report.
+    since_report: SinceReport,
+    report: wire::Report,
+    speed: Speed,
+}
+
+#[derive(Clone, Copy, Default)]
+struct SinceReport {
+    sequences: u32,
+    tokens: u64,
+}
+
+struct Leg {
+    events: mpsc::Sender<LegEvent>,
+    last: mpsc::OwnedPermit<LegEvent>,
+    /// Its share of `pending_tokens`.
+    pending_tokens: u32,
+}
+
+impl Session {
+    /// Starts with a greeting in the name of `router`, which asks for a snapshot of the worker's pages.
+    pub(super) fn new(router: &str) -> Arc<Self> {
+        let inner = Inner { first: Some(wire::hello(router)), ..Inner::default() };
+        Arc::new(Self { inner: Mutex::new(inner), wake: Notify::new() })
+    }
+
+    /// Sends a leg to the worker and its events to `events`. `missing_tokens` is what the worker has to compute for it.
+    pub(crate) fn submit(
+        self: &Arc<Self>,
+        submission: Submission,
+        missing_tokens: u32,
+        events: &mpsc::Sender<LegEvent>,
+    ) -> Result<LegGuard, Unsent> {
+        let attempt = submission.attempt;
+        // A request's queue is made with room for the last word of each of its legs.
+        let last = events.clone().try_reserve_owned().map_err(|_| Unsent::Busy)?;
+        let mut inner = self.lock();
+        if inner.closed {
+            return Err(Unsent::Gone);
+        }
+        if inner.submits.len() >= MAX_UNSENT {
+            return Err(Unsent::Busy);
+        }
+        inner.legs.insert(attempt, Leg { events: events.clone(), last, pending_tokens: missing_tokens });
+        inner.pending_tokens += u64::from(missing_tokens);
+        inner.since_report.sequences += 1;
+        inner.since_report.tokens += u64::from(missing_tokens);
+        inner.submits.push_back(wire::submit(submission));
+        drop(inner);
+        self.wake.notify_one();
+        Ok(LegGuard { session: self.clone(), attempt })
+    }
+
+    /// Calls a leg off. One that has ended, or was never sent, costs nothing.
+    fn cancel(&self, attempt: u64) {
+        let mut inner = self.lock();
+        if inner.forget(attempt).is_none() {
+            return;
+        }
+        if let Some(at) = inner.submits.iter().rposition(|submit| submit.attempt == attempt) {
+            inner.submits.remove(at);
+            return;
+        }
+        inner.cancels.push(attempt);
+        drop(inner);
+        self.wake.notify_one();
+    }
+
+    /// Asks the worker for a fresh snapshot of its pages.
+    pub(super) fn request_resync(&self) {
+        self.lock().resync = true;
+        self.wake.notify_one();
+    }
+
+    /// Sends a probe.
+    pub(super) fn ping(&self, number: u64) {
+        self.lock().ping = number;
+        self.wake.notify_one();
+    }
+
+    /// Waits for something to send; `None` when the session is closed. One task calls this.
+    pub(super) async fn next_frame(&self) -> Option<RouterFrame> {
+        loop {
+            {
+                let mut inner = self.lock();
+                if let Some(first) = inner.first.take() {
+                    return Some(first);
+                }
+                if inner.closed {
+                    return None;
+                }
+                if let Some(frame) = inner.gather() {
+                    return Some(frame);
+                }
+            }
+            self.wake.notified().await;
+        }
+    }
+
+    /// Gives a frame's tokens and last words to their requests and takes its load. `step_growth` is how much a neighbour slows a
+    /// step, to compare steps of different batches.
+    pub(super) fn receive(&self, frame: &mut WorkerFrame, step_growth: f64) {
+        let mut inner = self.lock();
+        for token in frame.tokens.drain(..) {
+            inner.token(token);
+        }
+        for ended in frame.ended.drain(..) {
+            let (attempt, ended) = wire::ended(ended);
+            inner.end(attempt, ended);
+        }
+        if let Some(load) = &frame.load {
+            inner.report(wire::report(load), step_growth);
+        }
+        let overflowed = !inner.cancels.is_empty();
+        drop(inner);
+        if overflowed {
+            self.wake.notify_one();
+        }
+    }
+
+    /// Ends the session; every leg hears why.
+    pub(super) fn close(&self, reason: &str) {
+        let mut inner = self.lock();
+        inner.closed = true;
+        inner.submits.clear();
+        let legs: Vec<u64> = inner.legs.keys().copied().collect();
+        for attempt in legs {
+            inner.end(attempt, Ended::without_numbers(End::Lost(reason.to_string())));
+        }
+        drop(inner);
+        self.wake.notify_one();
+    }
+
+    /// Returns the load a placement should reckon with: the report, and what it cannot know of yet. What this router itself has
+    /// there is a lower bound, so a report that crossed a submission on the wire does no harm.
+    pub(crate) fn load(&self) -> Load {
+        let inner = self.lock();
+        let report = &inner.report;
+        Load {
+            sequences: (report.sequences + inner.since_report.sequences).max(inner.legs.len() as u32),
+            queued_tokens: (report.queued_tokens + inner.since_report.tokens).max(inner.pending_tokens),
+            free_pages: report.free_pages,
+            draining: report.draining,
+            speed: inner.speed,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().expect("no code panics while it holds a session")
+    }
+}
+
+impl Inner {
+    /// Takes what waits, up to a frame's worth.
+    fn gather(&mut self) -> Option<RouterFrame> {
+        if self.submits.is_empty() && self.cancels.is_empty() && !self.resync && self.ping == 0 {
+            return None;
+        }
+        let (mut submit, mut tokens) = (Vec::new(), 0);
+        while let Some(next) = self.submits.front() {
+            tokens += next.tokens.len();
+            if tokens > FRAME_TOKENS && !submit.is_empty() {
+                break;
+            }
+            submit.extend(self.submits.pop_front());
+        }
+        Some(RouterFrame {
+            hello: None,
+            submit,
+            cancel: std::mem::take(&mut self.cancels),
+            resync: std::mem::take(&mut self.resync),
+            ping: std::mem::take(&mut self.ping),
+        })
+    }
+
+    fn token(&mut self, token: proto::Token) {
+        let attempt = token.attempt;
+        let Some(leg) = self.legs.get_mut(&attempt) else { return };
+        self.pending_tokens -= u64::from(std::mem::take(&mut leg.pending_tokens));
+        let event = LegEvent { attempt, said: Said::Token(wire::token(token)) };
+        if let Err(mpsc::error::TrySendError::Full(_)) = leg.events.try_send(event) {
+            self.end(attempt, Ended::without_numbers(End::Overflow));
+            self.cancels.push(attempt);
+        }
+    }
+
+    fn end(&mut self, attempt: u64, ended: Ended) {
+        if let Some(leg) = self.forget(attempt) {
+            leg.last.send(LegEvent { attempt, said: Said::Ended(Box::new(ended)) });
+        }
+    }
+
+    fn forget(&mut self, attempt: u64) -> Option<Leg> {
+        let leg = self.legs.remove(&attempt)?;
+        self.pending_tokens -= u64::from(leg.pending_tokens);
+        Some(leg)
+    }
+
+    fn report(&mut self, report: wire::Report, step_growth: f64) {
+        self.since_report = SinceReport::default();
+        let neighbours = f64::from(report.running.saturating_sub(1));
+        let single_step = report.speed.step_ms.map(|step| step / (1.0 + step_growth * neighbours));
+        blend(&mut self.speed.prefill_tokens_per_s, report.speed.prefill_tokens_per_s);
+        blend(&mut self.speed.step_ms, single_step);
+        blend(&mut self.speed.link_bytes_per_s, report.speed.link_bytes_per_s);
+        self.report = report;
+    }
+}
+
+fn blend(known: &mut Option<f64>, reported: Option<f64>) {
+    let Some(reported) = reported else { return };
+    *known = Some(known.map_or(reported, |known| known + SPEED_BLEND * (reported - known)));
+}
+
+/// A leg under way. Dropping it calls the leg off, unless it has ended.
+#[derive(Debug)]
+pub(crate) struct LegGuard {
+    session: Arc<Session>,
+    attempt: u64,
+}
+
+impl LegGuard {
+    /// The leg's number, as its events carry it.
+    pub(crate) fn attempt(&self) -> u64 {
+        self.attempt
+    }
+}
+
+impl Drop for LegGuard {
+    fn drop(&mut self) {
+        self.session.cancel(self.attempt);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fleet::leg::tests::submission;
+
+    fn frame(session: &Session) -> Option<RouterFrame> {
+        futures::FutureExt::now_or_never(session.next_frame()).flatten()
+    }
+
+    fn attached() -> Arc<Session> {
+        let session = Session::new("r");
+        assert!(frame(&session).is_some_and(|f| f.hello.is_some() && f.resync));
+        session
+    }
+
+    fn token(attempt: u64, index: u32) -> proto::Token {
+        proto::Token { attempt, index, token: 7, logprobs: None }
+    }
+
+    #[test]
+    fn submissions_and_cancels_share_a_frame() {
+        let session = attached();
+        let (tx, _rx) = mpsc::channel(8);
+        let first = session.submit(submission(1, 10), 10, &tx).unwrap();
+        let _second = session.submit(submission(2, 10), 10, &tx).unwrap();
+        let sent = frame(&session).unwrap();
+        assert_eq!(sent.submit.iter().map(|s| s.attempt).collect::<Vec<_>>(), [1, 2]);
+        let third = session.submit(submission(3, 10), 10, &tx).unwrap();
+        drop(third);
+        drop(first);
+        let sent = frame(&session).unwrap();
+        assert_eq!(sent.cancel, [1], "a submission that was never sent needs no cancel");
+        assert!(sent.submit.is_empty());
+        assert!(frame(&session).is_none());
+    }
+
+    #[test]
+    fn long_prompts_are_spread_over_frames() {
+        let session = attached();
+        let (tx, _rx) = mpsc::channel(8);
+        let _guards: Vec<_> =
+            (0..3).map(|attempt| session.submit(submission(attempt, 100 << 10), 0, &tx).unwrap()).collect();
+        for _ in 0..3 {
+            assert_eq!(frame(&session).unwrap().submit.len(), 1);
+        }
+        assert!(frame(&session).is_none());
+    }
+
+    #[test]
+    fn a_full_queue_ends_the_leg_and_its_last_word_still_arrives() {
+        let session = attached();
+        let (tx, mut rx) = mpsc::channel(3);
+        let _guard = session.submit(submission(1, 10), 10, &tx).unwrap();
+        frame(&session);
+        let mut received = WorkerFrame { tokens: (0..5).map(|i| token(1, i)).collect(), ..WorkerFrame::default() };
+        session.receive(&mut received, 0.0);
+        let events: Vec<_> = std::iter::from_fn(|| rx.try_recv().ok()).collect();
+        assert_eq!(events.len(), 3);
+        assert!(matches!(&events[2].said, Said::Ended(ended) if ended.end == End::Overflow), "{:?}", events[2]);
+        assert_eq!(frame(&session).unwrap().cancel, [1]);
+    }
+
+    #[test]
+    fn a_lost_stream_is_every_legs_last_word() {
+        let session = attached();
+        let (tx, mut rx) = mpsc::channel(8);
+        let guard = session.submit(submission(1, 10), 10, &tx).unwrap();
+        session.close("connection reset");
+        assert!(matches!(rx.try_recv().unwrap().said, Said::Ended(e) if e.end == End::Lost("connection reset".into())));
+        assert_eq!(session.submit(submission(2, 10), 10, &tx).unwrap_err(), Unsent::Gone);
+        drop(guard);
+        assert!(frame(&session).is_none());
+    }
+
+    #[test]
+    fn load_reckons_with_what_the_worker_cannot_know_yet() {
+        let session = attached();
+        let (tx, _rx) = mpsc::channel(8);
+        let _a = session.submit(submission(1, 100), 100, &tx).unwrap();
+        assert_eq!((session.load().sequences, session.load().queued_tokens), (1, 100));
+        // A report that was made before the submission arrived.
+        let report = |waiting_tokens| WorkerFrame {
+            load: Some(proto::Load {
+                waiting_tokens,
+                pages_free: 9,
+                decode_step_ms: 12.0,
+                running: 5,
+                ..Default::default()
+            }),
+            ..WorkerFrame::default()
+        };
+        session.receive(&mut report(0), 0.05);
+        assert_eq!((session.load().sequences, session.load().queued_tokens), (5, 100));
+        assert_eq!(session.load().free_pages, Some(9));
+        assert!(
+            (session.load().speed.step_ms.unwrap() - 10.0).abs() < 1e-6,
+            "12 ms with four neighbours is 10 ms alone"
+        );
+        let mut first_token = WorkerFrame { tokens: vec![token(1, 0)], ..WorkerFrame::default() };
+        session.receive(&mut first_token, 0.05);
+        assert_eq!(session.load().queued_tokens, 0);
+    }
+}

@@ -1,0 +1,267 @@
+//! The HTTP surface: routes, bodies, request ids.
+
+use crate::{
+    error::Error,
+    metrics::{Endpoint, Outcome},
+    openai::{
+        self, Head,
+        chat::{ChatRequest, ChatShape},
+        completions::{CompletionRequest, CompletionShape},
+        error,
+        fields::Fields,
+        models,
+    },
+    request::{Origin, Router},
+};
+use axum::{
+    Json,
+    body::Bytes,
+    extract::{DefaultBodyLimit, Path, State, rejection::BytesRejection},
+    http::{HeaderMap, HeaderValue, StatusCode, Uri, header},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use serde::Serialize;
+use std::{
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+use telemetry::Health;
+use tokio::time::Instant;
+use tower::ServiceBuilder;
+use tower_http::catch_panic::CatchPanicLayer;
+
+/// Longest request id taken from a client.
+const MAX_REQUEST_ID: usize = 128;
+
+/// Bodies up to this size are parsed where they arrive: a hundred microseconds at most, about what handing them over costs.
+const SMALL_BODY_BYTES: usize = 64 << 10;
+
+/// What handlers share.
+#[derive(Clone, Debug)]
+pub(crate) struct Service {
+    pub(crate) router: Arc<Router>,
+    pub(crate) health: Health,
+}
+
+/// Returns the routes.
+pub(crate) fn routes(service: Service) -> axum::Router {
+    let max_body_bytes = service.router.config.limits.max_body_bytes;
+    axum::Router::new()
+        .route("/v1/chat/completions", post(chat))
+        .route("/v1/completions", post(completions))
+        .route("/v1/models", get(list_models))
+        .route("/v1/models/{*name}", get(find_model))
+        .route("/health", get(health))
+        .route("/livez", get(live))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(metrics))
+        .route("/version", get(version))
+        .fallback(|uri: Uri| async move {
+            error::not_served(StatusCode::NOT_FOUND, &format!("there is nothing at {}", uri.path()))
+        })
+        .method_not_allowed_fallback(|| async {
+            error::not_served(StatusCode::METHOD_NOT_ALLOWED, "this path does not take this method")
+        })
+        // Outermost first. A mistake of ours costs the request that met it, not its connection's other ones.
+        .layer(
+            ServiceBuilder::new()
+                .layer(CatchPanicLayer::custom(|_| {
+                    error::response(&Error::Failed("the router failed; this is a bug".into()))
+                }))
+                .layer(DefaultBodyLimit::max(max_body_bytes)),
+        )
+        .with_state(service)
+}
+
+async fn chat(State(service): State<Service>, headers: HeaderMap, body: Result<Bytes, BytesRejection>) -> Response {
+    let router = service.router;
+    let origin = origin(&headers, Endpoint::Chat);
+    let mut guard = router.metrics.request(Endpoint::Chat);
+    let request = match read(&router, &headers, body, ChatRequest::parse).await {
+        Ok(request) => request,
+        Err(error) => return refuse(&origin, &error, &mut guard),
+    };
+    let params = request.params.clone();
+    let head = head(&router, &origin, "chatcmpl", &params.model);
+    let accepted = openai::accept(router.clone(), origin.clone(), params, guard, 1, request.into_prompt()).await;
+    let answered = match accepted {
+        Ok(accepted) => {
+            let shape = ChatShape::new(router, head, &accepted.params, &accepted.prompts[0]);
+            accepted.answer(shape).await
+        }
+        Err(refused) => Err(refused),
+    };
+    finish(&origin, answered)
+}
+
+async fn completions(
+    State(service): State<Service>,
+    headers: HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+) -> Response {
+    let router = service.router;
+    let origin = origin(&headers, Endpoint::Completions);
+    let mut guard = router.metrics.request(Endpoint::Completions);
+    let CompletionRequest { params, prompts } = match read(&router, &headers, body, CompletionRequest::parse).await {
+        Ok(request) => request,
+        Err(error) => return refuse(&origin, &error, &mut guard),
+    };
+    let head = head(&router, &origin, "cmpl", &params.model);
+    let count = prompts.len();
+    let accepted = openai::accept(router.clone(), origin.clone(), params, guard, count, move |_| Ok(prompts)).await;
+    let answered = match accepted {
+        Ok(mut accepted) => {
+            let mut shape = CompletionShape::new(router, head, &accepted.params, accepted.prompts.clone());
+            if accepted.params.max_tokens == Some(0) {
+                accepted.guard.ended(Outcome::Ok);
+                Ok(shape.prompts_only(&accepted.params))
+            } else {
+                accepted.answer(shape).await
+            }
+        }
+        Err(refused) => Err(refused),
+    };
+    finish(&origin, answered)
+}
+
+/// Reads a body: a small one here, a large one on the text threads.
+async fn read<T: Send + 'static>(
+    router: &Arc<Router>,
+    headers: &HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+    parse: fn(Fields, &Router) -> Result<T, Error>,
+) -> Result<T, Error> {
+    check_content_type(headers)?;
+    let body = body.map_err(|rejection| match rejection.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => Error::TooLarge { limit: router.config.limits.max_body_bytes },
+        _ => Error::Invalid { message: format!("the body cannot be read: {}", rejection.body_text()), param: None },
+    })?;
+    if body.len() <= SMALL_BODY_BYTES {
+        return parse(Fields::parse(&body)?, router);
+    }
+    let (text, router) = (&router.text, router.clone());
+    text.run(move || parse(Fields::parse(&body)?, &router)).await
+}
+
+fn check_content_type(headers: &HeaderMap) -> Result<(), Error> {
+    let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let essence = content_type.split(';').next().unwrap_or_default().trim();
+    if essence.eq_ignore_ascii_case("application/json") {
+        return Ok(());
+    }
+    let message = format!("unsupported media type {essence:?}: only 'application/json' is allowed");
+    Err(Error::Invalid { message, param: Some("content-type".into()) })
+}
+
+/// Who asks: the client's own request id if it can stand in a header and a log line, or a new one.
+fn origin(headers: &HeaderMap, endpoint: Endpoint) -> Origin {
+    let given = headers.get("x-request-id").and_then(|value| value.to_str().ok());
+    let usable = |id: &&str| (1..=MAX_REQUEST_ID).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic());
+    let request: Arc<str> = match given.filter(usable) {
+        Some(id) => id.into(),
+        None => format!("{:032x}", rand::random::<u128>()).into(),
+    };
+    let span = tracing::info_span!(
+        "request",
+        id = %request,
+        endpoint = ?endpoint,
+        prompt_tokens = tracing::field::Empty,
+        output_tokens = tracing::field::Empty
+    );
+    let parent = headers.get("traceparent").and_then(|value| value.to_str().ok()).unwrap_or_default();
+    telemetry::set_parent(&span, parent);
+    // Without export of our own, workers still continue the client's trace.
+    let passed_on = || parent.parse::<telemetry::TraceParent>().map(|parent| parent.to_string()).unwrap_or_default();
+    let traceparent = telemetry::traceparent(&span).unwrap_or_else(passed_on).into();
+    Origin { request, traceparent, arrived: Instant::now(), span }
+}
+
+fn head(router: &Router, origin: &Origin, prefix: &str, model: &str) -> Head {
+    Head {
+        id: format!("{prefix}-{}", origin.request),
+        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+        model: model.to_string(),
+        fingerprint: router.model.fingerprint.clone(),
+    }
+}
+
+type Answered = Result<Response, (Error, crate::metrics::RequestGuard)>;
+
+fn finish(origin: &Origin, answered: Answered) -> Response {
+    match answered {
+        Ok(mut response) => {
+            name(origin, &mut response);
+            response
+        }
+        Err((error, mut guard)) => refuse(origin, &error, &mut guard),
+    }
+}
+
+fn refuse(origin: &Origin, error: &Error, guard: &mut crate::metrics::RequestGuard) -> Response {
+    guard.ended(error::outcome(error));
+    tracing::debug!(request = %origin.request, %error, "request refused");
+    let mut response = error::response(error);
+    name(origin, &mut response);
+    response
+}
+
+/// Puts the request id on a response.
+fn name(origin: &Origin, response: &mut Response) {
+    if let Ok(id) = HeaderValue::from_str(&origin.request) {
+        response.headers_mut().insert("x-request-id", id);
+    }
+}
+
+async fn list_models(State(service): State<Service>) -> Json<models::ModelList> {
+    Json(models::list(&service.router))
+}
+
+async fn find_model(State(service): State<Service>, Path(name): Path<String>) -> Response {
+    match models::find(&service.router, &name) {
+        Ok(model) => Json(model).into_response(),
+        Err(error) => error::response(&error),
+    }
+}
+
+/// Whether a request could be answered now, in vLLM's words: 200 or 503, no body.
+async fn health(State(service): State<Service>) -> StatusCode {
+    match service.health.liveness().and(service.health.readiness()) {
+        Ok(()) => StatusCode::OK,
+        Err(_) => StatusCode::SERVICE_UNAVAILABLE,
+    }
+}
+
+async fn live(State(service): State<Service>) -> (StatusCode, String) {
+    probe(service.health.liveness(), "alive")
+}
+
+async fn ready(State(service): State<Service>) -> (StatusCode, String) {
+    probe(service.health.readiness(), "ready")
+}
+
+fn probe(state: Result<(), String>, good: &str) -> (StatusCode, String) {
+    match state {
+        Ok(()) => (StatusCode::OK, format!("{good}\n")),
+        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
+    }
+}
+
+async fn metrics(State(service): State<Service>) -> Response {
+    let router = &service.router;
+    router.metrics.prefix_index(router.fleet.prefix_index_bytes());
+    let mut response = telemetry::render_metrics().into_response();
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
+    response
+}
+
+#[derive(Serialize)]
+struct Version {
+    version: &'static str,
+}
+
+async fn version() -> Json<Version> {
+    Json(Version { version: env!("CARGO_PKG_VERSION") })
+}

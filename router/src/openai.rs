@@ -1,0 +1,288 @@
+//! The public API: OpenAI's shapes, and vLLM's additions to them.
+//!
+//! Each endpoint's request and response stand beside each other; what both endpoints share is in [`params`]. Fields nobody knows
+//! are ignored, as clients expect; fields that would change the answer and are not served yet are refused by name.
+
+pub(crate) mod chat;
+pub(crate) mod completions;
+pub(crate) mod error;
+pub(crate) mod fields;
+mod logprobs;
+pub(crate) mod models;
+pub(crate) mod params;
+pub(crate) mod stream;
+
+use crate::{
+    error::Error,
+    metrics::{Outcome, RequestGuard},
+    prompt::{Prompt, PromptSource},
+    request::{Finish, Generation, Origin, Router, Step, Work},
+};
+use axum::{
+    body::Body,
+    http::{HeaderValue, header},
+    response::Response,
+};
+use futures::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use params::Params;
+use serde::Serialize;
+use std::sync::Arc;
+use tokio::sync::OwnedSemaphorePermit;
+
+/// How one endpoint writes what was generated.
+pub(crate) trait Shape: Send + 'static {
+    /// Writes the chunks of one step of one choice. `first` at the choice's first step.
+    fn chunk(&mut self, choice: usize, first: bool, step: &Step, usage: Option<Usage>, out: &mut Vec<u8>);
+
+    /// Writes the last chunk, which only carries usage.
+    fn usage_chunk(&mut self, usage: Usage, out: &mut Vec<u8>);
+
+    /// Takes in one step of an answer that is not streamed.
+    fn collect(&mut self, choice: usize, step: &Step);
+
+    /// Writes the whole answer.
+    fn answer(&mut self, usage: Usage) -> Vec<u8>;
+}
+
+/// What every object of one answer repeats.
+#[derive(Clone, Debug)]
+pub(crate) struct Head {
+    pub(crate) id: String,
+    pub(crate) created: u64,
+    pub(crate) model: String,
+    pub(crate) fingerprint: String,
+}
+
+/// Tokens read and written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct Usage {
+    prompt_tokens: u32,
+    total_tokens: u32,
+    completion_tokens: u32,
+    prompt_tokens_details: PromptTokensDetails,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+struct PromptTokensDetails {
+    cached_tokens: u32,
+}
+
+impl Usage {
+    fn new(prompt_tokens: u32, cached_tokens: u32, completion_tokens: u32) -> Self {
+        let total_tokens = prompt_tokens + completion_tokens;
+        Self {
+            prompt_tokens,
+            total_tokens,
+            completion_tokens,
+            prompt_tokens_details: PromptTokensDetails { cached_tokens },
+        }
+    }
+}
+
+/// `finish_reason` and `stop_reason` of a choice.
+#[derive(Clone, Debug, Serialize)]
+#[serde(untagged)]
+enum StopReason {
+    Token(u32),
+    String(String),
+}
+
+fn reasons(finish: &Finish) -> (&'static str, Option<StopReason>) {
+    match finish {
+        Finish::EndOfSequence => ("stop", None),
+        Finish::StopToken(token) => ("stop", Some(StopReason::Token(*token))),
+        Finish::StopString(string) => ("stop", Some(StopReason::String(string.clone()))),
+        Finish::Length => ("length", None),
+    }
+}
+
+/// A request that was accepted and whose prompts are tokens.
+pub(crate) struct Accepted {
+    pub(crate) router: Arc<Router>,
+    pub(crate) origin: Origin,
+    pub(crate) params: Params,
+    pub(crate) prompts: Vec<Arc<Prompt>>,
+    pub(crate) turn: OwnedSemaphorePermit,
+    pub(crate) guard: RequestGuard,
+}
+
+/// Waits for a turn, then turns the prompts into tokens. `render` makes the sources and runs on the text threads.
+pub(crate) async fn accept(
+    router: Arc<Router>,
+    origin: Origin,
+    params: Params,
+    guard: RequestGuard,
+    prompts: usize,
+    render: impl FnOnce(&Router) -> Result<Vec<PromptSource>, Error> + Send + 'static,
+) -> Result<Accepted, (Error, RequestGuard)> {
+    if router.draining.is_cancelled() {
+        let message = "the router is shutting down".into();
+        return Err((Error::Unavailable { message, retry_after: std::time::Duration::from_secs(1) }, guard));
+    }
+    let prepared = async {
+        let turn = router.admission.admit(prompts * params.n as usize).await?;
+        let prompts = router.prepare(render, params.salt.clone(), params.echo, params.prompt_field).await?;
+        Ok((turn, prompts))
+    };
+    match prepared.await {
+        Ok((turn, prompts)) => Ok(Accepted { router, origin, params, prompts, turn, guard }),
+        Err(error) => Err((error, guard)),
+    }
+}
+
+impl Accepted {
+    /// One generation for each prompt and each of `n`, in the order of the answer's indices.
+    fn generations(&self) -> Vec<Generation> {
+        let context = self.router.context_tokens();
+        let work = self.prompts.iter().flat_map(|prompt| {
+            let stop = Arc::new(self.params.stop(context, prompt.tokens.len() as u32));
+            (0..self.params.n).map(move |choice| Work {
+                origin: self.origin.clone(),
+                prompt: prompt.clone(),
+                sampling: self.params.sampling.clone(),
+                choice,
+                stop: stop.clone(),
+                stop_strings: self.params.stop_strings.clone(),
+                include_stop: self.params.include_stop,
+                skip_special: self.params.skip_special,
+                report_ids: self.params.token_ids,
+                priority: self.params.priority,
+            })
+        });
+        work.map(|work| Generation::new(self.router.clone(), work)).collect()
+    }
+
+    /// Generates, and answers in one piece or as a stream.
+    pub(crate) async fn answer(mut self, shape: impl Shape) -> Result<Response, (Error, RequestGuard)> {
+        let choices = Choices::new(self.generations(), self.params.n);
+        if self.params.stream {
+            return stream::answer(self, choices, shape).await;
+        }
+        match whole(choices, shape).await {
+            Ok(body) => {
+                self.guard.ended(Outcome::Ok);
+                Ok(json(body))
+            }
+            Err(error) => Err((error, self.guard)),
+        }
+    }
+}
+
+async fn whole(mut choices: Choices, mut shape: impl Shape) -> Result<Vec<u8>, Error> {
+    while let Some(stepped) = choices.next().await {
+        stepped.result.clone()?;
+        shape.collect(stepped.index, &stepped.step);
+    }
+    Ok(shape.answer(choices.usage()))
+}
+
+pub(crate) fn json(body: Vec<u8>) -> Response {
+    let mut response = Response::new(Body::from(body));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+/// Writes `value` as JSON. Our types hold nothing that JSON cannot say.
+fn write_json(value: &impl Serialize, out: &mut Vec<u8>) {
+    serde_json::to_writer(out, value).expect("plain structs serialise into memory");
+}
+
+/// The choices of one request, generated side by side.
+pub(crate) struct Choices {
+    running: Running,
+    /// The step being looked at.
+    current: Option<Box<Stepped>>,
+    /// Prompts are counted once, not once per choice.
+    n: u32,
+    usage: Usage,
+}
+
+enum Running {
+    /// The common case pays for no set of futures.
+    One(Option<Box<Stepped>>),
+    Many(FuturesUnordered<BoxFuture<'static, Box<Stepped>>>),
+}
+
+/// A choice after a step.
+pub(crate) struct Stepped {
+    pub(crate) index: usize,
+    pub(crate) step: Step,
+    pub(crate) result: Result<(), Error>,
+    /// Whether this was its first.
+    pub(crate) first: bool,
+    generation: Generation,
+}
+
+impl Stepped {
+    async fn step(mut self: Box<Self>) -> Box<Self> {
+        self.result = self.generation.next(&mut self.step).await;
+        self
+    }
+
+    fn is_over(&self) -> bool {
+        self.result.is_err() || self.step.finish.is_some()
+    }
+}
+
+impl Choices {
+    fn new(generations: Vec<Generation>, n: u32) -> Self {
+        let start = |(index, generation)| {
+            Box::new(Stepped { index, step: Step::default(), result: Ok(()), first: true, generation })
+        };
+        let mut starts: Vec<Box<Stepped>> = generations.into_iter().enumerate().map(start).collect();
+        let running = match starts.len() {
+            1 => Running::One(starts.pop()),
+            _ => Running::Many(starts.into_iter().map(|stepped| Box::pin(stepped.step()) as BoxFuture<_>).collect()),
+        };
+        Self { running, current: None, n, usage: Usage::default() }
+    }
+
+    /// Waits for the next step of any choice; `None` when all have ended. After an error there is nothing more to wait for.
+    async fn next(&mut self) -> Option<&Stepped> {
+        if let Some(mut seen) = self.current.take() {
+            seen.first = false;
+            if !seen.is_over() {
+                match &mut self.running {
+                    Running::One(one) => *one = Some(seen),
+                    Running::Many(many) => many.push(Box::pin(seen.step())),
+                }
+            }
+        }
+        let stepped = match &mut self.running {
+            Running::One(one) => one.take()?.step().await,
+            Running::Many(many) => many.next().await?,
+        };
+        if stepped.is_over() {
+            self.count(&stepped);
+        }
+        self.current = Some(stepped);
+        self.current.as_deref()
+    }
+
+    fn count(&mut self, stepped: &Stepped) {
+        let generation = &stepped.generation;
+        let (mut prompt, mut cached) = (0, 0);
+        if stepped.index.is_multiple_of(self.n as usize) {
+            (prompt, cached) = (generation.prompt_tokens(), generation.cached_tokens());
+        }
+        let so_far = self.usage;
+        self.usage = Usage::new(
+            so_far.prompt_tokens + prompt,
+            so_far.prompt_tokens_details.cached_tokens + cached,
+            so_far.completion_tokens + generation.output_tokens(),
+        );
+    }
+
+    /// Returns what all choices that have ended used.
+    fn usage(&self) -> Usage {
+        self.usage
+    }
+}
+
+impl Stepped {
+    /// What this choice has used so far.
+    fn usage(&self) -> Usage {
+        let generation = &self.generation;
+        Usage::new(generation.prompt_tokens(), generation.cached_tokens(), generation.output_tokens())
+    }
+}

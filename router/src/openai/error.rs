@@ -1,0 +1,85 @@
+//! Errors as OpenAI writes them, and the one place that chooses status codes.
+
+use super::{json, write_json};
+use crate::{error::Error, metrics::Outcome};
+use axum::{
+    http::{HeaderValue, StatusCode, header},
+    response::Response,
+};
+use serde::Serialize;
+
+#[derive(Serialize)]
+struct Envelope<'a> {
+    error: Body<'a>,
+}
+
+#[derive(Serialize)]
+struct Body<'a> {
+    message: &'a str,
+    #[serde(rename = "type")]
+    kind: &'a str,
+    param: Option<&'a str>,
+    code: u16,
+}
+
+/// Writes an error object, as a body or as an event of a stream.
+pub(crate) fn write(error: &Error, out: &mut Vec<u8>) {
+    let (status, kind) = status(error);
+    let param = match error {
+        Error::Invalid { param, .. } => param.as_deref(),
+        Error::UnknownModel(_) => Some("model"),
+        _ => None,
+    };
+    let body = Body { message: &error.to_string(), kind, param, code: status.as_u16() };
+    write_json(&Envelope { error: body }, out);
+}
+
+/// Answers with an error.
+pub(crate) fn response(error: &Error) -> Response {
+    let mut body = Vec::new();
+    write(error, &mut body);
+    let mut response = json(body);
+    *response.status_mut() = status(error).0;
+    let retry_after = match error {
+        Error::Overloaded { .. } => Some(1),
+        Error::Unavailable { retry_after, .. } => Some(retry_after.as_secs().max(1)),
+        _ => None,
+    };
+    if let Some(seconds) = retry_after {
+        response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+    }
+    response
+}
+
+/// Answers a path or method that is not served.
+pub(crate) fn not_served(status: StatusCode, message: &str) -> Response {
+    let kind = if status == StatusCode::METHOD_NOT_ALLOWED { "MethodNotAllowedError" } else { "NotFoundError" };
+    let mut body = Vec::new();
+    write_json(&Envelope { error: Body { message, kind, param: None, code: status.as_u16() } }, &mut body);
+    let mut response = json(body);
+    *response.status_mut() = status;
+    response
+}
+
+/// How metrics count the error.
+pub(crate) fn outcome(error: &Error) -> Outcome {
+    match error {
+        Error::Invalid { .. } | Error::UnknownModel(_) | Error::TooLarge { .. } => Outcome::Invalid,
+        Error::Overloaded { .. } | Error::Unavailable { .. } => Outcome::Rejected,
+        Error::SlowClient(_) => Outcome::Cancelled,
+        Error::Timeout(_) | Error::Failed(_) => Outcome::Failed,
+    }
+}
+
+fn status(error: &Error) -> (StatusCode, &'static str) {
+    match error {
+        Error::Invalid { .. } => (StatusCode::BAD_REQUEST, "BadRequestError"),
+        Error::UnknownModel(_) => (StatusCode::NOT_FOUND, "NotFoundError"),
+        Error::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "RequestTooLargeError"),
+        Error::Overloaded { .. } => (StatusCode::TOO_MANY_REQUESTS, "RateLimitError"),
+        Error::Unavailable { .. } => (StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailableError"),
+        Error::Timeout(_) => (StatusCode::GATEWAY_TIMEOUT, "TimeoutError"),
+        Error::SlowClient(_) => (StatusCode::REQUEST_TIMEOUT, "SlowClientError"),
+        Error::Failed(_) => (StatusCode::INTERNAL_SERVER_ERROR, "InternalServerError"),
+    }
+}

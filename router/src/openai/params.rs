@@ -1,0 +1,262 @@
+//! Parameters that chat and text completions share.
+
+use super::fields::{Fields, integer, shown, wrong};
+use crate::{
+    error::Error,
+    fleet::leg::{Sampling, Stop},
+    request::Router,
+};
+use bytes::Bytes;
+use kv_cache::TokenId;
+use serde_json::Value;
+use std::sync::Arc;
+
+/// Most stop strings of a request.
+const MAX_STOP_STRINGS: usize = 4;
+
+/// Most characters of a cache salt.
+const MAX_SALT_CHARS: usize = 128;
+
+/// Fields of vLLM and OpenAI that would change the answer and are not served yet.
+const UNSUPPORTED: [&str; 16] = [
+    "structured_outputs",
+    "allowed_token_ids",
+    "bad_words",
+    "logprob_token_ids",
+    "prompt_logprobs",
+    "truncate_prompt_tokens",
+    "use_beam_search",
+    "thinking_token_budget",
+    "repetition_detection",
+    "kv_transfer_params",
+    "ec_transfer_params",
+    "return_tokens_as_token_ids",
+    "return_prompt_text",
+    "prompt_embeds",
+    "functions",
+    "audio",
+];
+
+/// What both endpoints understand.
+#[derive(Clone, Debug)]
+pub(crate) struct Params {
+    /// As the client named it, or the default.
+    pub(crate) model: String,
+    pub(crate) sampling: Arc<Sampling>,
+    pub(crate) n: u32,
+    pub(crate) stop_strings: Vec<String>,
+    pub(crate) include_stop: bool,
+    pub(crate) skip_special: bool,
+    pub(crate) priority: i32,
+    pub(crate) salt: Bytes,
+    pub(crate) stream: bool,
+    pub(crate) include_usage: bool,
+    /// Usage on every chunk.
+    pub(crate) continuous_usage: bool,
+    /// Whether the answer names the token ids behind it, prompt included.
+    pub(crate) token_ids: bool,
+    /// Whether the prompt is repeated before the answer.
+    pub(crate) echo: bool,
+    /// The field that holds the prompt, for errors.
+    pub(crate) prompt_field: &'static str,
+    /// `None` = up to the context's end.
+    pub(crate) max_tokens: Option<u32>,
+    min_tokens: u32,
+    ignore_eos: bool,
+    stop_token_ids: Vec<TokenId>,
+}
+
+/// What the endpoints differ in.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Differences {
+    pub(crate) prompt_field: &'static str,
+    /// `max_tokens` where the client gives none.
+    pub(crate) default_max_tokens: Option<u32>,
+    /// Alternatives per token, as the endpoint asks for them.
+    pub(crate) logprobs: Option<u32>,
+    pub(crate) echo: bool,
+}
+
+impl Params {
+    /// Takes the shared fields.
+    pub(crate) fn take(fields: &mut Fields, router: &Router, differences: Differences) -> Result<Self, Error> {
+        let model = model(fields, router)?;
+        fields.refuse(&UNSUPPORTED)?;
+        response_format(fields)?;
+        let sampling = sampling(fields, router, differences.logprobs)?;
+        let n = fields.integer("n", 1..=i64::from(router.config.limits.max_choices))?.unwrap_or(1) as u32;
+        if n > 1 && sampling.is_greedy() {
+            return Err(Error::invalid(
+                "n",
+                format_args!("must be 1 when sampling is greedy (temperature 0), got {n}"),
+            ));
+        }
+        let (stream, include_usage, continuous_usage) = stream(fields)?;
+        let least = if differences.echo { 0 } else { 1 };
+        let max_tokens = max_tokens(fields, least)?.or(differences.default_max_tokens);
+        let min_tokens = fields.integer("min_tokens", 0..=i64::from(u32::MAX))?.unwrap_or(0) as u32;
+        if let Some(max_tokens) = max_tokens.filter(|&max| min_tokens > max) {
+            let problem = format!("must not be greater than max_tokens ({max_tokens}), got {min_tokens}");
+            return Err(Error::invalid("min_tokens", problem));
+        }
+        Ok(Self {
+            model,
+            sampling: Arc::new(sampling),
+            n,
+            stop_strings: stop_strings(fields)?,
+            include_stop: fields.bool("include_stop_str_in_output")?.unwrap_or(false),
+            skip_special: fields.bool("skip_special_tokens")?.unwrap_or(true),
+            priority: fields.integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?.unwrap_or(0) as i32,
+            salt: salt(fields)?,
+            stream,
+            include_usage,
+            continuous_usage,
+            token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
+            echo: differences.echo,
+            prompt_field: differences.prompt_field,
+            max_tokens,
+            min_tokens,
+            ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
+            stop_token_ids: stop_token_ids(fields, router)?,
+        })
+    }
+
+    /// When a worker ends a choice behind a prompt of this length.
+    pub(crate) fn stop(&self, context: u32, prompt_tokens: u32) -> Stop {
+        let room = context.saturating_sub(prompt_tokens).max(1);
+        let max_tokens = self.max_tokens.map_or(room, |max| max.clamp(1, room));
+        Stop {
+            max_tokens,
+            min_tokens: self.min_tokens.min(max_tokens),
+            ignore_eos: self.ignore_eos,
+            token_ids: self.stop_token_ids.clone(),
+        }
+    }
+}
+
+/// An empty or missing name means the default model.
+fn model(fields: &mut Fields, router: &Router) -> Result<String, Error> {
+    let config = &router.config;
+    match fields.string("model")?.filter(|name| !name.is_empty()) {
+        None => Ok(config.model_name.clone()),
+        Some(name) if name == config.model_name || config.aliases.contains(&name) => Ok(name),
+        Some(name) => Err(Error::UnknownModel(name)),
+    }
+}
+
+fn response_format(fields: &mut Fields) -> Result<(), Error> {
+    let Some(format) = fields.object("response_format")? else { return Ok(()) };
+    match format.get("type").and_then(Value::as_str) {
+        Some("text") => Ok(()),
+        Some(kind) => Err(Error::unsupported("response_format", format_args!("type {kind:?}"))),
+        None => Err(Error::invalid("response_format.type", "must be a string")),
+    }
+}
+
+/// Where the request says nothing the model's own recommendation holds, then the neutral value. vLLM does the same.
+fn sampling(fields: &mut Fields, router: &Router, logprobs: Option<u32>) -> Result<Sampling, Error> {
+    let defaults = &router.model.defaults;
+    // A recommendation not to sample at all is one for temperature 0.
+    let default_temperature = defaults.temperature.unwrap_or(if defaults.do_sample == Some(false) { 0.0 } else { 1.0 });
+    let temperature = fields
+        .number("temperature", "a number from 0 to 2", |t| (0.0..=2.0).contains(&t))?
+        .unwrap_or(default_temperature);
+    let penalty =
+        |fields: &mut Fields, name| fields.number(name, "a number from -2 to 2", |p| (-2.0..=2.0).contains(&p));
+    let top_k = fields.integer("top_k", -1..=i64::from(u32::MAX))?.or(defaults.top_k).unwrap_or(0);
+    Ok(Sampling {
+        // Temperatures just above 0 make numbers that overflow; vLLM draws the same line.
+        temperature: if temperature < 1e-5 { 0.0 } else { temperature.max(0.01) },
+        top_p: fields
+            .number("top_p", "a number greater than 0 and at most 1", |p| p > 0.0 && p <= 1.0)?
+            .or(defaults.top_p)
+            .unwrap_or(1.0),
+        top_k: u32::try_from(top_k).unwrap_or(0),
+        min_p: fields
+            .number("min_p", "a number from 0 to 1", |p| (0.0..=1.0).contains(&p))?
+            .or(defaults.min_p)
+            .unwrap_or(0.0),
+        seed: fields.integer("seed", i64::MIN..=i64::MAX)?.map_or_else(rand::random, |seed| seed as u64),
+        repetition_penalty: fields
+            .number("repetition_penalty", "a number greater than 0 and at most 100", |p| p > 0.0 && p <= 100.0)?
+            .or(defaults.repetition_penalty)
+            .unwrap_or(1.0),
+        frequency_penalty: penalty(fields, "frequency_penalty")?.unwrap_or(0.0),
+        presence_penalty: penalty(fields, "presence_penalty")?.unwrap_or(0.0),
+        logit_bias: logit_bias(fields, router.model.vocab_size)?,
+        logprobs,
+    })
+}
+
+/// Biases are cut to [-100, 100], where a token is certain or impossible anyway.
+fn logit_bias(fields: &mut Fields, vocab_size: u32) -> Result<Vec<(TokenId, f32)>, Error> {
+    let entries = fields.object("logit_bias")?.unwrap_or_default();
+    let bias = entries.iter().map(|(id, bias)| {
+        let token = id.parse().ok().filter(|&token| token < vocab_size).ok_or_else(|| {
+            Error::invalid(
+                "logit_bias",
+                format_args!("{id:?} is not a token id of this model (0 to {})", vocab_size - 1),
+            )
+        })?;
+        let number = bias.as_f64().ok_or_else(|| {
+            Error::invalid("logit_bias", format_args!("the bias of token {id} must be a number, got {}", shown(bias)))
+        })?;
+        Ok((token, number.clamp(-100.0, 100.0) as f32))
+    });
+    bias.collect()
+}
+
+fn max_tokens(fields: &mut Fields, least: i64) -> Result<Option<u32>, Error> {
+    let range = least..=i64::from(u32::MAX);
+    let newer = fields.integer("max_completion_tokens", range.clone())?;
+    let older = fields.integer("max_tokens", range)?;
+    Ok(newer.or(older).map(|n| n as u32))
+}
+
+fn stop_strings(fields: &mut Fields) -> Result<Vec<String>, Error> {
+    let expected = format!("a string or a list of at most {MAX_STOP_STRINGS} strings, none of them empty");
+    let Some(value) = fields.take("stop") else { return Ok(Vec::new()) };
+    let list = match &value {
+        Value::Array(list) => list.iter().map(|s| s.as_str().map(str::to_string)).collect(),
+        one => one.as_str().map(|s| vec![s.to_string()]),
+    };
+    list.filter(|list: &Vec<String>| list.len() <= MAX_STOP_STRINGS && list.iter().all(|s| !s.is_empty()))
+        .ok_or_else(|| wrong("stop", &expected, &value))
+}
+
+fn stop_token_ids(fields: &mut Fields, router: &Router) -> Result<Vec<TokenId>, Error> {
+    let vocab_size = router.model.vocab_size;
+    let ids = fields.list("stop_token_ids")?.unwrap_or_default();
+    let id = |value: &Value| {
+        integer(value).and_then(|id| u32::try_from(id).ok()).filter(|&id| id < vocab_size).ok_or_else(|| {
+            wrong("stop_token_ids", &format!("a list of token ids of this model (0 to {})", vocab_size - 1), value)
+        })
+    };
+    ids.iter().map(id).collect()
+}
+
+/// Requests of different salts never share cached prefixes.
+fn salt(fields: &mut Fields) -> Result<Bytes, Error> {
+    let Some(salt) = fields.string("cache_salt")? else { return Ok(Bytes::new()) };
+    if salt.is_empty() || salt.chars().count() > MAX_SALT_CHARS || salt.contains(['@', '/', '\\', '\0']) {
+        let expected = format!("1 to {MAX_SALT_CHARS} characters without @, /, \\ and NUL");
+        return Err(wrong("cache_salt", &expected, &Value::from(salt)));
+    }
+    Ok(Bytes::from(salt))
+}
+
+/// Returns `stream`, `include_usage` and `continuous_usage_stats`.
+fn stream(fields: &mut Fields) -> Result<(bool, bool, bool), Error> {
+    let stream = fields.bool("stream")?.unwrap_or(false);
+    let Some(options) = fields.object("stream_options")? else { return Ok((stream, false, false)) };
+    if !stream {
+        return Err(Error::invalid("stream_options", "only allowed when stream is true"));
+    }
+    let option = |name: &str| match options.get(name) {
+        None | Some(Value::Null) => Ok(false),
+        Some(Value::Bool(yes)) => Ok(*yes),
+        Some(other) => Err(wrong(&format!("stream_options.{name}"), "true or false", other)),
+    };
+    let include_usage = option("include_usage")?;
+    Ok((stream, include_usage, option("continuous_usage_stats")? && include_usage))
+}

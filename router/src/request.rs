@@ -1,0 +1,506 @@
+//! The life of one request. Read this first.
+//!
+//! A request arrives as text (`http`), waits for its turn (`admission`), becomes tokens ([`Router::prepare`], on the text threads) and
+//! then [`Work`]: one piece for each choice it asks for. A [`Generation`] carries one choice through:
+//!
+//! 1. **Place** it: the fleet chooses a decode worker, and a prefill worker or none.
+//! 2. **Submit** all legs at once: a prefill leg that will push its pages and a decode leg that expects them, or one local leg.
+//! 3. **Listen**: tokens come in order, each once ([`Attempt`]); each becomes text (`text`) until a stop string, a stop token or
+//!    a limit ends the choice.
+//! 4. **Recover**: when a leg fails, [`recovery`](crate::recovery) says whether to place it again with what was emitted so far.
+//!
+//! Dropping a generation (its client is gone) calls its legs off at once. Every wait has a deadline.
+
+use crate::{
+    admission::Admission,
+    attempt::{Attempt, Ending, News},
+    config::Config,
+    cost::Demand,
+    error::Error,
+    fleet::{
+        Fleet, Path, Wanted,
+        leg::{LegEvent, LegRole, Sampling, Stop, Submission, Token},
+    },
+    metrics::Metrics,
+    placement::NoPath,
+    prompt::{Prompt, PromptSource},
+    recovery::{self, Failure, Remedy},
+    text::{
+        TextModel, TextPool,
+        detokenizer::Detokenizer,
+        stop::{Outcome, StopStrings},
+    },
+};
+use bytes::Bytes;
+use kv_cache::TokenId;
+use std::{pin::Pin, sync::Arc, time::Duration};
+use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::Span;
+
+/// What every request shares.
+#[derive(Debug)]
+pub(crate) struct Router {
+    pub(crate) config: Config,
+    pub(crate) model: Arc<TextModel>,
+    pub(crate) text: TextPool,
+    pub(crate) fleet: Fleet,
+    pub(crate) admission: Admission,
+    pub(crate) metrics: Metrics,
+    /// When this router started, in seconds since the Unix epoch: the age clients see of its model.
+    pub(crate) created: u64,
+    /// Cancelled when nothing new is taken.
+    pub(crate) draining: CancellationToken,
+    /// Cancelled when streams have had their time to finish.
+    pub(crate) abort: CancellationToken,
+}
+
+/// Who asks, for logs, traces and deadlines.
+#[derive(Clone, Debug)]
+pub(crate) struct Origin {
+    pub(crate) request: Arc<str>,
+    pub(crate) traceparent: Arc<str>,
+    pub(crate) arrived: Instant,
+    pub(crate) span: Span,
+}
+
+/// One choice to be generated.
+#[derive(Clone, Debug)]
+pub(crate) struct Work {
+    pub(crate) origin: Origin,
+    pub(crate) prompt: Arc<Prompt>,
+    pub(crate) sampling: Arc<Sampling>,
+    /// Which of `n`: part of the random counter.
+    pub(crate) choice: u32,
+    pub(crate) stop: Arc<Stop>,
+    pub(crate) stop_strings: Vec<String>,
+    /// Whether what stopped it stays in the text.
+    pub(crate) include_stop: bool,
+    pub(crate) skip_special: bool,
+    /// Whether steps carry the ids of their tokens.
+    pub(crate) report_ids: bool,
+    /// Lower runs first.
+    pub(crate) priority: i32,
+}
+
+/// What became known since the last step.
+#[derive(Debug, Default)]
+pub(crate) struct Step {
+    pub(crate) text: String,
+    /// The tokens behind it, where log-probabilities were asked for. With stop strings they run ahead of the text.
+    pub(crate) tokens: Vec<Token>,
+    /// Every token's id, the one that stopped the choice included, where ids were asked for. They run ahead of the text, too.
+    pub(crate) ids: Vec<TokenId>,
+    pub(crate) finish: Option<Finish>,
+}
+
+impl Step {
+    fn says_something(&self) -> bool {
+        !self.text.is_empty() || !self.tokens.is_empty()
+    }
+}
+
+/// Why a choice ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Finish {
+    /// The model ended it.
+    EndOfSequence,
+    /// One of the request's `stop_token_ids`.
+    StopToken(TokenId),
+    /// One of its stop strings.
+    StopString(String),
+    /// `max_tokens` or the context.
+    Length,
+}
+
+impl Router {
+    /// Turns prompts into tokens and page names, on the text threads, where `render` makes them too. `name` is the field errors
+    /// speak of.
+    pub(crate) async fn prepare(
+        self: &Arc<Self>,
+        render: impl FnOnce(&Self) -> Result<Vec<PromptSource>, Error> + Send + 'static,
+        salt: Bytes,
+        echo: bool,
+        name: &'static str,
+    ) -> Result<Vec<Arc<Prompt>>, Error> {
+        let router = self.clone();
+        let prepare = move || {
+            let (page_tokens, context) = (router.fleet.page_tokens(), router.context_tokens());
+            let sources = render(&router)?.into_iter();
+            let prompts = sources.map(|source| {
+                let prompt = Prompt::new(&router.model, source, salt.clone(), echo, name, page_tokens)?;
+                prompt.check_length(context, name)?;
+                Ok(Arc::new(prompt))
+            });
+            prompts.collect()
+        };
+        self.text.run(prepare).await
+    }
+
+    /// Returns the longest sequence that can be served.
+    pub(crate) fn context_tokens(&self) -> u32 {
+        self.fleet.max_model_len().unwrap_or(self.model.context_tokens)
+    }
+}
+
+/// One choice under way. See the module.
+#[derive(Debug)]
+pub(crate) struct Generation {
+    router: Arc<Router>,
+    work: Work,
+    attempt: Option<Attempt>,
+    attempts: u32,
+    /// Workers that failed it.
+    excluded: Vec<String>,
+    /// Every token so far, of all attempts.
+    output: Vec<TokenId>,
+    /// The last token, while it may be the one that stops the sequence: its text must not be shown then.
+    held: Option<Token>,
+    text: TextState,
+    /// How the last attempt failed, until something is done about it.
+    failure: Option<Failure>,
+    /// As the first attempt found it: what later ones find cached is often their own.
+    cached_tokens: Option<u32>,
+    /// When the last token came; before the first, when the attempt began.
+    last_heard: Instant,
+    /// Rings at or before the current deadline. Moving a timer for every token would cost more than the token.
+    alarm: Pin<Box<Sleep>>,
+    /// Spare room for events.
+    events: Vec<LegEvent>,
+}
+
+#[derive(Debug)]
+struct TextState {
+    detokenizer: Detokenizer,
+    stop: StopStrings,
+    /// Text of the current token.
+    piece: String,
+}
+
+impl Generation {
+    pub(crate) fn new(router: Arc<Router>, work: Work) -> Self {
+        let text = TextState {
+            detokenizer: Detokenizer::new(&router.model.tokenizer, &work.prompt.tokens, work.skip_special),
+            stop: StopStrings::new(work.stop_strings.clone(), work.include_stop),
+            piece: String::new(),
+        };
+        Self {
+            router,
+            work,
+            attempt: None,
+            attempts: 0,
+            excluded: Vec::new(),
+            output: Vec::new(),
+            held: None,
+            text,
+            failure: None,
+            cached_tokens: None,
+            last_heard: Instant::now(),
+            alarm: Box::pin(sleep(Duration::ZERO)),
+            events: Vec::new(),
+        }
+    }
+
+    /// Fills `step` with what came next: the first token, more text, or the end. After the end it must not be called again.
+    pub(crate) async fn next(&mut self, step: &mut Step) -> Result<(), Error> {
+        step.text.clear();
+        step.tokens.clear();
+        step.ids.clear();
+        let first = self.output.is_empty();
+        while !(step.finish.is_some() || step.says_something() || (first && !self.output.is_empty())) {
+            if let Some(failure) = self.failure.take() {
+                self.recover(&failure, step).await?;
+            } else if self.attempt.is_none() {
+                self.begin().await?;
+            } else if let Some(failure) = self.listen().await? {
+                self.fail(failure);
+            } else {
+                self.take_news(step);
+            }
+        }
+        if step.finish.is_some() {
+            self.finish();
+        }
+        Ok(())
+    }
+
+    /// Returns the output tokens so far.
+    pub(crate) fn output_tokens(&self) -> u32 {
+        self.output.len() as u32
+    }
+
+    /// Returns the prompt tokens that came from a prefix cache.
+    pub(crate) fn cached_tokens(&self) -> u32 {
+        let running = || self.attempt.as_ref().and_then(Attempt::cached_tokens);
+        self.cached_tokens.or_else(running).unwrap_or(0).min(self.prompt_tokens())
+    }
+
+    pub(crate) fn prompt_tokens(&self) -> u32 {
+        self.work.prompt.tokens.len() as u32
+    }
+
+    // 1 and 2: place and submit.
+
+    async fn begin(&mut self) -> Result<(), Error> {
+        loop {
+            let path = self.place().await?;
+            self.attempts += 1;
+            self.last_heard = Instant::now();
+            self.router.metrics.placed(path.prefill.is_some());
+            tracing::debug!(
+                parent: &self.work.origin.span,
+                request = %self.work.origin.request,
+                attempt = self.attempts,
+                prefill = path.prefill.as_ref().map_or("-", |target| &target.worker.id),
+                decode = %path.decode.worker.id,
+                ttft_ms = path.cost.ttft(),
+                cost_ms = path.cost.total(),
+                "placed"
+            );
+            match self.submit(&path) {
+                Ok(attempt) => {
+                    self.attempt = Some(attempt);
+                    self.set_alarm();
+                    return Ok(());
+                }
+                Err(failure) => self.prepare_retry(&failure).await?,
+            }
+        }
+    }
+
+    /// Chooses a path: without those that failed if possible, with them if not, and for a request already under way it waits a while
+    /// for workers to come back.
+    async fn place(&self) -> Result<Path, Error> {
+        let fleet = &self.router.fleet;
+        let no_path = match self.try_place(&self.excluded).or_else(|_| self.try_place(&[])) {
+            Ok(path) => return Ok(path),
+            Err(no_path) => no_path,
+        };
+        let patience = self.router.config.limits.recovery_timeout();
+        if self.attempts > 0 && timeout(patience, fleet.wait_for_path()).await.is_ok() {
+            return self.try_place(&[]).map_err(unavailable);
+        }
+        Err(unavailable(no_path))
+    }
+
+    fn try_place(&self, excluded: &[String]) -> Result<Path, NoPath> {
+        let known = self.work.prompt.tokens.len() + self.output.len();
+        let demand = Demand { tokens: known as u32, max_output: self.work.stop.max_tokens - self.output_tokens() };
+        let wanted = Wanted { demand, pages: &self.work.prompt.pages, excluded };
+        self.router.fleet.place(&wanted, rand::random())
+    }
+
+    fn submit(&self, path: &Path) -> Result<Attempt, Failure> {
+        let work = &self.work;
+        let submission = Submission {
+            attempt: 0,
+            request: work.origin.request.clone(),
+            traceparent: work.origin.traceparent.clone(),
+            tokens: [&work.prompt.tokens[..], &self.output].concat(),
+            prompt_tokens: self.prompt_tokens(),
+            salt: work.prompt.salt.clone(),
+            sampling: work.sampling.clone(),
+            choice: work.choice,
+            stop: work.stop.clone(),
+            priority: work.priority,
+            deadline: self.ends_at().saturating_duration_since(Instant::now()),
+            role: LegRole::Local,
+        };
+        let buffer = self.router.config.limits.stream_buffer_tokens;
+        Attempt::start(&self.router.fleet, path, &submission, self.output_tokens(), rand::random(), buffer)
+    }
+
+    // 3: listen.
+
+    /// Returns a failure when it has been silent for too long.
+    async fn listen(&mut self) -> Result<Option<Failure>, Error> {
+        let attempt = self.attempt.as_mut().expect("listening follows begin");
+        loop {
+            tokio::select! {
+                biased;
+                () = attempt.listen(&mut self.events) => return Ok(None),
+                () = self.alarm.as_mut() => {}
+                () = self.router.abort.cancelled() => {
+                    return Err(Error::Unavailable {
+                        message: "the router is shutting down".into(),
+                        retry_after: Duration::from_secs(1),
+                    });
+                }
+            }
+            // The alarm may have been set before the last tokens came.
+            let now = Instant::now();
+            let limits = &self.router.config.limits;
+            if now >= self.work.origin.arrived + limits.request_timeout() {
+                return Err(Error::Timeout(format!("the request took longer than {:?}", limits.request_timeout())));
+            }
+            let patience = if attempt.has_spoken() { limits.stall_timeout() } else { limits.first_token_timeout() };
+            if now >= self.last_heard + patience {
+                return Ok(Some(attempt.stalled(format!("no token for {patience:?}"))));
+            }
+            let ring = (self.last_heard + patience).min(self.work.origin.arrived + limits.request_timeout());
+            self.alarm.as_mut().reset(ring);
+        }
+    }
+
+    fn take_news(&mut self, step: &mut Step) {
+        let before = self.output.len();
+        while step.finish.is_none() {
+            match self.attempt.as_mut().and_then(Attempt::news) {
+                Some(News::Token(token)) => self.token(token, step),
+                Some(News::Ended(ending)) => self.end(ending, step),
+                // What came before it is shown first.
+                Some(News::Failed(failure)) => self.fail(failure),
+                None => break,
+            }
+        }
+        self.observe(before);
+    }
+
+    fn token(&mut self, token: Token, step: &mut Step) {
+        if let Some(held) = self.held.take() {
+            self.show(held, step);
+        }
+        if step.finish.is_some() {
+            return;
+        }
+        self.output.push(token.id);
+        if self.work.report_ids {
+            step.ids.push(token.id);
+        }
+        if self.may_stop(&token) {
+            // The worker says in the same frame whether it did.
+            self.held = Some(token);
+        } else {
+            self.show(token, step);
+        }
+    }
+
+    fn may_stop(&self, token: &Token) -> bool {
+        let stop = &self.work.stop;
+        token.index >= stop.min_tokens
+            && (stop.token_ids.contains(&token.id) || (!stop.ignore_eos && self.router.model.eos.contains(&token.id)))
+    }
+
+    fn show(&mut self, token: Token, step: &mut Step) {
+        let text = &mut self.text;
+        text.piece.clear();
+        text.detokenizer.push(&self.router.model.tokenizer, token.id, &mut text.piece);
+        let armed = token.index >= self.work.stop.min_tokens;
+        if token.logprobs.is_some() {
+            step.tokens.push(token);
+        }
+        if let Outcome::Found(index) = text.stop.push(&text.piece, armed, &mut step.text) {
+            step.finish = Some(Finish::StopString(text.stop.string(index).to_string()));
+        }
+    }
+
+    fn end(&mut self, ending: Ending, step: &mut Step) {
+        let finish = match ending {
+            Ending::Length => Finish::Length,
+            Ending::Stop(token) if self.work.stop.token_ids.contains(&token) => Finish::StopToken(token),
+            Ending::Stop(_) => Finish::EndOfSequence,
+        };
+        if let Some(held) = self.held.take().filter(|_| finish == Finish::Length || self.work.include_stop) {
+            self.show(held, step);
+        }
+        // A stop string may have been found in the very last token.
+        if step.finish.is_none() {
+            self.flush(step);
+        }
+        step.finish.get_or_insert(finish);
+    }
+
+    /// Shows what was held back for a character or a stop string that did not come.
+    fn flush(&mut self, step: &mut Step) {
+        let text = &mut self.text;
+        text.piece.clear();
+        text.detokenizer.finish(&self.router.model.tokenizer, &mut text.piece);
+        if let Outcome::Found(index) = text.stop.push(&text.piece, true, &mut step.text) {
+            step.finish = Some(Finish::StopString(text.stop.string(index).to_string()));
+        }
+        text.stop.finish(&mut step.text);
+    }
+
+    /// Notes the times of the tokens that came since the output was `before` tokens long.
+    fn observe(&mut self, before: usize) {
+        let count = self.output.len() - before;
+        if count == 0 {
+            return;
+        }
+        let now = Instant::now();
+        let mut later = count;
+        if before == 0 {
+            self.router.metrics.first_token((now - self.work.origin.arrived).as_secs_f64());
+            later -= 1;
+        }
+        if later > 0 {
+            self.router.metrics.next_tokens((now - self.last_heard).as_secs_f64() / later as f64, later);
+        }
+        self.last_heard = now;
+    }
+
+    /// The choice has all it needs: legs still under way are called off.
+    fn finish(&mut self) {
+        self.end_attempt();
+        self.router.metrics.tokens(self.prompt_tokens(), self.cached_tokens(), self.output_tokens());
+        let span = &self.work.origin.span;
+        span.record("prompt_tokens", self.prompt_tokens()).record("output_tokens", self.output_tokens());
+    }
+
+    fn end_attempt(&mut self) {
+        if let Some(attempt) = self.attempt.take() {
+            self.cached_tokens = self.cached_tokens.or(attempt.cached_tokens());
+        }
+    }
+
+    // 4: recover.
+
+    /// The attempt is over; what follows from it is decided once everything before it has been shown.
+    fn fail(&mut self, failure: Failure) {
+        self.end_attempt();
+        self.failure = Some(failure);
+    }
+
+    async fn recover(&mut self, failure: &Failure, step: &mut Step) -> Result<(), Error> {
+        // The leg may have died with nothing left to do.
+        if let Some(held) = &self.held {
+            let token = held.id;
+            self.end(Ending::Stop(token), step);
+        } else if self.output_tokens() >= self.work.stop.max_tokens {
+            self.end(Ending::Length, step);
+        } else {
+            self.prepare_retry(failure).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the request may be placed again, or says why it may not.
+    async fn prepare_retry(&mut self, failure: &Failure) -> Result<(), Error> {
+        let limits = &self.router.config.limits;
+        let (request, attempt) = (&self.work.origin.request, self.attempts);
+        tracing::warn!(%request, attempt, worker = %failure.worker, kind = ?failure.kind, reason = %failure.message, "leg failed");
+        match recovery::remedy(failure, self.attempts, limits.max_attempts, limits.stream_buffer_tokens) {
+            Remedy::GiveUp(error) => Err(error),
+            Remedy::Retry { without, pause, reason } => {
+                self.router.metrics.retried(reason);
+                self.excluded.push(without);
+                sleep(pause).await;
+                Ok(())
+            }
+        }
+    }
+
+    fn ends_at(&self) -> Instant {
+        self.work.origin.arrived + self.router.config.limits.request_timeout()
+    }
+
+    fn set_alarm(&mut self) {
+        let limits = &self.router.config.limits;
+        let soonest = limits.first_token_timeout().min(limits.stall_timeout());
+        self.alarm = Box::pin(sleep_until((self.last_heard + soonest).min(self.ends_at())));
+    }
+}
+
+fn unavailable(no_path: NoPath) -> Error {
+    Error::Unavailable { message: no_path.to_string(), retry_after: Duration::from_secs(1) }
+}

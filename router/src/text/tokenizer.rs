@@ -1,0 +1,170 @@
+//! Tokens of a text, and what each token stands for.
+
+use kv_cache::TokenId;
+use std::{fmt, path::Path};
+use tokenizers::{DecoderWrapper, Tokenizer as Inner};
+
+/// A model's tokenizer, as `tokenizer.json` describes it.
+pub(crate) struct Tokenizer {
+    inner: Inner,
+    pieces: Pieces,
+    byte_level: bool,
+}
+
+impl fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tokenizer").field("tokens", &self.pieces.len()).field("byte_level", &self.byte_level).finish()
+    }
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json`. Padding and truncation it may carry are training settings and are dropped.
+    pub(crate) fn load(path: &Path) -> anyhow::Result<Self> {
+        let mut inner = Inner::from_file(path).map_err(|e| anyhow::anyhow!("read {}: {e}", path.display()))?;
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|e| anyhow::anyhow!("read {}: {e}", path.display()))?;
+        let byte_level = matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
+        let pieces = Pieces::of(&inner, byte_level);
+        Ok(Self { inner, pieces, byte_level })
+    }
+
+    /// Returns the tokens of `text`. `special` adds what the post-processor adds (BOS and such); special tokens spelled out
+    /// in the text are recognised either way.
+    pub(crate) fn encode(&self, text: &str, special: bool) -> Result<Vec<TokenId>, String> {
+        // `encode_fast` skips the offsets, which nobody here asks for.
+        let encoding = self.inner.encode_fast(text, special).map_err(|e| e.to_string())?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Returns the text of `tokens` taken as a whole.
+    pub(crate) fn decode(&self, tokens: &[TokenId], skip_special: bool) -> String {
+        // The only error is a decoder pattern that does not compile, which loading has ruled out.
+        self.inner.decode(tokens, skip_special).unwrap_or_default()
+    }
+
+    /// One more than the largest token id.
+    pub(crate) fn vocab_size(&self) -> usize {
+        self.pieces.len()
+    }
+
+    pub(crate) fn is_special(&self, token: TokenId) -> bool {
+        self.pieces.special.get(token as usize).copied().unwrap_or(false)
+    }
+
+    /// Returns the bytes a token adds to the text; empty for an unknown token.
+    pub(crate) fn bytes(&self, token: TokenId) -> &[u8] {
+        self.pieces.get(token)
+    }
+
+    /// Whether a text is exactly the concatenation of its tokens' bytes, read as UTF-8.
+    pub(crate) fn is_byte_level(&self) -> bool {
+        self.byte_level
+    }
+}
+
+/// The bytes of every token, laid end to end.
+struct Pieces {
+    bytes: Vec<u8>,
+    /// Where token `i` ends; it begins where `i - 1` ends.
+    ends: Vec<u32>,
+    special: Vec<bool>,
+}
+
+impl Pieces {
+    fn of(inner: &Inner, byte_level: bool) -> Self {
+        let size = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
+        let mut special = vec![false; size];
+        for (id, token) in inner.get_added_tokens_decoder() {
+            special[id as usize] = token.special;
+        }
+        let (mut bytes, mut ends) = (Vec::new(), Vec::with_capacity(size));
+        for id in 0..size as u32 {
+            if let Some(token) = inner.id_to_token(id) {
+                if byte_level {
+                    byte_level_bytes(&token, &mut bytes);
+                } else {
+                    sentence_piece_bytes(&token, &mut bytes);
+                }
+            }
+            ends.push(bytes.len() as u32);
+        }
+        Self { bytes, ends, special }
+    }
+
+    fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    fn get(&self, token: TokenId) -> &[u8] {
+        let i = token as usize;
+        let Some(&end) = self.ends.get(i) else { return &[] };
+        let start = if i == 0 { 0 } else { self.ends[i - 1] };
+        &self.bytes[start as usize..end as usize]
+    }
+}
+
+/// Undoes GPT-2's printable spelling of bytes. A token with a character outside that alphabet stands for itself.
+fn byte_level_bytes(token: &str, out: &mut Vec<u8>) {
+    let start = out.len();
+    for c in token.chars() {
+        match byte_of_char(c) {
+            Some(byte) => out.push(byte),
+            None => {
+                out.truncate(start);
+                out.extend_from_slice(token.as_bytes());
+                return;
+            }
+        }
+    }
+}
+
+/// The byte-level alphabet: printable Latin-1 stands for itself, the 68 other bytes for U+0100 and up, in order.
+fn byte_of_char(c: char) -> Option<u8> {
+    match u32::from(c) {
+        c @ (0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff) => Some(c as u8),
+        c @ 0x100..=0x120 => Some((c - 0x100) as u8),
+        c @ 0x121..=0x142 => Some((c - 0x121) as u8 + 0x7f),
+        0x143 => Some(0xad),
+        _ => None,
+    }
+}
+
+/// `▁` is a space, `<0x0A>` is a byte, all else stands for itself.
+fn sentence_piece_bytes(token: &str, out: &mut Vec<u8>) {
+    let byte = token.strip_prefix("<0x").and_then(|t| t.strip_suffix('>')).filter(|hex| hex.len() == 2);
+    match byte.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+        Some(byte) => out.push(byte),
+        None => out.extend_from_slice(token.replace('▁', " ").as_bytes()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_byte_alphabet_is_a_bijection() {
+        let mut seen = [false; 256];
+        for c in (0..0x200).filter_map(char::from_u32) {
+            if let Some(byte) = byte_of_char(c) {
+                assert!(!seen[byte as usize], "{byte} has two characters");
+                seen[byte as usize] = true;
+            }
+        }
+        assert!(seen.iter().all(|&s| s));
+        assert_eq!(byte_of_char('Ġ'), Some(b' '));
+        assert_eq!(byte_of_char('Ċ'), Some(b'\n'));
+    }
+
+    #[test]
+    fn sentence_pieces_are_spaces_bytes_or_themselves() {
+        let bytes = |token| {
+            let mut out = Vec::new();
+            sentence_piece_bytes(token, &mut out);
+            out
+        };
+        assert_eq!(bytes("▁a"), b" a");
+        assert_eq!(bytes("<0xE2>"), [0xe2]);
+        assert_eq!(bytes("<0xEE"), b"<0xEE");
+    }
+}
