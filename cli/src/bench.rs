@@ -1,0 +1,38 @@
+//! `baton bench`: what Baton does on this machine, beside what the machine could do.
+//!
+//! Every row has its own limit, measured in the same run: a figure without one says little on a machine that nobody knows. Rows
+//! are independent; `--only PREFIX` chooses among them. The table goes to stdout as it grows, the rows to `target/bench.jsonl`.
+
+mod cpu_time;
+mod engine;
+mod handoff;
+mod machine;
+mod report;
+mod router;
+mod stats;
+
+use crate::settings::Bench as Settings;
+use anyhow::Context;
+use report::Report;
+use std::path::Path;
+
+/// Measures what `settings` ask for.
+pub(crate) fn run(settings: &Settings) -> anyhow::Result<()> {
+    if let Some(what) = settings.serve {
+        return router::serve(what, &settings.workers);
+    }
+    if cfg!(debug_assertions) {
+        eprintln!("note: this is a debug build, its figures mean little; `make bench` builds a release");
+    }
+    let mut report = Report::create(Path::new("target/bench.jsonl"), &settings.only)?;
+    let bounded_by_peak = ["engine/", "machine/bf16_gflops", "machine/f32_gflops", "machine/read_gbs"];
+    let peak = bounded_by_peak.iter().any(|rows| report.wants(rows)).then(machine::Peak::measure).transpose();
+    let peak = peak.context("measure the machine")?;
+    machine::run(&mut report, peak.as_ref()).context("bench machine")?;
+    if let Some(peak) = &peak {
+        engine::run(&mut report, peak).context("bench engine")?;
+    }
+    handoff::run(&mut report).context("bench handoff")?;
+    router::run(&mut report).context("bench router")?;
+    report.finish()
+}

@@ -1,0 +1,143 @@
+//! A worker that computes nothing: it answers submissions through the workers' own `attach`.
+
+use anyhow::Context;
+use attach::{Command, End, Leg, LegId, Load, Profile, Routers, Submission};
+use engine::{Sampled, TokenId, scheduler::Usage};
+use kv_cache::PagePool;
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+use tokio::{net::TcpListener, sync::mpsc, time::MissedTickBehavior};
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::TaskTracker,
+};
+
+/// What every mock says of its model; the bundled tokenizer's vocabulary.
+pub(super) const VOCAB: u32 = 4096;
+pub(super) const PAGE_TOKENS: u32 = 16;
+pub(super) const PAGES: u32 = 1 << 16;
+/// An ordinary word of the bundled tokenizer.
+const TOKEN: TokenId = 300;
+
+/// A running mock. Dropping it stops it.
+pub(super) struct Mock {
+    pub(super) address: SocketAddr,
+    _stop: DropGuard,
+    _tasks: TaskTracker,
+}
+
+impl Mock {
+    /// Starts a worker that is called `name`. A prefill leg is answered with its first token at once; the tokens of a decode leg
+    /// come all at once, or one each `pace`, those of all legs together, as a batch has it.
+    pub(super) async fn start(name: &str, pace: Option<Duration>) -> anyhow::Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").await.context("bind a mock worker")?;
+        let address = listener.local_addr().context("read the bound address")?;
+        let profile = Profile {
+            worker: name.to_owned(),
+            incarnation: 1,
+            vocab_size: VOCAB,
+            page_tokens: PAGE_TOKENS as usize,
+            eos: vec![2],
+        };
+        let stop = CancellationToken::new();
+        let (commands, inbox) = mpsc::channel(1024);
+        let tasks = TaskTracker::new();
+        tasks.spawn(attach::serve(listener, profile, commands, stop.clone()));
+        let worker = Worker { routers: Routers::default(), legs: BTreeMap::new(), pool: PagePool::new(PAGES as usize) };
+        tasks.spawn(stop.clone().run_until_cancelled_owned(worker.run(inbox, pace)));
+        Ok(Self { address, _stop: stop.drop_guard(), _tasks: tasks })
+    }
+}
+
+struct Worker {
+    routers: Routers,
+    legs: BTreeMap<LegId, Progress>,
+    pool: PagePool,
+}
+
+/// The next token of a leg, and where it ends.
+struct Progress {
+    next: usize,
+    end: usize,
+}
+
+impl Worker {
+    async fn run(mut self, mut inbox: mpsc::Receiver<Command>, pace: Option<Duration>) {
+        let mut steps = tokio::time::interval(pace.unwrap_or(Duration::from_secs(3600)));
+        steps.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut commands = Vec::new();
+        loop {
+            // Both arms are cancel safe.
+            tokio::select! {
+                count = inbox.recv_many(&mut commands, 1024) => {
+                    if count == 0 {
+                        return;
+                    }
+                    commands.drain(..).for_each(|command| self.command(command));
+                    if pace.is_none() {
+                        while !self.legs.is_empty() {
+                            self.step();
+                        }
+                    }
+                }
+                _ = steps.tick() => self.step(),
+            }
+            let load = Load { pages_free: PAGES as usize, pages_total: PAGES as usize, ..Load::default() };
+            self.routers.flush(Instant::now(), self.pool.take_delta(), &self.pool, &load);
+        }
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Attached(router) => self.routers.attach(router),
+            Command::Submit(submission) => self.submit(*submission),
+            Command::Cancel(leg) => {
+                if self.legs.remove(&leg).is_some() {
+                    self.routers.ended(leg, End::Cancelled, Usage::default());
+                }
+            }
+            Command::Resync(stream) => self.routers.resync(stream),
+            Command::Detached(stream) => {
+                self.legs.retain(|leg, _| leg.stream != stream);
+                self.routers.detach(stream);
+            }
+        }
+    }
+
+    fn submit(&mut self, submission: Submission) {
+        let end = submission.sequence.stop.max_tokens;
+        let next = match submission.leg {
+            Leg::Prefill { .. } => {
+                self.token(submission.id, 0);
+                self.routers.ended(submission.id, End::HandedOff, Usage::default());
+                return;
+            }
+            Leg::Decode { .. } => 1,
+            Leg::Local => 0,
+        };
+        self.legs.insert(submission.id, Progress { next, end });
+    }
+
+    /// Gives every leg one token.
+    fn step(&mut self) {
+        let legs: Vec<LegId> = self.legs.keys().copied().collect();
+        for id in legs {
+            let Some(leg) = self.legs.get_mut(&id) else { continue };
+            let index = leg.next;
+            leg.next += 1;
+            let ended = leg.next >= leg.end;
+            self.token(id, index);
+            if ended {
+                self.legs.remove(&id);
+                self.routers.ended(id, End::Length, Usage::default());
+            }
+        }
+    }
+
+    fn token(&mut self, leg: LegId, index: usize) {
+        self.routers.token(leg, index, Sampled { token: TOKEN, logprobs: None });
+    }
+}

@@ -1,0 +1,142 @@
+//! From settings to the libraries' own `Config`s: the file's tables first, flags over them, checked once.
+
+use crate::{
+    model::Located,
+    settings::{Common, Compute, LogFormat, Membership, Placement, Tables, Transport, Worker},
+};
+use anyhow::{Context, anyhow, bail};
+use cluster::EtcdDirectory;
+use std::net::SocketAddr;
+
+/// Returns what telemetry needs; `default_log` is the filter when none is given.
+pub(crate) fn telemetry(common: &Common, default_log: &str) -> telemetry::Config {
+    telemetry::Config {
+        log: common.log.clone().unwrap_or_else(|| default_log.to_owned()),
+        log_format: match common.log_format {
+            LogFormat::Text => telemetry::LogFormat::Text,
+            LogFormat::Json => telemetry::LogFormat::Json,
+        },
+        otlp: common.otlp.clone(),
+    }
+}
+
+/// Returns the engine's settings as far as `up` and worker processes share them.
+pub(crate) fn engine(compute: &Compute, tables: &Tables) -> anyhow::Result<engine::Config> {
+    let mut config: engine::Config = tables.config("engine")?;
+    if let Some(memory) = compute.kv_memory {
+        config.kv_bytes = memory.0;
+    }
+    config.threads = compute.threads.or(config.threads);
+    Ok(config)
+}
+
+/// Returns the engine's settings of a worker process.
+pub(crate) fn worker_engine(worker: &Worker, tables: &Tables) -> anyhow::Result<engine::Config> {
+    let mut config = engine(&worker.compute, tables)?;
+    config.max_model_len = worker.max_model_len.or(config.max_model_len);
+    config.token_budget = worker.token_budget.unwrap_or(config.token_budget);
+    config.max_sequences = worker.max_sequences.unwrap_or(config.max_sequences);
+    Ok(config)
+}
+
+/// Returns the settings of a prefill worker that takes free ports of the loopback.
+pub(crate) fn prefill(
+    tables: &Tables,
+    located: &Located,
+    name: Option<String>,
+) -> anyhow::Result<prefill_worker::Config> {
+    let table: prefill_worker::Config = tables.config("prefill-worker")?;
+    let config = prefill_worker::Config { name, model_name: located.name.clone(), ..table };
+    config.validate().context("[prefill-worker]")?;
+    Ok(config)
+}
+
+/// Returns the settings of a decode worker that takes free ports of the loopback.
+pub(crate) fn decode(
+    tables: &Tables,
+    located: &Located,
+    name: Option<String>,
+) -> anyhow::Result<decode_worker::Config> {
+    let table: decode_worker::Config = tables.config("decode-worker")?;
+    let config = decode_worker::Config { name, model_name: located.name.clone(), ..table };
+    config.validate().context("[decode-worker]")?;
+    Ok(config)
+}
+
+/// Returns the settings of a prefill worker process.
+pub(crate) fn prefill_process(
+    worker: &Worker,
+    tables: &Tables,
+    located: &Located,
+) -> anyhow::Result<prefill_worker::Config> {
+    check_advertised(worker)?;
+    let mut config = prefill(tables, located, worker.membership.name.clone())?;
+    config.listen = worker.listen;
+    config.advertise = worker.membership.advertise.clone();
+    config.drain_timeout_ms = worker.drain_timeout.as_millis() as u64;
+    link(worker, &mut config.transfer);
+    Ok(config)
+}
+
+/// Returns the settings of a decode worker process.
+pub(crate) fn decode_process(
+    worker: &Worker,
+    tables: &Tables,
+    located: &Located,
+) -> anyhow::Result<decode_worker::Config> {
+    check_advertised(worker)?;
+    let mut config = decode(tables, located, worker.membership.name.clone())?;
+    config.listen = worker.listen;
+    config.advertise = worker.membership.advertise.clone();
+    config.drain_timeout_ms = worker.drain_timeout.as_millis() as u64;
+    link(worker, &mut config.transfer);
+    Ok(config)
+}
+
+fn link(worker: &Worker, transfer: &mut kv_transfer::Config) {
+    transfer.listen = worker.link_listen.unwrap_or_else(|| SocketAddr::new(worker.listen.ip(), 0));
+    transfer.advertise = worker.membership.advertise.clone().or(transfer.advertise.take());
+    let require = worker.transport.map(|transport| match transport {
+        Transport::Memory => kv_transfer::TransportKind::Memory,
+        Transport::Tcp => kv_transfer::TransportKind::Tcp,
+    });
+    transfer.require = require.or(transfer.require);
+}
+
+/// Refuses to tell others an address that only means "all of this machine's".
+fn check_advertised(worker: &Worker) -> anyhow::Result<()> {
+    let link = worker.link_listen.unwrap_or(worker.listen);
+    let everywhere = worker.listen.ip().is_unspecified() || link.ip().is_unspecified();
+    if everywhere && worker.membership.advertise.is_none() {
+        bail!(
+            "--listen {}: others cannot reach that address; give the host they should use by --advertise",
+            worker.listen
+        );
+    }
+    Ok(())
+}
+
+/// Returns the settings of a router that listens on `address`.
+pub(crate) fn router(tables: &Tables, located: &Located, placement: Placement) -> anyhow::Result<router::Config> {
+    let mut config: router::Config = tables.config("router")?;
+    config.model_dir = located.dir.clone();
+    config.model_name = located.name.clone();
+    config.placement = match placement {
+        Placement::Auto => router::Policy::Auto,
+        Placement::Remote => router::Policy::Remote,
+        Placement::Local => router::Policy::Local,
+    };
+    config.validate().map_err(|problem| anyhow!("[router]: {problem}"))?;
+    Ok(config)
+}
+
+/// Returns the directory over etcd. It connects by itself, also later.
+pub(crate) fn directory(membership: &Membership) -> anyhow::Result<EtcdDirectory> {
+    if membership.etcd.is_empty() {
+        bail!(
+            "--etcd is missing: give the URL of the etcd that joins this cluster, such as http://127.0.0.1:2379 \
+             (`baton up` runs a whole cluster without one)"
+        );
+    }
+    EtcdDirectory::connect(membership.etcd.clone(), &membership.cluster).context("--etcd")
+}

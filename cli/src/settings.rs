@@ -1,0 +1,436 @@
+//! Every setting of every subcommand, each written once.
+//!
+//! A field below is the flag, the environment variable (`BATON_…`) and the key of the TOML file (`--config FILE`, the flag's
+//! name without the dashes). File, environment and flags are layered by clap alone: what the file says becomes the argument's
+//! default ([`file`]), so all three go through the same parser. What the libraries can be told beyond these flags stands in
+//! tables of the file named after them ([`Tables`]).
+
+mod file;
+mod units;
+
+pub(crate) use file::Tables;
+pub(crate) use units::Bytes;
+
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, builder::Styles, parser::ValueSource};
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
+
+/// Large language models, served from a prefill pool and a decode pool.
+///
+/// Without a subcommand, `baton` runs `baton up`: a whole cluster in this process.
+#[derive(Debug, Parser)]
+#[command(name = "baton", version, args_conflicts_with_subcommands = true, styles = Styles::plain())]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    up: Up,
+}
+
+/// What to run.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a whole cluster in this process: router, prefill and decode workers
+    Up(Up),
+    /// Run the router of a cluster
+    Router(Router),
+    /// Run a prefill worker: turns prompts into KV pages
+    PrefillWorker(Worker),
+    /// Run a decode worker: turns KV pages into tokens
+    DecodeWorker(Worker),
+    /// Talk to a running Baton
+    Chat(Chat),
+    /// Measure this machine and Baton on it
+    Bench(Bench),
+}
+
+/// What every server process takes.
+#[derive(Debug, Args)]
+pub(crate) struct Common {
+    /// TOML file with settings: flags by their names, library settings in tables
+    #[arg(long, value_name = "FILE", env = "BATON_CONFIG")]
+    pub(crate) config: Option<PathBuf>,
+    /// What to log, such as `info` or `warn,router=debug` [default: info, for `up` warn]
+    #[arg(long, value_name = "FILTER", env = "BATON_LOG")]
+    pub(crate) log: Option<String>,
+    /// Shape of log lines
+    #[arg(long, value_name = "FORMAT", env = "BATON_LOG_FORMAT", default_value = "text")]
+    pub(crate) log_format: LogFormat,
+    /// OTLP/gRPC endpoint that receives traces, such as http://127.0.0.1:4317
+    #[arg(long, value_name = "URL", env = "BATON_OTLP", hide_env_values = true, value_parser = url)]
+    pub(crate) otlp: Option<String>,
+}
+
+/// Which model is served, and as what.
+#[derive(Debug, Args)]
+pub(crate) struct ModelChoice {
+    /// Hugging Face model directory [default: the bundled demo model]
+    #[arg(long, value_name = "DIR", env = "BATON_MODEL")]
+    pub(crate) model: Option<PathBuf>,
+    /// Name that clients ask for [default: the directory's name]
+    #[arg(long, value_name = "NAME", env = "BATON_MODEL_NAME", value_parser = name)]
+    pub(crate) model_name: Option<String>,
+}
+
+/// How a worker uses its machine.
+#[derive(Debug, Args)]
+pub(crate) struct Compute {
+    /// Memory for KV pages of one worker
+    #[arg(long, value_name = "SIZE", env = "BATON_KV_MEMORY")]
+    pub(crate) kv_memory: Option<Bytes>,
+    /// Threads that compute, per worker [default: the cores of this machine; with `up`, shared out]
+    #[arg(long, value_name = "N", env = "BATON_THREADS", value_parser = at_least_one::<usize>)]
+    pub(crate) threads: Option<usize>,
+}
+
+/// Where processes find each other.
+#[derive(Debug, Args)]
+pub(crate) struct Membership {
+    /// etcd endpoints, comma separated, such as http://127.0.0.1:2379
+    #[arg(long, value_name = "URL", env = "BATON_ETCD", hide_env_values = true, value_delimiter = ',')]
+    pub(crate) etcd: Vec<String>,
+    /// Name of the cluster: several can share one etcd
+    #[arg(long, value_name = "NAME", env = "BATON_CLUSTER", default_value = "baton", value_parser = name)]
+    pub(crate) cluster: String,
+    /// Name of this member, unique in the cluster [default: drawn at random]
+    #[arg(long, value_name = "NAME", env = "BATON_NAME", value_parser = name)]
+    pub(crate) name: Option<String>,
+    /// Host that others use to reach this process [default: the address it listens on]
+    #[arg(long, value_name = "HOST", env = "BATON_ADVERTISE", value_parser = host)]
+    pub(crate) advertise: Option<String>,
+}
+
+/// Settings of `baton up`.
+#[derive(Debug, Args)]
+pub(crate) struct Up {
+    #[command(flatten)]
+    pub(crate) common: Common,
+    /// Address of the OpenAI endpoint
+    #[arg(long, value_name = "ADDR", env = "BATON_LISTEN", default_value = "127.0.0.1:8000", value_parser = units::address)]
+    pub(crate) listen: SocketAddr,
+    /// Prefill workers to run
+    #[arg(long, value_name = "N", env = "BATON_PREFILL", default_value = "1", value_parser = at_least_one::<usize>)]
+    pub(crate) prefill: usize,
+    /// Decode workers to run
+    #[arg(long, value_name = "N", env = "BATON_DECODE", default_value = "1", value_parser = at_least_one::<usize>)]
+    pub(crate) decode: usize,
+    #[command(flatten)]
+    pub(crate) model: ModelChoice,
+    #[command(flatten)]
+    pub(crate) compute: Compute,
+    /// Where prompts are computed
+    #[arg(long, value_name = "WHERE", env = "BATON_PLACEMENT", default_value = "auto")]
+    pub(crate) placement: Placement,
+}
+
+/// Settings of `baton router`.
+#[derive(Debug, Args)]
+pub(crate) struct Router {
+    #[command(flatten)]
+    pub(crate) common: Common,
+    /// Address of the OpenAI endpoint
+    #[arg(long, value_name = "ADDR", env = "BATON_LISTEN", default_value = "127.0.0.1:8000", value_parser = units::address)]
+    pub(crate) listen: SocketAddr,
+    #[command(flatten)]
+    pub(crate) membership: Membership,
+    #[command(flatten)]
+    pub(crate) model: ModelChoice,
+    /// Where prompts are computed
+    #[arg(long, value_name = "WHERE", env = "BATON_PLACEMENT", default_value = "auto")]
+    pub(crate) placement: Placement,
+}
+
+/// Settings of `baton prefill-worker` and `baton decode-worker`.
+#[derive(Debug, Args)]
+pub(crate) struct Worker {
+    #[command(flatten)]
+    pub(crate) common: Common,
+    /// Address for routers (gRPC); port 0 takes a free one
+    #[arg(long, value_name = "ADDR", env = "BATON_LISTEN", default_value = "127.0.0.1:0", value_parser = units::address)]
+    pub(crate) listen: SocketAddr,
+    /// Address for hand-offs between workers [default: the host of --listen, a free port]
+    #[arg(long, value_name = "ADDR", env = "BATON_LINK_LISTEN", value_parser = units::address)]
+    pub(crate) link_listen: Option<SocketAddr>,
+    /// Address of /metrics, /livez and /readyz
+    #[arg(long, value_name = "ADDR", env = "BATON_ADMIN_LISTEN", default_value = "127.0.0.1:0", value_parser = units::address)]
+    pub(crate) admin_listen: SocketAddr,
+    #[command(flatten)]
+    pub(crate) membership: Membership,
+    #[command(flatten)]
+    pub(crate) model: ModelChoice,
+    #[command(flatten)]
+    pub(crate) compute: Compute,
+    /// Longest sequence, prompt and output, in tokens [default: the checkpoint's]
+    #[arg(long, value_name = "TOKENS", env = "BATON_MAX_MODEL_LEN", value_parser = at_least_one::<u32>)]
+    pub(crate) max_model_len: Option<u32>,
+    /// Most tokens computed in one step
+    #[arg(long, value_name = "TOKENS", env = "BATON_TOKEN_BUDGET", value_parser = at_least_one::<u32>)]
+    pub(crate) token_budget: Option<u32>,
+    /// Most sequences in one step
+    #[arg(long, value_name = "N", env = "BATON_MAX_SEQUENCES", value_parser = at_least_one::<u32>)]
+    pub(crate) max_sequences: Option<u32>,
+    /// How long running requests may take to finish once the worker is told to stop
+    #[arg(long, value_name = "TIME", env = "BATON_DRAIN_TIMEOUT", default_value = "30s", value_parser = units::duration)]
+    pub(crate) drain_timeout: Duration,
+    /// Refuse hand-offs over any other transport than this [default: the best both ends have]
+    #[arg(long, value_name = "KIND", env = "BATON_TRANSPORT")]
+    pub(crate) transport: Option<Transport>,
+}
+
+/// Settings of `baton chat`.
+#[derive(Debug, Args)]
+pub(crate) struct Chat {
+    /// Endpoint to talk to
+    #[arg(long, value_name = "URL", env = "BATON_URL", default_value = "http://127.0.0.1:8000", value_parser = url)]
+    pub(crate) url: String,
+    /// Model to ask for [default: the first that the endpoint lists]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model: Option<String>,
+    /// System message
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) system: Option<String>,
+    /// Sampling temperature; 0 always takes the likeliest token
+    #[arg(long, value_name = "T", default_value = "0", value_parser = temperature)]
+    pub(crate) temperature: f32,
+    /// Longest answer, in tokens [default: what the context leaves]
+    #[arg(long, value_name = "N", value_parser = at_least_one::<u32>)]
+    pub(crate) max_tokens: Option<u32>,
+}
+
+/// Settings of `baton bench`.
+#[derive(Debug, Args)]
+pub(crate) struct Bench {
+    /// Measure only what begins with this, such as `engine` or `handoff/overhead_p50_us`
+    #[arg(long, value_name = "PREFIX", default_value = "")]
+    pub(crate) only: String,
+    /// Becomes one of the processes that the bench measures, instead of measuring
+    #[arg(long, value_name = "WHAT", hide = true)]
+    pub(crate) serve: Option<BenchServer>,
+    /// Mock workers of `--serve router`: the prefill worker, then the decode worker
+    #[arg(long, value_name = "ADDR", hide = true, value_delimiter = ',', requires = "serve")]
+    pub(crate) workers: Vec<SocketAddr>,
+}
+
+/// Shape of log lines.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// For people
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+/// Where prompts are computed.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Placement {
+    /// By predicted cost
+    Auto,
+    /// Always on a prefill worker
+    Remote,
+    /// Always on the decode worker itself
+    Local,
+}
+
+/// A transport of hand-offs.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Transport {
+    /// Within one process
+    Memory,
+    /// Between any two processes
+    Tcp,
+}
+
+/// What a process of the bench is.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum BenchServer {
+    /// A router in front of mock workers
+    Router,
+    /// A server that answers without thinking
+    Plain,
+}
+
+/// What a process was told, parsed and checked field by field.
+#[derive(Debug)]
+pub(crate) struct Settings {
+    /// What to run, with its flags.
+    pub(crate) command: Command,
+    /// Library settings of the file.
+    pub(crate) tables: Tables,
+    shown: Vec<Shown>,
+}
+
+/// One setting as the log shows it.
+#[derive(Debug, PartialEq, Eq)]
+struct Shown {
+    /// The flag's name.
+    name: String,
+    /// The value as given, secrets hidden.
+    value: String,
+    /// Where it came from: `default`, `file`, `environment` or `flag`.
+    source: &'static str,
+}
+
+/// Why the settings cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// A flag or variable is wrong, or help was asked for.
+    #[error(transparent)]
+    Usage(#[from] clap::Error),
+    /// The file is wrong.
+    #[error(transparent)]
+    File(#[from] file::Error),
+}
+
+impl Settings {
+    /// Reads flags, environment and the file they name.
+    ///
+    /// # Errors
+    /// Names the field, the value and what would be right; for the file, the file too.
+    pub(crate) fn read(args: impl IntoIterator<Item = OsString>) -> Result<Self, Error> {
+        let args: Vec<OsString> = args.into_iter().collect();
+        let mut parser = Cli::command();
+        let first = Cli::from_arg_matches(&parser.clone().try_get_matches_from(&args)?)?.into_command();
+        let mut tables = Tables::default();
+        let mut in_file = Vec::new();
+        if let Some(path) = first.config() {
+            let file = file::File::read(path)?;
+            let (layered, names) = file.apply(parser, first.name())?;
+            parser = layered;
+            in_file = names;
+            tables = file.into_tables(first.tables(), first.name())?;
+        }
+        let matches = parser.clone().try_get_matches_from(&args)?;
+        let command = Cli::from_arg_matches(&matches)?.into_command();
+        let shown = match matches.subcommand() {
+            Some((name, matches)) => parser.find_subcommand(name).map(|parser| shown(parser, matches, &in_file)),
+            None => Some(shown(&parser, &matches, &in_file)),
+        };
+        Ok(Self { command, tables, shown: shown.unwrap_or_default() })
+    }
+
+    /// Logs every setting and who set it: what was chosen at info, defaults at debug.
+    pub(crate) fn log(&self) {
+        for Shown { name, value, source } in &self.shown {
+            match *source {
+                "default" => tracing::debug!(%name, %value, source, "setting"),
+                _ => tracing::info!(%name, %value, source, "setting"),
+            }
+        }
+        for (name, value) in self.tables.shown() {
+            tracing::info!(%name, %value, source = "file", "setting");
+        }
+    }
+}
+
+impl Cli {
+    fn into_command(self) -> Command {
+        self.command.unwrap_or(Command::Up(self.up))
+    }
+}
+
+impl Command {
+    /// Returns the subcommand's name.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Up(_) => "up",
+            Self::Router(_) => "router",
+            Self::PrefillWorker(_) => "prefill-worker",
+            Self::DecodeWorker(_) => "decode-worker",
+            Self::Chat(_) => "chat",
+            Self::Bench(_) => "bench",
+        }
+    }
+
+    /// Returns what server processes share; `None` for clients.
+    pub(crate) fn common(&self) -> Option<&Common> {
+        match self {
+            Self::Up(up) => Some(&up.common),
+            Self::Router(router) => Some(&router.common),
+            Self::PrefillWorker(worker) | Self::DecodeWorker(worker) => Some(&worker.common),
+            Self::Chat(_) | Self::Bench(_) => None,
+        }
+    }
+
+    fn config(&self) -> Option<&PathBuf> {
+        self.common().and_then(|common| common.config.as_ref())
+    }
+
+    /// Names the library tables that the file may hold.
+    fn tables(&self) -> &'static [&'static str] {
+        match self {
+            Self::Up(_) => &["router", "prefill-worker", "decode-worker", "engine"],
+            Self::Router(_) => &["router"],
+            Self::PrefillWorker(_) => &["prefill-worker", "engine"],
+            Self::DecodeWorker(_) => &["decode-worker", "engine"],
+            Self::Chat(_) | Self::Bench(_) => &[],
+        }
+    }
+}
+
+/// Lists the settings of one command as the log shows them.
+fn shown(parser: &clap::Command, matches: &clap::ArgMatches, in_file: &[String]) -> Vec<Shown> {
+    let describe = |arg: &clap::Arg| {
+        let name = arg.get_long()?;
+        let value: Vec<_> = matches.get_raw(arg.get_id().as_str())?.map(|value| value.to_string_lossy()).collect();
+        let source = match matches.value_source(arg.get_id().as_str())? {
+            ValueSource::CommandLine => "flag",
+            ValueSource::EnvVariable => "environment",
+            _ if in_file.iter().any(|known| known == name) => "file",
+            _ => "default",
+        };
+        Some(Shown { name: name.to_owned(), value: hide_secrets(&value.join(",")), source })
+    };
+    parser.get_arguments().filter_map(describe).collect()
+}
+
+/// Replaces the user part of URLs (`http://user:password@host`).
+fn hide_secrets(text: &str) -> String {
+    let hide = |url: &str| match url.split_once("://") {
+        Some((scheme, rest)) => match rest.rsplit_once('@') {
+            Some((_, host)) => format!("{scheme}://***@{host}"),
+            None => url.to_owned(),
+        },
+        None => url.to_owned(),
+    };
+    text.split(',').map(hide).collect::<Vec<_>>().join(",")
+}
+
+fn at_least_one<N: std::str::FromStr + PartialOrd + From<u8>>(text: &str) -> Result<N, String> {
+    let number = text.parse::<N>().ok().filter(|number| *number >= N::from(1));
+    number.ok_or_else(|| "expected a whole number, at least 1".into())
+}
+
+fn temperature(text: &str) -> Result<f32, String> {
+    let value = text.parse::<f32>().ok().filter(|value| (0.0..=2.0).contains(value));
+    value.ok_or_else(|| "expected a number from 0 to 2".into())
+}
+
+fn url(text: &str) -> Result<String, String> {
+    let plain = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"));
+    match plain {
+        Some(rest) if !rest.is_empty() && !rest.starts_with('/') => Ok(text.trim_end_matches('/').to_owned()),
+        _ => Err("expected a URL such as http://127.0.0.1:4317".into()),
+    }
+}
+
+/// Reads a name that can stand in a directory key and a metric label.
+fn name(text: &str) -> Result<String, String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || "-_.:".contains(c);
+    if !text.is_empty() && text.len() <= 128 && text.chars().all(fits) {
+        Ok(text.to_owned())
+    } else {
+        Err("expected 1 to 128 letters, digits, '-', '_', '.' or ':'".into())
+    }
+}
+
+fn host(text: &str) -> Result<String, String> {
+    let name = !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "-._".contains(c));
+    let v6 = text.trim_matches(['[', ']']).parse::<std::net::Ipv6Addr>();
+    match (name, v6) {
+        (true, _) => Ok(text.to_owned()),
+        (_, Ok(v6)) => Ok(format!("[{v6}]")),
+        _ => Err("expected a host name or IP address without a port, such as 10.0.0.7".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

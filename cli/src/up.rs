@@ -1,0 +1,225 @@
+//! `baton up`: router, workers and directory in this process.
+//!
+//! The parts are the ones that separate processes run; only the directory is in memory, the model is loaded once, and the
+//! cores are shared out among the workers.
+
+use crate::{
+    config, listen, model,
+    model::Located,
+    settings::{Bytes, Tables, Up},
+    worker::STALL,
+};
+use anyhow::{Context, bail};
+use cluster::{Directory, MemoryDirectory};
+use engine::{Engine, Model};
+use kv_transfer::TransportKind;
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use telemetry::Health;
+use tokio::{net::TcpListener, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+
+/// Runs until `shutdown`, then drains: the router first, which ends what the workers have to do.
+///
+/// # Errors
+/// The first error of any part; the others are stopped then.
+pub(crate) async fn run(up: &Up, tables: &Tables, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let began = Instant::now();
+    let located = model::locate(&up.model)?;
+    let plan = Plan::new(up, tables, &located)?;
+    let listener = listen::bind("--listen", up.listen).await?;
+    let address = listener.local_addr().context("read the bound address")?;
+    let Some(model) = shutdown.run_until_cancelled(model::load(&located)).await.transpose()? else { return Ok(()) };
+
+    let mut cluster = Cluster::start(plan.clone(), model.clone(), listener)?;
+    let parts = cluster.healths.clone();
+    tokio::select! {
+        // All arms are cancel safe: the first polls, the second keeps what has ended in the set.
+        () = ready(&parts) => {
+            let welcome = Welcome { address, located: &located, model: &model, plan: &plan, pages: cluster.pages };
+            println!("{}", welcome.text(began.elapsed()));
+        }
+        ended = cluster.part_ended() => return cluster.stop(ended).await,
+        () = shutdown.cancelled() => {}
+    }
+    tokio::select! {
+        ended = cluster.part_ended() => cluster.stop(ended).await,
+        () = shutdown.cancelled() => cluster.drain().await,
+    }
+}
+
+/// Every part's settings, checked.
+#[derive(Clone, Debug)]
+struct Plan {
+    engine: engine::Config,
+    prefill: Vec<prefill_worker::Config>,
+    decode: Vec<decode_worker::Config>,
+    router: router::Config,
+}
+
+impl Plan {
+    fn new(up: &Up, tables: &Tables, located: &Located) -> anyhow::Result<Self> {
+        let mut engine = config::engine(&up.compute, tables)?;
+        let workers = up.prefill + up.decode;
+        engine.threads.get_or_insert_with(|| (model::cores() / workers).max(1));
+        let prefill = (0..up.prefill).map(|i| config::prefill(tables, located, Some(format!("prefill-{i}"))));
+        let decode = (0..up.decode).map(|i| config::decode(tables, located, Some(format!("decode-{i}"))));
+        Ok(Self {
+            engine,
+            prefill: prefill.collect::<anyhow::Result<_>>()?,
+            decode: decode.collect::<anyhow::Result<_>>()?,
+            router: config::router(tables, located, up.placement)?,
+        })
+    }
+}
+
+/// The running parts.
+#[derive(Debug)]
+struct Cluster {
+    /// Of the workers and the router.
+    healths: Vec<Health>,
+    /// In the pool of each worker.
+    pages: u32,
+    parts: JoinSet<anyhow::Result<()>>,
+    workers: usize,
+    stop_router: CancellationToken,
+    stop_workers: CancellationToken,
+}
+
+impl Cluster {
+    fn start(plan: Plan, model: Arc<Model>, listener: TcpListener) -> anyhow::Result<Self> {
+        let directory: Arc<dyn Directory> = Arc::new(MemoryDirectory::default());
+        let (stop_router, stop_workers) = (CancellationToken::new(), CancellationToken::new());
+        let mut healths = Vec::new();
+        let mut health = || {
+            healths.push(Health::new("starting", STALL));
+            healths[healths.len() - 1].clone()
+        };
+        let mut pages = 0;
+        let mut engine = || {
+            let engine =
+                Engine::new(model.clone(), &plan.engine).context("reserve memory for a worker (--kv-memory)")?;
+            pages = engine.memory().layout().pages;
+            anyhow::Ok(engine)
+        };
+        let mut parts = JoinSet::new();
+        for config in plan.prefill {
+            let (directory, stop) = (directory.clone(), stop_workers.clone());
+            parts.spawn(prefill_worker::run(config, engine()?, directory, health(), stop));
+        }
+        for config in plan.decode {
+            let (directory, stop) = (directory.clone(), stop_workers.clone());
+            parts.spawn(decode_worker::run(config, engine()?, directory, health(), stop));
+        }
+        let workers = parts.len();
+        parts.spawn(router::run(plan.router, listener, directory, health(), stop_router.clone()));
+        Ok(Self { healths, pages, parts, workers, stop_router, stop_workers })
+    }
+
+    /// Waits until some part has ended.
+    async fn part_ended(&mut self) -> anyhow::Result<()> {
+        match self.parts.join_next().await {
+            Some(ended) => ended.context("a part of the cluster panicked")?,
+            None => Ok(()),
+        }
+    }
+
+    /// Stops what is left after a part ended that nobody had told to. Returns its error.
+    async fn stop(mut self, ended: anyhow::Result<()>) -> anyhow::Result<()> {
+        let cause = ended.and_then(|()| bail!("a part of the cluster ended by itself"));
+        self.stop_router.cancel();
+        self.stop_workers.cancel();
+        // What the others complain of now follows from the first error.
+        while !self.parts.is_empty() {
+            let _ = self.part_ended().await;
+        }
+        cause
+    }
+
+    /// Lets running requests finish, then stops. The workers have to outlive the router: it is their streams that finish.
+    async fn drain(mut self) -> anyhow::Result<()> {
+        let mut outcome = Ok(());
+        self.stop_router.cancel();
+        while self.parts.len() > self.workers {
+            outcome = outcome.and(self.part_ended().await);
+        }
+        self.stop_workers.cancel();
+        while !self.parts.is_empty() {
+            outcome = outcome.and(self.part_ended().await);
+        }
+        outcome
+    }
+}
+
+/// Returns once all of these can take work.
+pub(crate) async fn ready(parts: &[Health]) {
+    let mut look = tokio::time::interval(Duration::from_millis(5));
+    while parts.iter().any(|health| health.readiness().is_err()) {
+        look.tick().await;
+    }
+}
+
+/// What a newcomer is told once everything runs.
+struct Welcome<'a> {
+    address: SocketAddr,
+    located: &'a Located,
+    model: &'a Model,
+    plan: &'a Plan,
+    pages: u32,
+}
+
+impl Welcome<'_> {
+    /// Says where the cluster is, what runs and how to try it.
+    fn text(&self, took: Duration) -> String {
+        let url = format!("http://{}", listen::reachable(self.address));
+        let (info, name) = (self.model.info(), &self.located.name);
+        let program = std::env::args().next().unwrap_or_else(|| "baton".into());
+        let threads = self.plan.engine.threads.unwrap_or(1);
+        format!(
+            r#"Baton is ready on {url} after {took:.2} s
+
+  model    {name}: {architecture}, {parameters} parameters, {dtype}, {weights} in memory
+  workers  {prefill} prefill + {decode} decode, {threads} {unit} each
+  pages    {pages} of {tokens} tokens per worker ({kv}), handed off {transport}
+
+Ask it something:
+
+  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{"model": "{name}", "stream": true, "messages": [{{"role": "user", "content": "What is a KV cache?"}}]}}'
+
+or talk to it: {program} chat{chat}
+Ctrl-C drains and stops."#,
+            took = took.as_secs_f64(),
+            architecture = info.architecture,
+            parameters = count(info.parameters),
+            dtype = info.dtype,
+            weights = Bytes(info.weight_bytes),
+            prefill = self.plan.prefill.len(),
+            decode = self.plan.decode.len(),
+            unit = if threads == 1 { "thread" } else { "threads" },
+            pages = self.pages,
+            tokens = self.plan.engine.page_tokens,
+            kv = Bytes(self.plan.engine.kv_bytes),
+            transport = self.transport(),
+            chat = if self.address.port() == 8000 { String::new() } else { format!(" --url {url}") },
+        )
+    }
+
+    fn transport(&self) -> &'static str {
+        match self.plan.prefill.iter().find_map(|worker| worker.transfer.require) {
+            Some(TransportKind::Tcp) => "over loopback (tcp)",
+            _ => "within this process (memory)",
+        }
+    }
+}
+
+/// Writes a count of parameters as people say it.
+fn count(parameters: u64) -> String {
+    match parameters as f64 {
+        n if n >= 1e9 => format!("{:.1} B", n / 1e9),
+        n if n >= 1e6 => format!("{:.1} M", n / 1e6),
+        n => format!("{:.0} k", n / 1e3),
+    }
+}

@@ -1,0 +1,75 @@
+//! `baton prefill-worker` and `baton decode-worker`.
+
+use crate::{
+    config, listen, model,
+    settings::{Tables, Worker},
+};
+use anyhow::Context;
+use cluster::Directory;
+use engine::Engine;
+use std::{sync::Arc, time::Duration};
+use telemetry::Health;
+use tokio_util::sync::CancellationToken;
+
+/// How long a step may take before probes are told that the process hangs. A full step of a large model on a small machine
+/// takes seconds; a restart costs all the sequences.
+pub(crate) const STALL: Duration = Duration::from_secs(120);
+
+/// Which of the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Prompts to pages.
+    Prefill,
+    /// Pages to tokens.
+    Decode,
+}
+
+/// Runs until `shutdown`, then drains. Probes and metrics answer before the weights load.
+pub(crate) async fn run(
+    role: Role,
+    worker: &Worker,
+    tables: &Tables,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    let located = model::locate(&worker.model)?;
+    let engine_config = config::worker_engine(worker, tables)?;
+    let start = Start::new(role, worker, tables, &located)?;
+    let directory: Arc<dyn Directory> = Arc::new(config::directory(&worker.membership)?);
+
+    let health = Health::new("loading weights", STALL);
+    let admin = listen::bind("--admin-listen", worker.admin_listen).await?;
+    println!("admin on http://{}", admin.local_addr().context("read the bound address")?);
+    let admin_stop = CancellationToken::new();
+    let admin = tokio::spawn(telemetry::serve_admin(admin, health.clone(), admin_stop.clone()));
+
+    let loading = async {
+        let model = model::load(&located).await?;
+        let engine = tokio::task::spawn_blocking(move || Engine::new(model, &engine_config)).await;
+        engine.context("reserve memory")?.context("reserve memory (--kv-memory)")
+    };
+    let Some(engine) = shutdown.run_until_cancelled(loading).await.transpose()? else { return Ok(()) };
+    health.not_ready("joining the cluster");
+    let outcome = match start {
+        Start::Prefill(config) => prefill_worker::run(config, engine, directory, health, shutdown).await,
+        Start::Decode(config) => decode_worker::run(config, engine, directory, health, shutdown).await,
+    };
+    // Probes are answered to the end of the drain.
+    admin_stop.cancel();
+    admin.await.context("serve probes")?.context("serve probes (--admin-listen)")?;
+    outcome
+}
+
+/// What the role's library is told.
+enum Start {
+    Prefill(prefill_worker::Config),
+    Decode(decode_worker::Config),
+}
+
+impl Start {
+    fn new(role: Role, worker: &Worker, tables: &Tables, located: &model::Located) -> anyhow::Result<Self> {
+        Ok(match role {
+            Role::Prefill => Self::Prefill(config::prefill_process(worker, tables, located)?),
+            Role::Decode => Self::Decode(config::decode_process(worker, tables, located)?),
+        })
+    }
+}
