@@ -398,6 +398,9 @@ mod tests {
             let mut bytes = Vec::new();
             message.encode(&mut bytes);
             let body = &bytes[4..];
+            // A reason is read lossily: half of the character that stands for what cannot be read reads as that character.
+            let stands_in = |reason: &str| reason.ends_with(char::REPLACEMENT_CHARACTER);
+            prop_assume!(!matches!(&message, Message::Refuse { reason, .. } | Message::Abort { reason, .. } if stands_in(reason)));
             if cut < body.len() {
                 // Lists and reasons run to the end of the frame, so a cut one may decode, but never to the same message.
                 prop_assert_ne!(Message::decode(&body[..cut]), Ok(message));
