@@ -54,6 +54,15 @@ fn cut(hasher: &blake3::Hasher) -> PageHash {
     PageHash(u128::from_le_bytes(bytes))
 }
 
+/// Returns the root of a sequence's chain: the request's own salt and, where an adapter changes what pages hold, its id.
+pub fn root_salt(salt: &[u8], adapter: Option<&str>) -> Vec<u8> {
+    match adapter {
+        None => salt.to_vec(),
+        // The length keeps apart what would read the same when joined.
+        Some(id) => [salt, b"\0adapter\0", id.as_bytes(), &(id.len() as u64).to_le_bytes()].concat(),
+    }
+}
+
 /// Returns the hashes of all full pages of `tokens`; a last, partly filled page has no name.
 pub fn page_hashes(salt: &[u8], tokens: &[TokenId], page_tokens: usize) -> Vec<PageHash> {
     let mut hasher = PrefixHasher::new(salt);
@@ -80,5 +89,10 @@ mod tests {
     fn salts_keep_prefixes_apart() {
         let tokens: Vec<TokenId> = (0..16).collect();
         assert_ne!(page_hashes(b"", &tokens, 16), page_hashes(b"tenant", &tokens, 16));
+        let roots =
+            [root_salt(b"", None), root_salt(b"", Some("a")), root_salt(b"a", Some("")), root_salt(b"", Some("b"))];
+        for (index, root) in roots.iter().enumerate() {
+            assert!(!roots[..index].contains(root), "{root:?}");
+        }
     }
 }

@@ -9,8 +9,8 @@ mod hash;
 mod layout;
 mod pool;
 
-pub use hash::{PageHash, PrefixHasher, page_hashes};
-pub use layout::{KvDtype, PageLayout};
+pub use hash::{PageHash, PrefixHasher, page_hashes, root_salt};
+pub use layout::{KvDtype, PageLayout, Plane};
 pub use pool::{CacheDelta, PagePool, PoolStats};
 
 use serde::{Deserialize, Serialize};
