@@ -1,6 +1,6 @@
 //! Prefill and decode speed of a random model beside the machine's limits.
 //!
-//! `cargo run --release -p engine --example speed -- [llama-1b|qwen-0.5b] [threads]`
+//! `cargo run --release -p engine --example speed -- [llama-1b|qwen-0.5b|qwen3-moe] [threads]`
 
 use engine::{Config, Engine, Model, ModelShape, Row, Sample, Sampling, machine};
 use kv_cache::PageId;
@@ -10,6 +10,7 @@ fn main() -> Result<(), engine::Error> {
     let mut arguments = std::env::args().skip(1);
     let shape = match arguments.next().as_deref() {
         Some("llama-1b") => ModelShape::llama_1b(),
+        Some("qwen3-moe") => ModelShape::qwen3_moe(),
         _ => ModelShape::qwen_0_5b(),
     };
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
@@ -69,8 +70,15 @@ fn prefill(engine: &mut Engine, tokens: usize) {
     let prompt: Vec<u32> = (0..tokens as u32).map(|token| token * 7 % 50_000).collect();
     let pages: Vec<PageId> = (0..tokens.div_ceil(16) as u32).map(PageId).collect();
     let sampling = Sampling::default();
-    let sample = Sample { sampling: &sampling, history: &prompt, prompt_tokens: tokens, forbidden: &[] };
-    let row = Row { tokens: &prompt, start: 0, pages: &pages, sample: Some(sample) };
+    let sample = Sample {
+        sampling: &sampling,
+        history: &prompt,
+        prompt_tokens: tokens,
+        forbidden: &[],
+        min_tokens: 0,
+        grammar: None,
+    };
+    let row = Row { tokens: &prompt, start: 0, pages: &pages, sample: Some(sample), ..Row::default() };
     engine.step(&[row], &mut |_| {}).expect("a good row");
 }
 
@@ -79,8 +87,11 @@ fn decode(engine: &mut Engine, batch: usize, context: usize) {
     let tables: Vec<Vec<PageId>> =
         (0..batch).map(|sequence| (0..pages).map(|page| PageId((sequence * pages + page) as u32)).collect()).collect();
     let sampling = Sampling::default();
-    let sample = Sample { sampling: &sampling, history: &[], prompt_tokens: 0, forbidden: &[] };
-    let rows: Vec<Row<'_>> =
-        tables.iter().map(|pages| Row { tokens: &[17], start: context - 1, pages, sample: Some(sample) }).collect();
+    let sample =
+        Sample { sampling: &sampling, history: &[], prompt_tokens: 0, forbidden: &[], min_tokens: 0, grammar: None };
+    let rows: Vec<Row<'_>> = tables
+        .iter()
+        .map(|pages| Row { tokens: &[17], start: context - 1, pages, sample: Some(sample), ..Row::default() })
+        .collect();
     engine.step(&rows, &mut |_| {}).expect("good rows");
 }

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 pub struct Config {
     /// Tokens per page. 16 keeps waste per sequence under a page of 16 tokens and hashes short.
     pub page_tokens: u32,
-    /// Element type of keys and values; unset = the checkpoint's own (bf16 and f16 stay, everything else is f32).
+    /// Element type of keys and values; unset = the checkpoint's own (bf16 and f16 stay, everything else is f32). Workers that
+    /// hand sequences to each other need the same one.
     pub kv_dtype: Option<KvDtype>,
     /// Bytes of memory for pages.
     pub kv_bytes: u64,

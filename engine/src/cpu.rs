@@ -5,47 +5,60 @@
 //!
 //! ```text
 //! embed            tokens            -> residual
-//! norm             residual          -> input
+//! norm             residual          -> input        or the residual as it is
 //! qkv              input             -> qkv          one linear for q, k and v
 //! rotate_and_write qkv               -> qkv, pages   turned; k and v to their pages
 //! attend           qkv, pages        -> attended
-//! output           attended          +> residual
-//! gate_up          input             -> gated        one linear, silu(gate) * up on the way out
-//! down             gated             +> residual
-//! keep_sampled     residual, qkv                     after the last pages are written only sampled rows go on
-//! logits           input             -> logits
+//! output           attended          +> residual     through a norm where the model has one there
+//! gate_up          input             -> gated        one linear, activation(gate) * up on the way out
+//! up               input             -> gated        one linear and its activation, where there is no gate
+//! down             gated             +> residual     as output
+//! keep             residual, qkv                     after the last pages are written only sampled rows go on
+//! logits           input             -> logits       scaled and capped where the model says so
 //! ```
 
+pub(crate) mod adapter;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
 pub(crate) mod attention;
 pub(crate) mod buffer;
+mod experts;
 pub(crate) mod format;
 pub(crate) mod kernels;
+pub(crate) mod latent;
 pub(crate) mod linear;
 pub(crate) mod norm;
 pub(crate) mod packed;
+pub(crate) mod pages;
 pub(crate) mod pool;
 pub(crate) mod rotary;
+pub(crate) mod scheme;
 pub(crate) mod simd;
 
 use crate::{
-    Error, KvMemory,
+    Adapter, Error, KvMemory,
+    lora::LayerDeltas,
     model::{
-        decoder::Decoder,
-        weights::{Layer, Linear, Weights},
+        decoder::{Activation, Decoder, NormKind, QkNorm},
+        rope::{Rope, Turns},
+        weights::{HeadAttention, Linear, Norm, Weights},
     },
 };
+use adapter::{Adapted, Delta, RANK_STEP, ShrinkTask};
 use attention::{AttentionShape, AttentionTask};
 use buffer::Buffer;
+use experts::ExpertBuffers;
 use format::Format;
 use kernels::Kernels;
 use kv_cache::{PageId, TokenId};
-use linear::{FEW_ROWS, LinearTask, Output, TASK_PANELS, TASK_ROWS};
-use norm::NormTask;
+use latent::LatentBuffers;
+use linear::{AdaptedRows, FEW_ROWS, LinearTask, Output, TASK_PANELS, TASK_ROWS};
+use norm::{NormOutput, NormTask};
 use packed::PANEL;
+use pages::{LayerPages, Slot};
 use pool::Pool;
-use rotary::{LayerPages, RotaryTask, Slot};
+use rotary::{HeadNorms, RotaryTask};
+use simd::portable::Portable;
 use std::{
     ops::Range,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -55,6 +68,8 @@ use std::{
 const ALONE: usize = 1 << 16;
 /// Tokens of one task of a row-wise operation.
 const CHUNK: usize = 16;
+/// Logits of one task of an operation on each.
+const LOGITS_CHUNK: usize = 1 << 14;
 
 /// The tokens of one sequence in a step.
 #[derive(Clone, Copy, Debug)]
@@ -67,13 +82,28 @@ pub(crate) struct Span<'a> {
     pub(crate) start: usize,
     /// The sequence's pages.
     pub(crate) pages: &'a [PageId],
+    /// What is added to the model for it.
+    pub(crate) adapter: Option<&'a Adapter>,
 }
 
-impl Span<'_> {
-    /// Returns the row of the last token.
-    pub(crate) fn last(&self) -> usize {
-        self.first + self.tokens - 1
-    }
+/// Rows of one linear, and the delta that is theirs.
+#[derive(Clone, Debug)]
+struct DeltaRows<'a> {
+    rows: Range<usize>,
+    delta: &'a Delta,
+}
+
+/// Lists the rows of `spans` that have a delta where `place` looks in layer `layer`.
+fn deltas<'a>(
+    spans: &[Span<'a>],
+    layer: usize,
+    place: impl Fn(&'a LayerDeltas) -> &'a Option<Delta>,
+) -> Vec<DeltaRows<'a>> {
+    let of_span = |span: &Span<'a>| {
+        let delta = place(span.adapter?.layer(layer)).as_ref()?;
+        Some(DeltaRows { rows: span.first..span.first + span.tokens, delta })
+    };
+    spans.iter().filter_map(of_span).collect()
 }
 
 /// What the head made of the sampled rows.
@@ -108,16 +138,31 @@ pub(crate) struct Cpu {
     attended: Buffer,
     /// `[rows][intermediate]`, format of the weights.
     gated: Buffer,
+    /// An input in the order of the weights it meets, f32; for weights of act-order checkpoints, untouched by others.
+    ordered: Buffer,
+    /// `[rows][hidden]` f32: what half a block gives, where it is normed before it is added.
+    outcome: Buffer,
     /// `[sampled rows][vocab]` f32.
     logits: Buffer,
-    /// `[rows][head_dim / 2]`.
-    cos: Vec<f32>,
-    sin: Vec<f32>,
+    /// The angles of each of the decoder's ropes.
+    angles: Vec<Angles>,
     slots: Vec<Slot>,
+    experts: Option<ExpertBuffers>,
+    latent: Option<LatentBuffers>,
     /// States of attention parts that are computed apart; grows to what the longest sequence needs.
     parts: Vec<f32>,
+    /// What adapters make of the rows' inputs, `[rows][ranks]`; grows to the largest ranks in use.
+    hidden: Vec<f32>,
     /// One for each thread.
     scratch: Vec<Mutex<Buffer>>,
+}
+
+/// What heads turn by in a step, `[rows][pairs]`.
+#[derive(Debug)]
+struct Angles {
+    turns: Turns,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
 }
 
 /// Strides and shapes, all derived from the decoder.
@@ -136,14 +181,21 @@ struct Sizes {
     heads: usize,
     kv_heads: usize,
     pairs: usize,
+    interleaved_pairs: bool,
+    norm: NormKind,
     norm_eps: f32,
+    whole_qk_norm: bool,
+    activation: Activation,
+    logit_scale: f32,
+    logit_cap: Option<f32>,
     attention: AttentionShape,
 }
 
 impl Cpu {
     /// Starts `threads` threads and reserves buffers for steps of up to `tokens` tokens of which up to `samples` are sampled.
     ///
-    /// `dtype_format` is how inputs of the model's linears are stored, from [`Kernels::format`].
+    /// `dtype_format` is how inputs of the model's linears are stored, from [`Kernels::format`]; `context` the longest
+    /// sequence, on which the angles of some ropes depend.
     pub(crate) fn new(
         kernels: &'static Kernels,
         decoder: &Decoder,
@@ -151,12 +203,18 @@ impl Cpu {
         threads: usize,
         tokens: usize,
         samples: usize,
+        context: usize,
     ) -> Result<Self, Error> {
         let sizes = Sizes::new(decoder, dtype_format);
         // The tile unit reads inputs of linears in whole tiles.
         let whole_tiles = tokens.next_multiple_of(16);
         let scratch_bytes = 4 * linear::SCRATCH.max(sizes.attention.scratch_floats());
         let scratch = (0..threads).map(|_| Buffer::new(scratch_bytes).map(Mutex::new));
+        let experts = decoder.mixture.as_ref().map(|mixture| ExpertBuffers::new(mixture, &sizes, threads, tokens));
+        let latent = decoder.latent.as_ref().map(|shape| LatentBuffers::new(shape, &sizes, tokens));
+        let table = || vec![0.0; tokens * sizes.pairs];
+        let angles = |rope: &Rope| Angles { turns: rope.turns(context), cos: table(), sin: table() };
+        let post_norms = decoder.names.attention_post_norm.or(decoder.names.mlp_post_norm).is_some();
         Ok(Self {
             kernels,
             pool: Pool::new(threads)?,
@@ -166,11 +224,15 @@ impl Cpu {
             qkv: Buffer::new(tokens * sizes.qkv * 4)?,
             attended: Buffer::new(whole_tiles * sizes.attended)?,
             gated: Buffer::new(whole_tiles * sizes.gated)?,
+            ordered: Buffer::new(whole_tiles * sizes.input.max(sizes.attended).max(sizes.gated))?,
+            outcome: Buffer::new(if post_norms { tokens * sizes.residual * 4 } else { 0 })?,
             logits: Buffer::new(samples * sizes.logits * 4)?,
-            cos: vec![0.0; tokens * sizes.pairs],
-            sin: vec![0.0; tokens * sizes.pairs],
+            angles: decoder.ropes.iter().map(angles).collect(),
             slots: Vec::with_capacity(tokens),
+            experts: experts.transpose()?,
+            latent: latent.transpose()?,
             parts: Vec::new(),
+            hidden: Vec::new(),
             scratch: scratch.collect::<Result<_, _>>()?,
             sizes,
         })
@@ -182,14 +244,16 @@ impl Cpu {
     }
 
     /// Starts a step: computes angles and slots of all rows.
-    pub(crate) fn begin(&mut self, decoder: &Decoder, spans: &[Span<'_>], page_tokens: usize) {
+    pub(crate) fn begin(&mut self, spans: &[Span<'_>], page_tokens: usize) {
         self.rows = spans.iter().map(|span| span.tokens).sum();
         self.slots.clear();
         let pairs = self.sizes.pairs;
-        let angles = self.cos.chunks_exact_mut(pairs).zip(self.sin.chunks_exact_mut(pairs));
         let positions = spans.iter().flat_map(|span| (span.start..span.start + span.tokens).map(|at| (at, span.pages)));
-        for ((position, pages), (cos, sin)) in positions.zip(angles) {
-            decoder.rope.angles(position as u32, cos, sin);
+        for (row, (position, pages)) in positions.enumerate() {
+            let turned = row * pairs..(row + 1) * pairs;
+            for Angles { turns, cos, sin } in &mut self.angles {
+                turns.angles(position as u32, &mut cos[turned.clone()], &mut sin[turned.clone()]);
+            }
             let token = (position % page_tokens) as u32;
             self.slots.push(Slot { page: pages[position / page_tokens].0, token });
         }
@@ -211,23 +275,27 @@ impl Cpu {
         });
     }
 
-    /// Norms the residual into the input of the next linear.
-    pub(crate) fn norm(&mut self, weight: &[f32]) {
-        let sizes = &self.sizes;
-        let (from, to) = (Shared(self.residual.as_mut_ptr().cast::<f32>()), Shared(self.input.as_mut_ptr()));
-        let rows = self.rows;
-        let run = self.kernels.norm;
+    /// Norms the residual into the input of the next linear, or takes it as it is.
+    pub(crate) fn norm(&mut self, norm: Option<&Norm>) {
+        let to = NormOutput::Store { to: self.input.as_mut_ptr(), stride: self.sizes.input, format: self.sizes.format };
+        let from = self.residual.as_mut_ptr().cast();
+        self.norm_rows(norm, from, to);
+    }
+
+    /// Norms all rows of `from`, which is laid out as the residual.
+    fn norm_rows(&mut self, norm: Option<&Norm>, from: *mut f32, to: NormOutput) {
+        let (sizes, rows, run) = (&self.sizes, self.rows, self.kernels.norm);
+        let (from, to) = (Shared(from), SharedNormOutput(to));
         self.pool.run(rows.div_ceil(CHUNK), &|chunk, _| {
             let first = chunk * CHUNK;
             let task = NormTask {
                 from: from.at(first * sizes.residual),
                 from_stride: sizes.residual,
-                to: to.at(first * sizes.input),
-                to_stride: sizes.input,
-                format: sizes.format,
+                to: to.row(first),
                 rows: CHUNK.min(rows - first),
                 width: sizes.hidden,
-                weight,
+                kind: sizes.norm,
+                norm,
                 eps: sizes.norm_eps,
             };
             // SAFETY: the rows lie in both buffers, which were sized for them, and belong to this task.
@@ -235,18 +303,36 @@ impl Cpu {
         });
     }
 
-    /// Computes q, k and v.
-    pub(crate) fn qkv(&mut self, linear: &Linear) {
-        let to = Output::Store { to: self.qkv.as_mut_ptr().cast(), stride: self.sizes.qkv };
-        self.linear(linear, Operand::Input, to);
+    /// Adds the product of an operand and `linear` to the residual, through a norm where there is one.
+    fn add(&mut self, linear: &Linear, operand: Operand, norm: Option<&Norm>, deltas: &[DeltaRows<'_>]) {
+        let (residual, stride) = (self.residual.as_mut_ptr().cast(), self.sizes.residual);
+        if norm.is_none() {
+            return self.linear(linear, operand, Output::Add { to: residual, stride }, deltas);
+        }
+        let outcome = self.outcome.as_mut_ptr().cast();
+        self.linear(linear, operand, Output::Store { to: outcome, stride }, deltas);
+        self.norm_rows(norm, outcome, NormOutput::Add { to: residual, stride });
     }
 
-    /// Norms and turns q and k, and writes k and v to the pages of layer `layer`.
-    pub(crate) fn rotate_and_write(&mut self, weights: &Layer, memory: &KvMemory, layer: usize) {
+    /// Computes q, k and v.
+    pub(crate) fn qkv(&mut self, linear: &Linear, spans: &[Span<'_>], layer: usize) {
+        let to = Output::Store { to: self.qkv.as_mut_ptr().cast(), stride: self.sizes.qkv };
+        self.linear(linear, Operand::Input, to, &deltas(spans, layer, |layer| &layer.qkv));
+    }
+
+    /// Norms q and k, turns them by rope `rope`, and writes k and v to the pages of layer `layer`.
+    pub(crate) fn rotate_and_write(&mut self, weights: &HeadAttention, rope: usize, memory: &KvMemory, layer: usize) {
         let sizes = &self.sizes;
-        let pages = layer_pages(memory, layer);
+        let pages = LayerPages::new(memory, layer);
         let qkv = Shared(self.qkv.as_mut_ptr().cast::<f32>());
-        let (slots, cos, sin) = (&self.slots, &self.cos, &self.sin);
+        let (slots, Angles { cos, sin, .. }) = (&self.slots, &self.angles[rope]);
+        let norms = weights.head_norms.as_ref().map(|(q, k)| HeadNorms {
+            kind: sizes.norm,
+            whole: sizes.whole_qk_norm,
+            q,
+            k,
+            eps: sizes.norm_eps,
+        });
         let run = self.kernels.rotary;
         self.pool.run(slots.len().div_ceil(CHUNK), &|chunk, _| {
             let first = chunk * CHUNK;
@@ -258,10 +344,11 @@ impl Cpu {
                 slots: &slots[first..first + tokens],
                 cos: &cos[angles.clone()],
                 sin: &sin[angles],
+                pairs: sizes.pairs,
+                interleaved: sizes.interleaved_pairs,
                 heads: sizes.heads,
                 kv_heads: sizes.kv_heads,
-                norms: weights.head_norms.as_ref().map(|(q, k)| (&q[..], &k[..])),
-                eps: sizes.norm_eps,
+                norms,
                 pages,
             };
             // SAFETY: the rows lie in the buffer; slots were checked against the pool when the step began, and each token's
@@ -272,18 +359,23 @@ impl Cpu {
 
     /// Attends over the pages of layer `layer`; rows of `spans` are those of the step.
     pub(crate) fn attend(&mut self, spans: &[Span<'_>], window: Option<usize>, memory: &KvMemory, layer: usize) {
-        let pages = layer_pages(memory, layer);
+        let pages = LayerPages::new(memory, layer);
         let q = Shared(self.qkv.as_mut_ptr().cast::<f32>());
-        let attended = Shared(self.attended.as_mut_ptr());
+        let (attended, attended_stride) = match &mut self.latent {
+            Some(latent) => latent.output(),
+            None => (self.attended.as_mut_ptr(), self.sizes.attended),
+        };
+        let attended = Shared(attended);
         let sizes = &self.sizes;
         let shape = sizes.attention;
+        let groups = sizes.heads / shape.group;
         let each = shape.task_tokens();
         // Later tokens of a prompt see more: tasks go from the back so that the longest start first.
         let tiles = |span: &Span<'_>| span.tokens.div_ceil(each);
-        let total: usize = spans.iter().map(tiles).sum::<usize>() * sizes.kv_heads;
+        let total: usize = spans.iter().map(tiles).sum::<usize>() * groups;
         let task = |index: usize| {
-            let kv_head = index % sizes.kv_heads;
-            let mut tile = index / sizes.kv_heads;
+            let group = index % groups;
+            let mut tile = index / groups;
             let span = spans.iter().find(|span| {
                 let here = tiles(span);
                 if tile >= here {
@@ -297,17 +389,18 @@ impl Cpu {
             let row = span.first + first;
             AttentionTask {
                 shape,
-                q: q.at(row * sizes.qkv + kv_head * shape.group * shape.head_dim),
+                q: q.at(row * sizes.qkv + group * shape.group * shape.head_dim),
                 q_stride: sizes.qkv,
                 tokens: each.min(span.tokens - first),
                 start: span.start + first,
                 window,
                 table: span.pages,
                 pages,
-                kv_head,
-                output: attended.at(row * sizes.attended),
-                output_stride: sizes.attended,
-                output_index: kv_head * shape.group * shape.head_dim,
+                // Heads that share a key/value head are one group, unless they are too many.
+                kv_head: group * sizes.kv_heads / groups,
+                output: attended.at(row * attended_stride),
+                output_stride: attended_stride,
+                output_index: group * shape.group * shape.value_dim,
                 format: sizes.format,
             }
         };
@@ -348,64 +441,144 @@ impl Cpu {
         });
     }
 
-    /// Adds the attention's output projection to the residual.
-    pub(crate) fn output(&mut self, linear: &Linear) {
-        let to = Output::Add { to: self.residual.as_mut_ptr().cast(), stride: self.sizes.residual };
-        self.linear(linear, Operand::Attended, to);
+    /// Adds the attention's output projection, normed by `norm`, to the residual.
+    pub(crate) fn output(&mut self, linear: &Linear, norm: Option<&Norm>, spans: &[Span<'_>], layer: usize) {
+        let deltas = deltas(spans, layer, |layer| &layer.output);
+        self.add(linear, Operand::Attended, norm, &deltas);
     }
 
-    /// Computes `silu(gate) * up`.
-    pub(crate) fn gate_up(&mut self, linear: &Linear) {
-        let to = Output::Gate { to: self.gated.as_mut_ptr(), stride: self.sizes.gated, format: self.sizes.format };
-        self.linear(linear, Operand::Input, to);
+    /// Computes `activation(gate) * up`.
+    pub(crate) fn gate_up(&mut self, linear: &Linear, spans: &[Span<'_>], layer: usize) {
+        let Sizes { gated: stride, format, activation, .. } = self.sizes;
+        let to = Output::Gate { to: self.gated.as_mut_ptr(), stride, format, activation };
+        self.linear(linear, Operand::Input, to, &deltas(spans, layer, |layer| &layer.up));
     }
 
-    /// Adds the down projection to the residual.
-    pub(crate) fn down(&mut self, linear: &Linear) {
-        let to = Output::Add { to: self.residual.as_mut_ptr().cast(), stride: self.sizes.residual };
-        self.linear(linear, Operand::Gated, to);
+    /// Computes `activation(up)`.
+    pub(crate) fn up(&mut self, linear: &Linear, spans: &[Span<'_>], layer: usize) {
+        let Sizes { gated: stride, format, activation, .. } = self.sizes;
+        let to = Output::Activate { to: self.gated.as_mut_ptr(), stride, format, activation };
+        self.linear(linear, Operand::Input, to, &deltas(spans, layer, |layer| &layer.up));
     }
 
-    /// Moves `rows`, in ascending order, to the front of the residual and of q, and forgets all others.
+    /// Adds the down projection, normed by `norm`, to the residual.
+    pub(crate) fn down(&mut self, linear: &Linear, norm: Option<&Norm>, spans: &[Span<'_>], layer: usize) {
+        let deltas = deltas(spans, layer, |layer| &layer.down);
+        self.add(linear, Operand::Gated, norm, &deltas);
+    }
+
+    /// Moves `rows`, in ascending order, to the front of the residual and of what queries come from, and forgets all others.
     pub(crate) fn keep(&mut self, rows: impl Iterator<Item = usize>) {
-        let (residual, qkv) = (self.sizes.residual, self.sizes.qkv);
+        let Sizes { residual, qkv, pairs, .. } = self.sizes;
         let mut kept = 0;
         for row in rows {
             assert!(row >= kept && row < self.rows, "row {row} of {}", self.rows);
             self.residual.floats_mut().copy_within(row * residual..(row + 1) * residual, kept * residual);
-            self.qkv.floats_mut().copy_within(row * qkv..(row + 1) * qkv, kept * qkv);
+            match &mut self.latent {
+                None => self.qkv.floats_mut().copy_within(row * qkv..(row + 1) * qkv, kept * qkv),
+                Some(latent) => {
+                    // Its queries are still to be made, and turned.
+                    latent.keep(row, kept);
+                    for Angles { cos, sin, .. } in &mut self.angles {
+                        cos.copy_within(row * pairs..(row + 1) * pairs, kept * pairs);
+                        sin.copy_within(row * pairs..(row + 1) * pairs, kept * pairs);
+                    }
+                }
+            }
             kept += 1;
         }
         self.rows = kept;
     }
 
-    /// Computes the logits of all rows.
-    pub(crate) fn compute_logits(&mut self, head: &Linear) {
-        let to = Output::Store { to: self.logits.as_mut_ptr().cast(), stride: self.sizes.logits };
-        self.linear(head, Operand::Input, to);
+    /// Copies what the next linear reads of row `row` to `to`, `[hidden]`.
+    pub(crate) fn read_input(&self, row: usize, to: &mut [f32]) {
+        assert!(row < self.rows && to.len() == self.sizes.hidden, "row {row} of {}", self.rows);
+        // SAFETY: the buffer holds `rows` rows of `hidden` elements, and nobody writes it now.
+        unsafe {
+            let from = self.input.as_ptr().add(row * self.sizes.input);
+            self.sizes.format.load_slice(Portable, from, to);
+        }
     }
 
-    /// Returns the logits of all rows.
+    /// Moves `rows` of what the next linear reads, in ascending order, to the front, and forgets all others.
+    pub(crate) fn keep_input(&mut self, rows: impl Iterator<Item = usize>) {
+        let stride = self.sizes.input;
+        let mut kept = 0;
+        for row in rows {
+            assert!(row >= kept && row < self.rows, "row {row} of {}", self.rows);
+            self.input.bytes_mut().copy_within(row * stride..(row + 1) * stride, kept * stride);
+            kept += 1;
+        }
+        self.rows = kept;
+    }
+
+    /// Computes the logits of `rows`, which thereby become the rows of the step. Slices follow each other in ascending order.
+    pub(crate) fn compute_logits(&mut self, head: &Linear, rows: Range<usize>) {
+        let stride = self.sizes.input;
+        if rows.start > 0 {
+            self.input.bytes_mut().copy_within(rows.start * stride..rows.end * stride, 0);
+        }
+        self.rows = rows.len();
+        let to = Output::Store { to: self.logits.as_mut_ptr().cast(), stride: self.sizes.logits };
+        self.linear(head, Operand::Input, to, &[]);
+        let Sizes { logit_scale, logit_cap, .. } = self.sizes;
+        if logit_scale == 1.0 && logit_cap.is_none() {
+            return;
+        }
+        let (count, run) = (self.rows * self.sizes.logits, self.kernels.scale_and_cap);
+        let logits = Shared(self.logits.as_mut_ptr().cast::<f32>());
+        self.pool.run(count.div_ceil(LOGITS_CHUNK), &|chunk, _| {
+            let first = chunk * LOGITS_CHUNK;
+            // SAFETY: the logits lie in the buffer and belong to this task; rows and chunks are whole panels.
+            unsafe {
+                let logits = std::slice::from_raw_parts_mut(logits.at(first), LOGITS_CHUNK.min(count - first));
+                run(logits, logit_scale, logit_cap);
+            }
+        });
+    }
+
+    /// Returns the logits computed last.
     pub(crate) fn logits(&self) -> Logits<'_> {
         Logits { floats: self.logits.floats(), stride: self.sizes.logits }
     }
 
-    /// Returns the threads, and the logits for them to work on.
+    /// Returns the threads, and the logits computed last for them to work on.
     pub(crate) fn pool_and_logits(&mut self) -> (&mut Pool, Logits<'_>) {
         (&mut self.pool, Logits { floats: self.logits.floats(), stride: self.sizes.logits })
     }
 
-    /// Multiplies all rows of an operand by `linear`.
-    fn linear(&mut self, linear: &Linear, operand: Operand, output: Output) {
+    /// Multiplies all rows of an operand by `linear`, and adds `deltas`.
+    fn linear(&mut self, linear: &Linear, operand: Operand, output: Output, deltas: &[DeltaRows<'_>]) {
+        let latent = self.latent.as_ref();
         let (buffer, input_stride) = match operand {
+            Operand::Narrow => latent.expect("only latent attention has a narrow input").narrow(),
             Operand::Input => (&self.input, self.sizes.input),
             Operand::Attended => (&self.attended, self.sizes.attended),
             Operand::Gated => (&self.gated, self.sizes.gated),
         };
+        // Adapters see the inputs in their own order, whatever that of the packed weights.
         let input = Shared(buffer.as_ptr().cast_mut());
+        let adapted = adapt(
+            &mut self.pool,
+            self.kernels.shrink,
+            deltas,
+            self.rows,
+            (&input, input_stride, self.sizes.format),
+            &mut self.hidden,
+        );
         let weights = &linear.packed;
         let (rows, panels, depth) = (self.rows, weights.panels(), weights.depth());
-        let run = self.kernels.linear(weights.dtype());
+        let run = self.kernels.linear(weights.weights(), self.sizes.format);
+        let groups = weights.groups();
+        let input = match weights.order() {
+            Some(order) => {
+                assert!(rows * input_stride <= self.ordered.len(), "every operand fits");
+                let to = Shared(self.ordered.as_mut_ptr());
+                put_in_order(&mut self.pool, order, rows, input_stride, &input, &to);
+                to
+            }
+            None => input,
+        };
 
         let row_blocks = rows.div_ceil(TASK_ROWS).max(1);
         // A multiple of the full tiles of all units, so that blocks do not end in short ones and start on whole ones.
@@ -417,6 +590,10 @@ impl Cpu {
         let runs = panels.div_ceil(run_panels);
         let output = SharedOutput(output);
         let scratch = &self.scratch;
+        let adapted_rows = |row: usize, panel| {
+            let rows = adapted.get(row..rows.min(row + block_rows)).filter(|_| !adapted.is_empty())?;
+            Some(AdaptedRows { rows, panel })
+        };
         let body = |index: usize, thread: usize| {
             let (row, panel) = (index % row_blocks * block_rows, index / row_blocks * run_panels);
             let task = LinearTask {
@@ -427,7 +604,9 @@ impl Cpu {
                 panel: weights.panel(panel),
                 panel_bytes: weights.panel_bytes(),
                 panels: run_panels.min(panels - panel),
+                groups,
                 bias: linear.bias.as_ref().map(|bias| &bias[panel..]),
+                adapted: adapted_rows(row, panel),
                 output: output.part(row, panel),
             };
             // SAFETY: buffers hold `rows` rows of whole panels, and every task has its own rows and columns.
@@ -439,6 +618,80 @@ impl Cpu {
             self.pool.run(runs * row_blocks, &body);
         }
     }
+}
+
+/// Computes what the adapters of `deltas` make of their rows' inputs, and returns for each of the `rows` rows what its linear adds;
+/// nothing when there are no deltas.
+fn adapt<'a>(
+    pool: &mut Pool,
+    shrink: unsafe fn(&ShrinkTask<'_>),
+    deltas: &[DeltaRows<'a>],
+    rows: usize,
+    (input, input_stride, format): (&Shared<u8>, usize, Format),
+    hidden: &'a mut Vec<f32>,
+) -> Vec<Option<Adapted<'a>>> {
+    /// Ranks of one task.
+    const TASK_RANKS: usize = 4 * RANK_STEP;
+    let Some(stride) = deltas.iter().map(|rows| rows.delta.ranks()).max() else { return Vec::new() };
+    if hidden.len() < rows * stride {
+        hidden.resize(rows * stride, 0.0);
+    }
+    let mut tasks = Vec::new();
+    for DeltaRows { rows, delta } in deltas {
+        for first in rows.clone().step_by(CHUNK) {
+            let chunk = first..rows.end.min(first + CHUNK);
+            let ranks = (0..delta.ranks()).step_by(TASK_RANKS);
+            tasks.extend(ranks.map(|rank| (*delta, chunk.clone(), rank..delta.ranks().min(rank + TASK_RANKS))));
+        }
+    }
+    let to = Shared(hidden.as_mut_ptr());
+    let work: usize = deltas.iter().map(|rows| rows.rows.len() * rows.delta.work()).sum();
+    let body = |index: usize, _: usize| {
+        let (delta, rows, ranks) = &tasks[index];
+        let task = ShrinkTask {
+            delta,
+            ranks: ranks.clone(),
+            input: input.at(rows.start * input_stride),
+            input_stride,
+            format,
+            rows: rows.len(),
+            hidden: to.at(rows.start * stride),
+            hidden_stride: stride,
+        };
+        // SAFETY: the rows lie in the operand, whose rows are whole cache lines, and every task has its own rows and ranks.
+        unsafe { shrink(&task) };
+    };
+    if work < ALONE {
+        (0..tasks.len()).for_each(|index| body(index, 0));
+    } else {
+        pool.run(tasks.len(), &body);
+    }
+    let hidden: &'a [f32] = hidden;
+    let mut adapted = vec![None; rows];
+    for DeltaRows { rows, delta } in deltas {
+        for row in rows.clone() {
+            adapted[row] = Some(Adapted { delta, hidden: &hidden[row * stride..][..delta.ranks()] });
+        }
+    }
+    adapted
+}
+
+/// Copies `rows` rows of f32 so that place `i` of each holds its element `order[i]`.
+fn put_in_order(pool: &mut Pool, order: &[u32], rows: usize, stride: usize, from: &Shared<u8>, to: &Shared<u8>) {
+    assert!(order.len() * 4 <= stride, "a row holds what the order names");
+    pool.run(rows.div_ceil(CHUNK), &|chunk, _| {
+        for row in chunk * CHUNK..rows.min((chunk + 1) * CHUNK) {
+            // SAFETY: rows hold at least as many f32 as the order has places, as just checked, lie in both buffers, which were
+            // sized for them, and belong to this task.
+            let (from, to) = unsafe {
+                (
+                    std::slice::from_raw_parts(from.at(row * stride).cast::<f32>(), order.len()),
+                    std::slice::from_raw_parts_mut(to.at(row * stride).cast::<f32>(), order.len()),
+                )
+            };
+            to.iter_mut().zip(order).for_each(|(to, input)| *to = from[*input as usize]);
+        }
+    });
 }
 
 /// One part of an attention task, computed apart.
@@ -468,6 +721,8 @@ fn pieces<'a>(tasks: usize, task: &dyn Fn(usize) -> AttentionTask<'a>) -> Vec<Pi
 /// Which buffer a linear reads.
 #[derive(Clone, Copy, Debug)]
 enum Operand {
+    /// What queries of latent attention are made from.
+    Narrow,
     Input,
     Attended,
     Gated,
@@ -476,40 +731,42 @@ enum Operand {
 impl Sizes {
     fn new(decoder: &Decoder, format: Format) -> Self {
         let whole = |width: usize| width.next_multiple_of(PANEL);
+        let shared = decoder.mixture.as_ref().map_or(0, |mixture| mixture.shared);
+        let (qkv, attended) = match &decoder.latent {
+            Some(shape) => (decoder.query_dim(), decoder.heads * shape.value),
+            None => (decoder.query_dim() + 2 * decoder.kv_dim(), decoder.query_dim()),
+        };
         Self {
             format,
             hidden: decoder.hidden,
             residual: whole(decoder.hidden),
-            qkv: whole(decoder.query_dim() + 2 * decoder.kv_dim()),
+            qkv: whole(qkv),
             logits: whole(decoder.vocab_size),
             input: format.stride(decoder.hidden),
-            attended: format.stride(decoder.query_dim()),
-            gated: format.stride(decoder.intermediate),
+            attended: format.stride(attended),
+            gated: format.stride(decoder.intermediate.max(shared)),
             heads: decoder.heads,
             kv_heads: decoder.kv_heads,
-            pairs: decoder.rope.pairs(),
+            pairs: decoder.ropes[0].pairs(),
+            interleaved_pairs: decoder.interleaved_pairs,
+            norm: decoder.norm,
             norm_eps: decoder.norm_eps,
-            attention: AttentionShape {
-                group: decoder.heads / decoder.kv_heads,
-                head_dim: decoder.head_dim,
-                scale: 1.0 / (decoder.head_dim as f32).sqrt(),
+            whole_qk_norm: decoder.qk_norm == QkNorm::Whole,
+            activation: decoder.activation,
+            logit_scale: decoder.logit_scale,
+            logit_cap: decoder.logit_cap,
+            attention: match &decoder.latent {
+                Some(shape) => AttentionShape::latent(decoder.heads, shape, decoder.score_scale),
+                None => AttentionShape {
+                    group: decoder.heads / decoder.kv_heads,
+                    head_dim: decoder.head_dim,
+                    value_dim: decoder.head_dim,
+                    latent: false,
+                    scale: decoder.score_scale,
+                    cap: decoder.score_cap,
+                },
             },
         }
-    }
-}
-
-/// Returns where layer `layer` of the pool lies.
-fn layer_pages(memory: &KvMemory, layer: usize) -> LayerPages {
-    let layout = memory.layout();
-    let offset = layout.block_offset(layer as u32, PageId(0));
-    LayerPages {
-        // SAFETY: `block_offset` checked that the layer lies in the pool.
-        base: unsafe { memory.as_mut_ptr().add(offset) },
-        block_bytes: layout.block_bytes(),
-        key_bytes: layout.key_bytes(),
-        page_tokens: layout.page_tokens as usize,
-        head_dim: layout.key_dim as usize,
-        format: layout.dtype.into(),
     }
 }
 
@@ -536,6 +793,23 @@ struct SharedOutput(Output);
 
 // SAFETY: only an address, as for `Shared`.
 unsafe impl Sync for SharedOutput {}
+
+/// Rows that tasks of one job write or add to, each with rows of its own.
+struct SharedNormOutput(NormOutput);
+
+// SAFETY: only an address, as for `Shared`.
+unsafe impl Sync for SharedNormOutput {}
+
+impl SharedNormOutput {
+    fn row(&self, row: usize) -> NormOutput {
+        match self.0 {
+            NormOutput::Store { to, stride, format } => {
+                NormOutput::Store { to: to.wrapping_add(row * stride), stride, format }
+            }
+            NormOutput::Add { to, stride } => NormOutput::Add { to: to.wrapping_add(row * stride), stride },
+        }
+    }
+}
 
 impl SharedOutput {
     fn part(&self, row: usize, panel: usize) -> Output {

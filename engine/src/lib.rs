@@ -4,28 +4,35 @@
 //! [`Engine`] adds the pages ([`KvMemory`]) and the buffers of one worker and runs steps over them. Which sequences a step
 //! holds is the [`scheduler`]'s decision, which is pure.
 //!
-//! Precision: the residual stream, norms, rotation, attention and logits are f32. Weights stay as stored; f32 and f16 weights
-//! meet f32 inputs, bf16 weights meet inputs rounded to bf16, and all sums are f32. Keys and values are rounded once, when they
+//! Precision: the residual stream, norms, rotation, attention and logits are f32. Weights stay as stored; f32, f16 and quantised
+//! weights meet f32 inputs, bf16 weights meet inputs rounded to bf16 when all of a model's are bf16, and all sums are f32. Keys and values are rounded once, when they
 //! are written to their page. On one kind of processor a sequence's bits depend on nothing but the sequence; processors of
 //! different kinds differ in the last bits.
 
 mod config;
 mod cpu;
+mod embedding;
 mod error;
+mod lora;
 pub mod machine;
 mod memory;
 mod model;
 mod sampling;
 pub mod scheduler;
+pub mod speculation;
 mod step;
+mod tokens;
 
 pub use config::Config;
+pub use embedding::{Embedding, Pooling};
 pub use error::Error;
+pub use grammar::{Mask, Masks, Matcher};
 pub use kv_cache::TokenId;
+pub use lora::{Adapter, AdapterError, Adapters};
 pub use memory::KvMemory;
-pub use model::{ElementType, LoadProgress, Model, ModelInfo, ModelShape};
-pub use sampling::{Logprobs, Sample, Sampled, Sampling, draw};
-pub use step::{Engine, Row};
+pub use model::{ElementType, ExpertShape, LatentRanks, LoadProgress, Model, ModelInfo, ModelShape, Quantize};
+pub use sampling::{Logprobs, Sample, Sampled, Sampling, Stuck, draw};
+pub use step::{Engine, PromptLogprobs, Row, Yield};
 
 #[cfg(test)]
 mod tests;

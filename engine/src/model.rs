@@ -2,19 +2,28 @@
 
 pub(crate) mod checkpoint;
 pub(crate) mod decoder;
+pub(crate) mod experts;
+pub(crate) mod gguf;
+pub(crate) mod latent;
+mod packer;
+pub(crate) mod quantized;
 mod random;
 pub(crate) mod rope;
+pub(crate) mod routing;
 pub(crate) mod weights;
 
-use crate::Error;
+use crate::{Error, tokens::Tokens};
 use checkpoint::Checkpoint;
 use decoder::Decoder;
+use grammar::Grammars;
 use kv_cache::TokenId;
+use quantized::Quantization;
 use std::{path::Path, sync::Arc};
 use weights::Weights;
 
 pub use checkpoint::ElementType;
-pub use random::ModelShape;
+pub use quantized::Quantize;
+pub use random::{ExpertShape, LatentRanks, ModelShape};
 
 /// Facts about a checkpoint that others need.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,7 +42,7 @@ pub struct ModelInfo {
     pub parameters: u64,
     /// Bytes the packed weights take.
     pub weight_bytes: u64,
-    /// Element type of the weights, for people: `bf16`.
+    /// Element type of the weights, for people: `bf16`, `int4 (gptq, group 32)`.
     pub dtype: String,
 }
 
@@ -50,25 +59,45 @@ pub struct LoadProgress {
 #[derive(Debug)]
 pub struct Model {
     info: ModelInfo,
+    tokens: Tokens,
     pub(crate) decoder: Decoder,
     pub(crate) weights: Weights,
 }
 
 impl Model {
-    /// Loads a Hugging Face directory (`config.json`, `model.safetensors` or its shards), reporting progress as it goes.
+    /// Loads a Hugging Face directory (`config.json`, `model.safetensors` or its shards) or a GGUF file, reporting progress as
+    /// it goes.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] names the file at fault, what is wrong and what was expected.
-    pub fn load(dir: &Path, progress: &mut dyn FnMut(LoadProgress)) -> Result<Arc<Self>, Error> {
-        if !dir.is_dir() {
-            return Err(Error::checkpoint(dir, "no such directory"));
+    pub fn load(path: &Path, progress: &mut dyn FnMut(LoadProgress)) -> Result<Arc<Self>, Error> {
+        Self::load_quantized(path, None, progress)
+    }
+
+    /// Loads a directory or file as [`Model::load`] does and quantises its linears as `quantize` says, matrix by matrix while
+    /// they are packed.
+    ///
+    /// Embedding and norms stay as stored, and the head becomes int8 in groups of 32 (so does an embedding that is the head).
+    ///
+    /// # Errors
+    /// As for [`Model::load`], and [`Error::Setting`] when the checkpoint is quantised already.
+    pub fn load_quantized(
+        path: &Path,
+        quantize: Option<Quantize>,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Arc<Self>, Error> {
+        let Opened { decoder, checkpoint, quantization, mut config } = Opened::open(path)?;
+        if let (Some(quantize), Some(already)) = (quantize, &quantization) {
+            let problem = format!("{quantize}, but the checkpoint is quantised already: {}", already.describe());
+            return Err(Error::setting("quantize", problem));
         }
-        let decoder = Decoder::read(dir)?;
-        let checkpoint = Checkpoint::open(dir)?;
-        let config = std::fs::read(dir.join("config.json")).map_err(|error| Error::checkpoint(dir, error))?;
+        // Pages that weights of another width computed are other pages.
+        config.extend(quantize.map_or("", Quantize::name).bytes());
         let fingerprint = checkpoint.fingerprint(&config);
-        let weights = Weights::pack(&decoder, &checkpoint, progress)?;
-        Ok(Arc::new(Self::new(decoder, weights, fingerprint)))
+        checkpoint.release();
+        let weights = Weights::pack(&decoder, &checkpoint, quantization.as_ref(), quantize, progress)?;
+        let tokens = Tokens::of(path);
+        Ok(Arc::new(Self::new(decoder, weights, fingerprint, tokens)))
     }
 
     /// Makes a model of `shape` whose weights are random, from `seed`: what `bench` measures without a download.
@@ -77,10 +106,10 @@ impl Model {
     /// [`Error::System`] when there is no memory for the weights.
     pub fn random(shape: &ModelShape, seed: u64) -> Result<Arc<Self>, Error> {
         let fingerprint = blake3::hash(format!("{shape:?} {seed}").as_bytes()).to_hex()[..32].to_owned();
-        Ok(Arc::new(Self::new(shape.decoder(), shape.weights(seed)?, fingerprint)))
+        Ok(Arc::new(Self::new(shape.decoder()?, shape.weights(seed)?, fingerprint, Tokens::default())))
     }
 
-    fn new(decoder: Decoder, weights: Weights, fingerprint: String) -> Self {
+    fn new(decoder: Decoder, weights: Weights, fingerprint: String, tokens: Tokens) -> Self {
         let info = ModelInfo {
             architecture: decoder.architecture.clone(),
             fingerprint,
@@ -89,13 +118,50 @@ impl Model {
             eos: decoder.eos.clone(),
             parameters: weights.parameters,
             weight_bytes: weights.bytes(),
-            dtype: weights.dtype.name().to_owned(),
+            dtype: weights.dtype.clone(),
         };
-        Self { info, decoder, weights }
+        Self { info, tokens, decoder, weights }
+    }
+
+    /// Returns what compiles grammars for this model; the first call takes a while.
+    ///
+    /// # Errors
+    /// [`grammar::Error::Tokens`] when the model's tokens are not known.
+    pub fn grammars(&self) -> Result<Arc<Grammars>, grammar::Error> {
+        self.tokens.grammars(self.decoder.vocab_size, &self.decoder.eos)
     }
 
     /// Returns what is known about the checkpoint.
     pub fn info(&self) -> &ModelInfo {
         &self.info
+    }
+}
+
+/// A checkpoint whose description was read, and whose weights are mapped.
+#[derive(Debug)]
+struct Opened {
+    decoder: Decoder,
+    checkpoint: Checkpoint,
+    quantization: Option<Quantization>,
+    /// The description's bytes, for the fingerprint.
+    config: Vec<u8>,
+}
+
+impl Opened {
+    fn open(path: &Path) -> Result<Self, Error> {
+        if path.is_file() {
+            return gguf::open(path);
+        }
+        if !path.is_dir() {
+            return Err(Error::checkpoint(path, "no such directory"));
+        }
+        let decoder = Decoder::read(path)?;
+        let checkpoint = Checkpoint::open(path)?;
+        let path = path.join("config.json");
+        let config = std::fs::read(&path).map_err(|error| Error::checkpoint(&path, error))?;
+        let quantization = serde_json::from_slice(&config).map_err(|error| error.to_string());
+        let quantization = quantization.and_then(|config| Quantization::parse(&config));
+        let quantization = quantization.map_err(|problem| Error::checkpoint(&path, problem))?;
+        Ok(Self { decoder, checkpoint, quantization, config })
     }
 }

@@ -2,12 +2,15 @@
 //!
 //! Randomness is counter-based and keyed by (seed, choice, token index), so a sequence draws the same tokens in any batch, on
 //! any worker and after any replay. The order of operations is `engine-semantics.md` 3.3 (vLLM's `sample/sampler.py`):
-//! log-probabilities of the unmodified logits; forbidden tokens, biases; penalties; greedy choice, or temperature, min-p,
-//! top-k, top-p and a draw. Arithmetic on probabilities is f64 and plain Rust: the same on every machine.
+//! the grammar's mask; allowed tokens; bad words; end-of-sequence and stop ids while under `min_tokens`; biases; penalties;
+//! greedy choice, or temperature, min-p, top-k, top-p and a draw. Log-probabilities are those of the unmodified logits, grammar or
+//! not: what the model believes. Arithmetic on probabilities is f64 and plain Rust: the same on every machine.
 
 mod random;
 
+use grammar::{Mask, Matcher};
 use kv_cache::TokenId;
+use random::Numbers;
 use std::{cmp::Ordering, collections::HashMap};
 
 /// How tokens of one sequence are drawn.
@@ -33,6 +36,10 @@ pub struct Sampling {
     pub presence_penalty: f32,
     /// Added to the logits of single tokens.
     pub logit_bias: Vec<(TokenId, f32)>,
+    /// The only tokens that may be drawn; empty = all.
+    pub allowed_tokens: Vec<TokenId>,
+    /// Sequences of tokens that the output must not hold: the last token of each is not drawn where the others have just been.
+    pub bad_words: Vec<Vec<TokenId>>,
     /// How many alternatives are reported beside the sampled token; `None` reports no log-probabilities at all.
     pub logprobs: Option<u32>,
 }
@@ -50,6 +57,8 @@ impl Default for Sampling {
             frequency_penalty: 0.0,
             presence_penalty: 0.0,
             logit_bias: Vec::new(),
+            allowed_tokens: Vec::new(),
+            bad_words: Vec::new(),
             logprobs: None,
         }
     }
@@ -84,41 +93,98 @@ pub struct Sample<'a> {
     pub history: &'a [TokenId],
     /// How many of `history` are the prompt; the drawn token's index is `history.len() - prompt_tokens`.
     pub prompt_tokens: usize,
-    /// Tokens that must not be drawn (end-of-sequence and stop ids while under `min_tokens`).
+    /// Tokens that must not be drawn while fewer than `min_tokens` output tokens are known: end-of-sequence and stop ids.
     pub forbidden: &'a [TokenId],
+    /// Output tokens, counted from index 0 whoever emitted them.
+    pub min_tokens: usize,
+    /// Where the sequence is in its grammar, if it has one: after the last token that is no draft.
+    pub grammar: Option<&'a Matcher>,
+}
+
+/// Why no token could be drawn.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Stuck {
+    /// What the request asks for leaves no token: no worker could go on.
+    #[error("no token may follow: {0}")]
+    Forbidden(String),
+    /// The model computed no number for any token.
+    #[error("none of the logits is a number")]
+    NoLogits,
+}
+
+impl Sample<'_> {
+    /// Returns the tokens that must not be drawn now.
+    fn forbidden(&self) -> &[TokenId] {
+        if self.history.len().saturating_sub(self.prompt_tokens) < self.min_tokens { self.forbidden } else { &[] }
+    }
+
+    /// Says what left no token.
+    fn stuck(&self, logits: &[f32], mask: Option<&Mask>) -> Stuck {
+        if most_likely(logits).is_none() {
+            return Stuck::NoLogits;
+        }
+        let sampling = self.sampling;
+        let reasons = [
+            ("the grammar", mask.is_some()),
+            ("allowed_token_ids", !sampling.allowed_tokens.is_empty()),
+            ("bad_words", !sampling.bad_words.is_empty()),
+            ("min_tokens", !self.forbidden().is_empty()),
+            ("logit_bias", !sampling.logit_bias.is_empty()),
+        ];
+        let reasons: Vec<&str> = reasons.iter().filter(|(_, holds)| *holds).map(|(name, _)| *name).collect();
+        Stuck::Forbidden(format!("{} leave none that the model could give", reasons.join(", ")))
+    }
 }
 
 /// A temperature below this means greedy.
 const GREEDY: f32 = 1e-5;
 
-/// Draws the token after `sample.history` from its logits, `[vocab]`.
+/// Draws the token after `sample.history` from its logits, `[vocab]`, if `mask` allows it.
 ///
-/// Among equal logits the lowest token id counts as the more likely. A NaN counts as minus infinity.
-pub fn draw(logits: &[f32], sample: &Sample<'_>) -> Sampled {
-    let adjusted = adjust(logits, sample);
+/// Among equal logits the lowest token id counts as the more likely. A NaN counts as minus infinity, and what is minus infinity
+/// is never drawn.
+///
+/// # Errors
+/// [`Stuck`] when that leaves no token.
+pub fn draw(logits: &[f32], sample: &Sample<'_>, mask: Option<&Mask>) -> Result<Sampled, Stuck> {
+    let adjusted = adjust(logits, sample, mask);
     let sampling = sample.sampling;
     let scores = adjusted.as_deref().unwrap_or(logits);
+    let best = most_likely(scores).ok_or_else(|| sample.stuck(logits, mask))?;
     let token = if sampling.temperature < GREEDY {
-        most_likely(scores)
+        best
     } else {
         let index = sample.history.len().saturating_sub(sample.prompt_tokens);
-        let number = random::uniform(sampling.seed, sampling.choice, index as u64);
-        choose(candidates(scores, sampling), number)
+        race(&candidates(scores, best, sampling), Numbers::new(sampling.seed, sampling.choice, index as u64))
     };
-    Sampled { token, logprobs: sampling.logprobs.map(|count| logprobs(logits, token, count as usize)) }
+    Ok(Sampled { token, logprobs: sampling.logprobs.map(|count| logprobs(logits, token, count as usize)) })
 }
 
 /// Applies what changes single logits; `None` when nothing does.
-fn adjust(logits: &[f32], sample: &Sample<'_>) -> Option<Vec<f32>> {
+fn adjust(logits: &[f32], sample: &Sample<'_>, mask: Option<&Mask>) -> Option<Vec<f32>> {
     let sampling = sample.sampling;
     let penalised =
         sampling.repetition_penalty != 1.0 || sampling.frequency_penalty != 0.0 || sampling.presence_penalty != 0.0;
-    if sample.forbidden.is_empty() && sampling.logit_bias.is_empty() && !penalised {
+    let restricted = mask.is_some() || !sampling.allowed_tokens.is_empty() || !sampling.bad_words.is_empty();
+    let forbidden = sample.forbidden();
+    if !restricted && forbidden.is_empty() && sampling.logit_bias.is_empty() && !penalised {
         return None;
     }
     let mut logits = logits.to_vec();
-    for token in sample.forbidden {
-        if let Some(logit) = logits.get_mut(*token as usize) {
+    if let Some(mask) = mask {
+        keep(&mut logits, mask);
+    }
+    if !sampling.allowed_tokens.is_empty() {
+        let none = vec![f32::NEG_INFINITY; logits.len()];
+        let all = std::mem::replace(&mut logits, none);
+        for &token in &sampling.allowed_tokens {
+            if let (Some(logit), Some(own)) = (logits.get_mut(token as usize), all.get(token as usize)) {
+                *logit = *own;
+            }
+        }
+    }
+    for &token in bad_words(sample).chain(forbidden) {
+        if let Some(logit) = logits.get_mut(token as usize) {
             *logit = f32::NEG_INFINITY;
         }
     }
@@ -131,6 +197,27 @@ fn adjust(logits: &[f32], sample: &Sample<'_>) -> Option<Vec<f32>> {
         penalise(&mut logits, sample);
     }
     Some(logits)
+}
+
+/// Forbids what `mask` does not allow.
+fn keep(logits: &mut [f32], mask: &Mask) {
+    for (logits, word) in logits.chunks_mut(32).zip(mask.words().iter().copied().chain(std::iter::repeat(0))) {
+        if word == u32::MAX {
+            continue;
+        }
+        for (bit, logit) in logits.iter_mut().enumerate() {
+            if word >> bit & 1 == 0 {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+    }
+}
+
+/// Returns the tokens that would complete a bad word.
+fn bad_words<'a>(sample: &Sample<'a>) -> impl Iterator<Item = &'a TokenId> {
+    let output = &sample.history[sample.prompt_tokens.min(sample.history.len())..];
+    let words = sample.sampling.bad_words.iter();
+    words.filter_map(move |word| word.split_last().filter(|(_, before)| output.ends_with(before)).map(|(last, _)| last))
 }
 
 /// Repetition penalty over prompt and output (arXiv 1909.05858, section 4.1), the other two over the output only.
@@ -150,14 +237,15 @@ fn penalise(logits: &mut [f32], sample: &Sample<'_>) {
     }
 }
 
-fn most_likely(logits: &[f32]) -> TokenId {
-    let (mut best, mut token) = (f32::NEG_INFINITY, 0);
+/// Returns the token with the largest logit; `None` when all are minus infinity or no number.
+fn most_likely(logits: &[f32]) -> Option<TokenId> {
+    let (mut best, mut token) = (f32::NEG_INFINITY, None);
     for (index, logit) in logits.iter().enumerate() {
         if *logit > best {
-            (best, token) = (*logit, index);
+            (best, token) = (*logit, Some(index as TokenId));
         }
     }
-    token as TokenId
+    token
 }
 
 /// A token that may be drawn, and its weight: its probability relative to the most likely token's.
@@ -172,11 +260,12 @@ fn by_weight(a: &Candidate, b: &Candidate) -> Ordering {
     b.weight.total_cmp(&a.weight).then(a.token.cmp(&b.token))
 }
 
-/// Returns the tokens that survive min-p, top-k and top-p. Never empty; in order of token id when nothing was cut by rank.
-fn candidates(logits: &[f32], sampling: &Sampling) -> Vec<Candidate> {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+/// Returns the tokens that survive min-p, top-k and top-p, of which `best` is the most likely. Never empty; in order of token id
+/// when nothing was cut by rank.
+fn candidates(logits: &[f32], best: TokenId, sampling: &Sampling) -> Vec<Candidate> {
+    let max = logits[best as usize];
     if max.is_infinite() {
-        return vec![Candidate { token: most_likely(logits), weight: 1.0 }];
+        return vec![Candidate { token: best, weight: 1.0 }];
     }
     let scale = 1.0 / f64::from(sampling.temperature);
     let weigh = |(token, logit): (usize, &f32)| {
@@ -222,26 +311,36 @@ fn keep_mass(kept: &mut Vec<Candidate>, share: f64) {
     }
 }
 
-/// Returns the candidate in whose share of the mass `number` falls.
-fn choose(candidates: Vec<Candidate>, number: f64) -> TokenId {
-    let total: f64 = candidates.iter().map(|candidate| candidate.weight).sum();
-    let target = number * total;
-    let mut mass = 0.0;
-    for candidate in &candidates {
-        mass += candidate.weight;
-        if target < mass {
-            return candidate.token;
+/// Lets the candidates race: each takes an exponential time over its weight, and the first to arrive is the token. It arrives
+/// first with its share of the mass. Because a token's time has its own number, two distributions that are alike mostly
+/// have the same winner: that is what makes the drafts of a model that draws by the same numbers right.
+fn race(candidates: &[Candidate], mut numbers: Numbers) -> TokenId {
+    let (mut winner, mut fastest) = (candidates[0].token, 0.0);
+    for &Candidate { token, weight } in candidates {
+        let number = numbers.of(token);
+        // No time is below 1 - number, which spares nearly all logarithms.
+        if weight > fastest * (1.0 - number) {
+            let speed = weight / -number.ln();
+            if speed > fastest {
+                (winner, fastest) = (token, speed);
+            }
         }
     }
-    candidates.last().expect("candidates are never empty").token
+    winner
 }
 
-fn logprobs(logits: &[f32], token: TokenId, count: usize) -> Logprobs {
+/// Returns the log-probabilities of `token`, which must be one of the vocabulary, and of the `count` most likely tokens.
+pub(crate) fn logprobs(logits: &[f32], token: TokenId, count: usize) -> Logprobs {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().filter(|logit| !logit.is_nan()).map(|logit| f64::from(logit - max).exp()).sum();
     let normalizer = f64::from(max) + sum.ln();
-    let logprob = |logit: f32| (f64::from(logit) - normalizer) as f32;
-    let own = logits[token as usize];
+    let logprob = |logit: f32| match normalizer.is_finite() {
+        true => (f64::from(logit) - normalizer) as f32,
+        // An infinite logit is certain, and beside it nothing else can be.
+        false if logit == f32::INFINITY => 0.0,
+        false => f32::NEG_INFINITY,
+    };
+    let own = Some(logits[token as usize]).filter(|logit| !logit.is_nan()).unwrap_or(f32::NEG_INFINITY);
     let above =
         logits.iter().enumerate().filter(|(index, logit)| **logit > own || (**logit == own && *index < token as usize));
     Logprobs {

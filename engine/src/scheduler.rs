@@ -11,6 +11,8 @@
 //! - A chunk ends with a full page unless the prompt ends there: pages leave for another worker whole, and once.
 //! - A sequence takes the pages of all its known tokens when it is admitted, so a prompt never stops half-way for want of
 //!   pages, and a hand-off can name them from the start. One page per growing sequence is left over, to preempt less.
+//! - Drafts (guesses at the next tokens, [`Scheduler::guess`]) take what single tokens leave of the budget but for a page, and pages
+//!   only where nobody has to give one up for them. Those that turn out wrong are forgotten: `computed` never counts them.
 //!
 //! The scheduler owns the [`PagePool`]. A cycle is [`Scheduler::schedule`], the engine's step over [`Scheduler::rows`], and
 //! [`Scheduler::complete`]; [`Scheduler::compute`] does the last two.
@@ -29,10 +31,10 @@ pub use compute::{Computed, Fault, StepFn};
 pub use history::History;
 pub use landing::{Landing, NoRoom};
 pub use plan::{Chunk, Plan};
-pub use sequence::{Drawn, Ended, Finish, Hold, Request, SequenceId, Stop, Until, Usage};
+pub use sequence::{Drawn, Ended, Finish, Hold, Reported, Request, SequenceId, Stop, Until, Usage, Verified};
 
-use crate::{Error, Row, Sampled};
-use kv_cache::{CacheDelta, PageId, PagePool};
+use crate::{Error, Row, Sample, Stuck, Yield};
+use kv_cache::{CacheDelta, PageId, PagePool, TokenId};
 use sequence::Sequence;
 use std::{collections::BTreeMap, time::Duration};
 
@@ -82,6 +84,17 @@ pub struct Backlog {
     pub waiting: usize,
     /// Tokens known and not computed, over both.
     pub tokens: usize,
+}
+
+/// A sequence whose next step computes a single token.
+#[derive(Clone, Copy, Debug)]
+pub struct Decoding<'a> {
+    /// Whose.
+    pub id: SequenceId,
+    /// How its next token is drawn, after all that is known.
+    pub sample: Sample<'a>,
+    /// Most drafts that could be of use: it ends after one token more.
+    pub room: usize,
 }
 
 /// The sequences of one worker and their pages.
@@ -159,6 +172,7 @@ impl Scheduler {
         assert!(!self.stepping, "one step at a time");
         let mut plan = Plan::default();
         self.plan_single_tokens(&mut plan, now);
+        self.plan_drafts(&mut plan);
         self.plan_chunks(&mut plan);
         if plan.preempted.is_empty() {
             self.admit(&mut plan, now);
@@ -169,27 +183,73 @@ impl Scheduler {
 
     /// Returns the rows of `plan` as the engine takes them.
     pub fn rows<'a>(&'a self, plan: &'a Plan) -> impl Iterator<Item = Row<'a>> {
-        plan.chunks.iter().map(|chunk| self.running[&chunk.id].row(chunk.start, chunk.tokens))
+        plan.chunks.iter().map(|chunk| self.running[&chunk.id].row(chunk))
     }
 
-    /// Takes what the engine drew for the rows of `plan`, and names the pages that are full now. What was cancelled meanwhile is ignored.
-    pub fn complete(&mut self, plan: Plan, sampled: Vec<Option<Sampled>>, now: Duration) -> Vec<Drawn> {
-        assert_eq!(plan.chunks.len(), sampled.len(), "a step answers every row");
-        let mut drawn = Vec::with_capacity(plan.chunks.len());
-        for (chunk, sampled) in plan.chunks.iter().zip(sampled) {
+    /// Takes what the engine made of the rows of `plan`, and names the pages that are full now. What was cancelled meanwhile is ignored.
+    pub fn complete(&mut self, plan: Plan, yields: Vec<Yield>, now: Duration) -> Computed {
+        assert_eq!(plan.chunks.len(), yields.len(), "a step answers every row");
+        let mut computed = Computed::default();
+        for (chunk, made) in plan.chunks.iter().zip(yields) {
+            let Yield { sampled, prompt_logprobs, stuck } = made;
+            let answered = !sampled.is_empty() || stuck.is_some();
+            assert_eq!(answered, chunk.sample, "tokens are drawn exactly where they were asked for");
+            assert!(sampled.len() <= 1 + chunk.drafts, "one token, and one for each draft that was right");
             let Some(sequence) = self.running.get_mut(&chunk.id) else { continue };
-            sequence.advance(chunk.tokens, self.page_tokens, &mut self.pool);
-            assert_eq!(sampled.is_some(), chunk.sample, "a token is drawn exactly where one was asked for");
-            let Some(sampled) = sampled else { continue };
-            let (index, finish) = sequence.append(sampled.token, self.max_len, now);
-            let ended = finish.map(|finish| {
+            if chunk.drafts > 0 && !sampled.is_empty() {
+                let (id, drafts, accepted) = (chunk.id, chunk.drafts, sampled.len() - 1);
+                computed.verified.push(Verified { id, drafts, accepted });
+            }
+            computed.reported.extend(sequence.report(chunk, prompt_logprobs));
+            sequence.advance(chunk.tokens - chunk.drafts, self.page_tokens, &mut self.pool);
+            for (right, sampled) in sampled.into_iter().enumerate() {
+                if right > 0 {
+                    // The token before this one was a draft, so it is computed.
+                    sequence.advance(1, self.page_tokens, &mut self.pool);
+                }
+                let (index, finish) = sequence.append(sampled.token, self.max_len, now);
+                let Some(finish) = finish else {
+                    computed.drawn.push(Drawn { id: chunk.id, index, sampled, ended: None });
+                    continue;
+                };
                 let sequence = self.running.remove(&chunk.id).expect("it was found just above");
-                (finish, self.close(sequence, now))
-            });
-            drawn.push(Drawn { id: chunk.id, index, sampled, ended });
+                let ended = Some((finish, self.close(sequence, now)));
+                computed.drawn.push(Drawn { id: chunk.id, index, sampled, ended });
+                break;
+            }
+            if let Some(stuck) = stuck
+                && let Some(sequence) = self.running.remove(&chunk.id)
+            {
+                let (id, ended) = (chunk.id, self.close(sequence, now));
+                let hopeless = matches!(stuck, Stuck::Forbidden(_));
+                computed.faults.push(Fault { id, error: stuck.to_string(), hopeless, ended });
+            }
         }
         self.end_step();
-        drawn
+        computed
+    }
+
+    /// Returns the sequences of which the next step computes a single token, the last one known: those that drafts may follow.
+    pub fn decoding(&self) -> impl Iterator<Item = Decoding<'_>> {
+        let decodes = |sequence: &&Sequence| sequence.remaining() == 1 && sequence.grows();
+        self.running.iter().filter(move |(_, sequence)| decodes(sequence)).map(|(&id, sequence)| Decoding {
+            id,
+            sample: sequence.sample(sequence.request.history.tokens()),
+            room: sequence.room(self.max_len),
+        })
+    }
+
+    /// Adds guesses at the next tokens of a sequence, in place of earlier ones. As many of them as have room are verified by the
+    /// next step; what they are changes the number of tokens that it draws and never which.
+    pub fn guess(&mut self, id: SequenceId, drafts: &[TokenId]) {
+        if let Some(sequence) = self.running.get_mut(&id) {
+            sequence.guess(drafts, self.max_len);
+        }
+    }
+
+    /// Says whether there is such a sequence (still).
+    pub fn contains(&self, id: SequenceId) -> bool {
+        self.running.contains_key(&id) || self.waiting.contains_key(&id)
     }
 
     /// Takes back a plan whose step computed nothing.
@@ -242,8 +302,28 @@ impl Scheduler {
                 if sequence.start(now) {
                     plan.started.push(id);
                 }
-                plan.push(Chunk { id, start: sequence.computed, tokens: 1, sample: true });
+                plan.push(Chunk { id, start: sequence.computed, tokens: 1, drafts: 0, sample: true });
             }
+        }
+    }
+
+    /// Lets the drafts of those sequences ride along, first come first served.
+    fn plan_drafts(&mut self, plan: &mut Plan) {
+        let mut spare = self.pool.stats().available().saturating_sub(self.headroom());
+        let mut budget = (self.token_budget - self.page_tokens).saturating_sub(plan.tokens);
+        for chunk in &mut plan.chunks {
+            let sequence = self.running.get_mut(&chunk.id).expect("what is planned runs");
+            let known = sequence.request.history.len();
+            let wanted = sequence.request.history.drafts().min(budget);
+            let missing = sequence.request.history.pages_for(known + wanted).saturating_sub(sequence.pages.len());
+            if missing > 0 && missing <= spare {
+                spare -= missing;
+                sequence.pages.extend(self.pool.allocate(missing).expect("pages were counted just above"));
+            }
+            let drafts = wanted.min(sequence.pages.len() * self.page_tokens - known);
+            budget -= drafts;
+            plan.tokens += drafts;
+            (chunk.tokens, chunk.drafts) = (1 + drafts, drafts);
         }
     }
 
@@ -281,7 +361,7 @@ impl Scheduler {
             if sequence.remaining() > 1 {
                 let tokens = self.chunk(start, sequence.remaining(), plan);
                 if tokens > 0 {
-                    plan.push(Chunk { id, start, tokens, sample: tokens == sequence.remaining() });
+                    plan.push(Chunk { id, start, tokens, drafts: 0, sample: tokens == sequence.remaining() });
                 }
             }
         }
@@ -307,7 +387,7 @@ impl Scheduler {
             let (id, mut sequence) = entry.remove_entry();
             let history = &sequence.request.history;
             let (known, needed) = (history.len(), history.pages_for(history.len()));
-            let mut pages = self.pool.reuse(history.reusable());
+            let mut pages = self.pool.reuse(sequence.reusable());
             let cached = pages.len();
             let start = cached * self.page_tokens;
             let tokens = self.chunk(start, known - start, plan);
@@ -321,7 +401,7 @@ impl Scheduler {
             if sequence.admit(pages, cached, self.page_tokens, now) {
                 plan.started.push(id);
             }
-            plan.push(Chunk { id, start, tokens, sample: start + tokens == known });
+            plan.push(Chunk { id, start, tokens, drafts: 0, sample: start + tokens == known });
             self.running.insert(id, sequence);
         }
     }

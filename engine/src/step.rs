@@ -1,16 +1,22 @@
 //! One forward pass over rows of several sequences.
 
 use crate::{
-    Config, Error, KvMemory, Model, Sample, Sampled, TokenId,
+    Adapter, Config, Error, KvMemory, Logprobs, Model, Pooling, Sample, Sampled, Stuck, TokenId,
     cpu::{Cpu, Span, kernels::Kernels},
-    model::checkpoint::ElementType,
+    model::{
+        checkpoint::ElementType,
+        weights::{Attention, Dense, Mlp, Plain},
+    },
     sampling,
 };
 use kv_cache::{KvDtype, PageId, PageLayout};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 /// What one sequence computes in a step.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Row<'a> {
     /// The tokens to compute, at positions `start ..`.
     pub tokens: &'a [TokenId],
@@ -18,8 +24,44 @@ pub struct Row<'a> {
     pub start: usize,
     /// The sequence's pages in order; they cover positions up to `start + tokens.len()`.
     pub pages: &'a [PageId],
-    /// Present when a token is drawn after the last of `tokens`.
+    /// What is added to the model for this sequence; read for the engine's model.
+    pub adapter: Option<&'a Adapter>,
+    /// How many of the last `tokens` are drafts: guesses, which `sample` verifies. They end its history, too.
+    pub drafts: usize,
+    /// Present when tokens are drawn: one after the last token that is no draft, and one more for each draft that turns out to
+    /// be what was drawn in its place.
     pub sample: Option<Sample<'a>>,
+    /// Present when the prompt's own log-probabilities are wanted.
+    pub prompt_logprobs: Option<PromptLogprobs<'a>>,
+    /// Present when the row is computed for an embedding, and for nothing else: [`Engine::hidden`] then has the hidden state of its
+    /// last token, or of all.
+    pub pooling: Option<Pooling>,
+}
+
+/// Which tokens of a prompt are given log-probabilities by a row.
+#[derive(Clone, Copy, Debug)]
+pub struct PromptLogprobs<'a> {
+    /// The tokens that follow the row's first `targets.len()` tokens, each in its turn.
+    pub targets: &'a [TokenId],
+    /// How many alternatives are reported beside each.
+    pub top: u32,
+}
+
+/// What a step made of one row.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Yield {
+    /// The tokens drawn, in order. All but the last are drafts of the row that turned out right; empty where none was asked for.
+    pub sampled: Vec<Sampled>,
+    /// Of each target of [`Row::prompt_logprobs`].
+    pub prompt_logprobs: Vec<Logprobs>,
+    /// Why the token after those of `sampled` could not be drawn, where that is so.
+    pub stuck: Option<Stuck>,
+}
+
+impl From<Sampled> for Yield {
+    fn from(sampled: Sampled) -> Self {
+        Self { sampled: vec![sampled], ..Self::default() }
+    }
 }
 
 /// A model with the pages and buffers of one worker.
@@ -27,6 +69,7 @@ pub struct Row<'a> {
 pub struct Engine {
     config: Config,
     model: Arc<Model>,
+    fingerprint: String,
     memory: Arc<KvMemory>,
     cpu: Cpu,
     limits: Limits,
@@ -35,8 +78,25 @@ pub struct Engine {
     /// Per page: the step in which it was last written, counted from 1.
     written: Vec<u64>,
     steps: u64,
-    /// Per row of the last step: which row of the logits is its own.
+    /// Per row of the last step: which row of the logits its first draw was made from.
     logits_rows: Vec<Option<usize>>,
+    /// Hidden states that the last step's rows asked for, flat `[tokens, hidden]`.
+    hidden: Vec<f32>,
+    /// Per row of the last step: its tokens in `hidden`.
+    hidden_rows: Vec<Range<usize>>,
+}
+
+/// Rows of logits that are computed at a time, unless the batch has more sequences: what a few drafts take. A prompt whose every
+/// position is asked for would fill gigabytes.
+const LOGITS_ROWS: usize = 32;
+
+/// A token of a step after which logits are wanted.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    /// Which of the step's rows.
+    row: usize,
+    /// Which of its tokens.
+    token: usize,
 }
 
 /// What a step must keep to.
@@ -67,21 +127,44 @@ impl Engine {
             Some(threads) => threads,
             None => std::thread::available_parallelism().map_or(1, |threads| threads.get()),
         };
-        let format = kernels.format(model.weights.dtype);
-        let (tokens, samples) = (limits.token_budget, limits.max_sequences);
-        let cpu = Cpu::new(kernels, &model.decoder, format, threads, tokens, samples)?;
+        let format = kernels.format(model.weights.types());
+        // Not the limit that the pool's size gives: workers with pools of different sizes exchange pages.
+        let context = config.max_model_len.map_or(model.decoder.max_position, |len| len as usize);
+        let (tokens, logits) = (limits.token_budget, limits.logits_rows());
+        let cpu = Cpu::new(kernels, &model.decoder, format, threads, tokens, logits, context)?;
+        let fingerprint = fingerprint(&model, context);
         let memory = Arc::new(KvMemory::new(layout)?);
         tracing::info!(
             isa = cpu.isa(),
             threads,
             pages = limits.pages,
+            kv_dtype = %memory.layout().dtype,
             max_model_len = limits.max_model_len,
             "engine ready"
         );
         let tokens = Vec::with_capacity(limits.token_budget);
         let written = vec![0; limits.pages];
         let config = config.clone();
-        Ok(Self { config, model, memory, cpu, limits, tokens, written, steps: 0, logits_rows: Vec::new() })
+        Ok(Self {
+            config,
+            model,
+            fingerprint,
+            memory,
+            cpu,
+            limits,
+            tokens,
+            written,
+            steps: 0,
+            logits_rows: Vec::new(),
+            hidden: Vec::new(),
+            hidden_rows: Vec::new(),
+        })
+    }
+
+    /// Names what pages hold: the model's weights and, where they depend on the longest context, its angles. Only engines
+    /// that agree on it may read each other's pages.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
     }
 
     /// Returns the model.
@@ -104,7 +187,10 @@ impl Engine {
         self.limits.max_model_len
     }
 
-    /// Computes `rows` (at most `token_budget` tokens in all) and draws a token for each row that asks.
+    /// Computes `rows` (at most `token_budget` tokens in all) and draws tokens for each row that asks.
+    ///
+    /// Drafts decide how many tokens a step yields and never which: every token is drawn as if the ones before it had been computed
+    /// one at a time.
     ///
     /// Keys and values are written to the rows' pages. `on_layer(l)` is called on this thread when layer `l`'s blocks of all
     /// rows are final, while later layers are still to come: it must return fast. A row's bits do not depend on the other
@@ -112,27 +198,70 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::Row`] names the row at fault; nothing is computed then.
-    pub fn step(&mut self, rows: &[Row<'_>], on_layer: &mut dyn FnMut(u32)) -> Result<Vec<Option<Sampled>>, Error> {
+    pub fn step(&mut self, rows: &[Row<'_>], on_layer: &mut dyn FnMut(u32)) -> Result<Vec<Yield>, Error> {
         self.limits.check(rows)?;
+        self.check_adapters(rows)?;
         self.claim_pages(rows)?;
         self.tokens.clear();
         self.logits_rows.clear();
         let mut spans = Vec::with_capacity(rows.len());
         for row in rows {
             let (first, tokens) = (self.tokens.len(), row.tokens.len());
-            spans.push(Span { first, tokens, start: row.start, pages: row.pages });
+            spans.push(Span { first, tokens, start: row.start, pages: row.pages, adapter: row.adapter });
             self.tokens.extend_from_slice(row.tokens);
         }
-        self.forward(rows, &spans, on_layer);
-        Ok(self.sample(rows))
+        let (places, kept) = places(rows, &spans);
+        self.forward(&spans, &places, &kept, on_layer);
+        let places = self.take_hidden(rows, places);
+        Ok(self.draw(rows, &places))
     }
 
-    /// Returns the logits, `[vocab]`, from which the last step drew the token of its row `row`; `None` when it drew none.
+    /// Returns the logits, `[vocab]`, from which the last step drew the first token of its row `row`; `None` when it drew none, or
+    /// when more logits were asked for than are kept at a time.
     ///
     /// For tests and tools: a step's caller needs them only to see how close a decision was.
     pub fn logits(&self, row: usize) -> Option<&[f32]> {
         let index = (*self.logits_rows.get(row)?)?;
         Some(&self.cpu.logits().row(index)[..self.limits.vocab_size])
+    }
+
+    fn check_adapters(&self, rows: &[Row<'_>]) -> Result<(), Error> {
+        for (index, row) in rows.iter().enumerate() {
+            if let Some(adapter) = row.adapter.filter(|adapter| !adapter.is_for(&self.model)) {
+                let id = adapter.id();
+                return Err(Error::Row(format!("row {index}: adapter {id} was read for another model")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the hidden states, each `[hidden]`, that the last step's row `row` asked for by its [`Row::pooling`], in the order of
+    /// positions: after the last norm, as the head would read them. Empty where none were asked for.
+    pub fn hidden(&self, row: usize) -> impl Iterator<Item = &[f32]> {
+        let width = self.model.decoder.hidden;
+        let tokens = self.hidden_rows.get(row).cloned().unwrap_or(0..0);
+        self.hidden[tokens.start * width..tokens.end * width].chunks_exact(width)
+    }
+
+    /// Keeps the hidden states that rows ask for and returns the places of all others, which are those of logits.
+    fn take_hidden(&mut self, rows: &[Row<'_>], places: Vec<Place>) -> Vec<Place> {
+        self.hidden.clear();
+        self.hidden_rows.clear();
+        if rows.iter().all(|row| row.pooling.is_none()) {
+            return places;
+        }
+        let width = self.model.decoder.hidden;
+        self.hidden_rows.resize(rows.len(), 0..0);
+        for (index, place) in places.iter().enumerate().filter(|(_, place)| rows[place.row].pooling.is_some()) {
+            let token = self.hidden.len() / width;
+            let tokens = &mut self.hidden_rows[place.row];
+            *tokens = if tokens.start == tokens.end { token } else { tokens.start }..token + 1;
+            self.hidden.resize((token + 1) * width, 0.0);
+            self.cpu.read_input(index, &mut self.hidden[token * width..]);
+        }
+        let others = |(_, place): &(usize, &Place)| rows[place.row].pooling.is_none();
+        self.cpu.keep_input(places.iter().enumerate().filter(others).map(|(index, _)| index));
+        places.into_iter().filter(|place| rows[place.row].pooling.is_none()).collect()
     }
 
     /// Makes sure that no page is written twice: rows are computed at the same time, and a page has one writer.
@@ -149,51 +278,163 @@ impl Engine {
         Ok(())
     }
 
-    /// Runs the decoder; leaves the logits of sampled rows in the buffers.
-    fn forward(&mut self, rows: &[Row<'_>], spans: &[Span<'_>], on_layer: &mut dyn FnMut(u32)) {
+    /// Runs the decoder up to the last norm over the tokens at `places`, whose spans are `kept`.
+    fn forward(&mut self, spans: &[Span<'_>], places: &[Place], kept: &[Span<'_>], on_layer: &mut dyn FnMut(u32)) {
         let (cpu, memory, decoder, weights) = (&mut self.cpu, &*self.memory, &self.model.decoder, &self.model.weights);
         if spans.is_empty() {
             return;
         }
-        let sampled = sampled_spans(rows, spans, &mut self.logits_rows);
+        let all = spans;
         let mut spans = spans;
-        cpu.begin(decoder, spans, self.limits.page_tokens);
+        cpu.begin(spans, self.limits.page_tokens);
         cpu.embed(weights, &self.tokens);
-        for (layer, (block, window)) in weights.layers.iter().zip(&decoder.windows).enumerate() {
-            cpu.norm(&block.attention_norm);
-            cpu.qkv(&block.qkv);
-            cpu.rotate_and_write(block, memory, layer);
+        for (layer, block) in weights.layers.iter().enumerate() {
+            let (rope, window) = (decoder.layer_ropes[layer], decoder.windows[layer]);
+            cpu.norm(block.attention_norm.as_ref());
+            match &block.attention {
+                Attention::Heads(heads) => {
+                    cpu.qkv(&heads.qkv, spans, layer);
+                    cpu.rotate_and_write(heads, rope, memory, layer);
+                }
+                Attention::Latent(latent) => {
+                    cpu.latent_entry(&latent.entry);
+                    cpu.latent_write(latent, rope, memory, layer);
+                }
+            }
             on_layer(layer as u32);
             if layer + 1 == weights.layers.len() {
-                // The last pages are written. From here on a row matters only to its own logits.
-                cpu.keep(rows.iter().zip(spans).filter(|(row, _)| row.sample.is_some()).map(|(_, span)| span.last()));
-                spans = &sampled;
+                // The last pages are written. From here on a token matters only to its own logits.
+                cpu.keep(places.iter().map(|place| all[place.row].first + place.token));
+                spans = kept;
                 if spans.is_empty() {
                     return;
                 }
             }
-            cpu.attend(spans, *window, memory, layer);
-            cpu.output(&block.output);
-            cpu.norm(&block.mlp_norm);
-            cpu.gate_up(&block.gate_up);
-            cpu.down(&block.down);
+            let output = match &block.attention {
+                Attention::Heads(heads) => {
+                    cpu.attend(spans, window, memory, layer);
+                    &heads.output
+                }
+                Attention::Latent(latent) => {
+                    cpu.latent_query(latent, rope);
+                    cpu.attend(spans, window, memory, layer);
+                    cpu.latent_value(latent);
+                    &latent.output
+                }
+            };
+            if decoder.parallel {
+                // The MLP reads the residual as attention did.
+                cpu.norm(block.mlp_norm.as_ref());
+                cpu.output(output, block.attention_post_norm.as_ref(), spans, layer);
+            } else {
+                cpu.output(output, block.attention_post_norm.as_ref(), spans, layer);
+                cpu.norm(block.mlp_norm.as_ref());
+            }
+            match &block.mlp {
+                Mlp::Dense(Dense { gate_up, down }) => {
+                    cpu.gate_up(gate_up, spans, layer);
+                    cpu.down(down, block.mlp_post_norm.as_ref(), spans, layer);
+                }
+                Mlp::Plain(Plain { up, down }) => {
+                    cpu.up(up, spans, layer);
+                    cpu.down(down, block.mlp_post_norm.as_ref(), spans, layer);
+                }
+                Mlp::Experts(experts) => {
+                    cpu.experts(experts);
+                    if let Some(Dense { gate_up, down }) = &experts.shared {
+                        // Nothing is added to an expert.
+                        cpu.gate_up(gate_up, &[], layer);
+                        cpu.down(down, None, &[], layer);
+                    }
+                }
+            }
         }
-        cpu.norm(&weights.final_norm);
-        cpu.compute_logits(&weights.head);
+        cpu.norm(Some(&weights.final_norm));
     }
 
-    /// Draws the tokens of all rows that ask, each on whichever thread has time.
-    fn sample(&mut self, rows: &[Row<'_>]) -> Vec<Option<Sampled>> {
-        let drawn: Vec<Mutex<Option<Sampled>>> = rows.iter().map(|_| Mutex::new(None)).collect();
-        let (logits_rows, vocab) = (&self.logits_rows, self.limits.vocab_size);
-        let (pool, logits) = self.cpu.pool_and_logits();
-        pool.run(rows.len(), &|index, _| {
-            if let (Some(row), Some(sample)) = (logits_rows[index], rows[index].sample) {
-                let sampled = sampling::draw(&logits.row(row)[..vocab], &sample);
-                *drawn[index].lock().unwrap_or_else(PoisonError::into_inner) = Some(sampled);
+    /// Computes the logits at `places`, a bounded number at a time, and makes of them what the rows ask: each on whichever thread
+    /// has time.
+    fn draw(&mut self, rows: &[Row<'_>], places: &[Place]) -> Vec<Yield> {
+        let (head, vocab, at_once) = (&self.model.weights.head, self.limits.vocab_size, self.limits.logits_rows());
+        let drawn: Vec<Mutex<Option<Result<Sampled, Stuck>>>> = places.iter().map(|_| Mutex::new(None)).collect();
+        for first in (0..places.len()).step_by(at_once) {
+            let slice = first..places.len().min(first + at_once);
+            self.cpu.compute_logits(head, slice.clone());
+            let (pool, logits) = self.cpu.pool_and_logits();
+            pool.run(slice.len(), &|index, _| {
+                let place = places[first + index];
+                let sampled = rows[place.row].draw(place.token, &logits.row(index)[..vocab]);
+                *drawn[first + index].lock().unwrap_or_else(PoisonError::into_inner) = Some(sampled);
+            });
+        }
+        self.logits_rows.clear();
+        self.logits_rows.resize(rows.len(), None);
+        let mut yields = vec![Yield::default(); rows.len()];
+        for (index, (place, drawn)) in places.iter().zip(drawn).enumerate() {
+            let sampled = drawn.into_inner().unwrap_or_else(PoisonError::into_inner).expect("every place was visited");
+            let (row, made) = (&rows[place.row], &mut yields[place.row]);
+            if place.token < row.reported() {
+                made.prompt_logprobs.extend(sampled.into_iter().filter_map(|sampled| sampled.logprobs));
+                continue;
             }
-        });
-        drawn.into_iter().map(|drawn| drawn.into_inner().unwrap_or_else(PoisonError::into_inner)).collect()
+            if place.token == row.first_drawn() && places.len() <= at_once {
+                self.logits_rows[place.row] = Some(index);
+            }
+            // What follows a draft that was wrong was drawn from a history that is none.
+            if row.tokens[row.first_drawn() + 1..place.token + 1]
+                .iter()
+                .eq(made.sampled.iter().map(|sampled| &sampled.token))
+            {
+                match sampled {
+                    Ok(sampled) => made.sampled.push(sampled),
+                    Err(stuck) => made.stuck = made.stuck.take().or(Some(stuck)),
+                }
+            }
+        }
+        yields
+    }
+}
+
+impl Row<'_> {
+    /// Returns how many of its first tokens are followed by a token whose log-probabilities are wanted.
+    fn reported(&self) -> usize {
+        self.prompt_logprobs.map_or(0, |wanted| wanted.targets.len())
+    }
+
+    /// Returns which of its tokens is the last that is no draft.
+    fn first_drawn(&self) -> usize {
+        self.tokens.len() - 1 - self.drafts
+    }
+
+    /// Returns the tokens that are wanted at the end of the decoder: those of an embedding; else those after which logits are wanted,
+    /// first of a prompt, then those after which tokens are drawn.
+    fn wanted(&self) -> [Range<usize>; 2] {
+        match self.pooling {
+            Some(Pooling::Last) => return [0..0, self.tokens.len() - 1..self.tokens.len()],
+            Some(Pooling::Mean) => return [0..0, 0..self.tokens.len()],
+            None => {}
+        }
+        let drawn = if self.sample.is_some() { self.first_drawn()..self.tokens.len() } else { 0..0 };
+        [0..self.reported(), drawn]
+    }
+
+    /// Makes of the logits after the token `token` what is asked.
+    fn draw(&self, token: usize, logits: &[f32]) -> Result<Sampled, Stuck> {
+        if let Some(PromptLogprobs { targets, top }) = self.prompt_logprobs
+            && let Some(&token) = targets.get(token)
+        {
+            return Ok(Sampled { token, logprobs: Some(sampling::logprobs(logits, token, top as usize)) });
+        }
+        let sample = self.sample.expect("tokens are drawn where a sample says how");
+        let known = sample.history.len() - (self.tokens.len() - 1 - token);
+        let sample = Sample { history: &sample.history[..known], ..sample };
+        let Some(matcher) = sample.grammar else { return sampling::draw(logits, &sample, None) };
+        let masks = matcher.masks().map_err(|error| Stuck::Forbidden(error.to_string()))?;
+        let mask = masks.at(token - self.first_drawn());
+        // Behind such a draft nothing is drawn: it is wrong, or the last token of the sequence.
+        let mask =
+            mask.ok_or_else(|| Stuck::Forbidden("a draft before it does not fit the grammar, or ends it".into()))?;
+        sampling::draw(logits, &sample, Some(mask))
     }
 }
 
@@ -244,6 +485,11 @@ impl Limits {
         Ok(())
     }
 
+    /// Returns how many rows of logits are computed at a time.
+    fn logits_rows(&self) -> usize {
+        self.max_sequences.max(LOGITS_ROWS).min(self.token_budget)
+    }
+
     fn check_row(&self, row: &Row<'_>) -> Result<(), String> {
         if row.tokens.is_empty() {
             return Err("no tokens to compute".into());
@@ -252,8 +498,27 @@ impl Limits {
         if end > self.max_model_len {
             return Err(format!("{end} tokens are more than the longest sequence, {}", self.max_model_len));
         }
-        if let Some(token) = row.tokens.iter().find(|token| **token as usize >= self.vocab_size) {
+        let targets = row.prompt_logprobs.map_or(&[][..], |wanted| wanted.targets);
+        if let Some(token) = row.tokens.iter().chain(targets).find(|token| **token as usize >= self.vocab_size) {
             return Err(format!("token {token} is outside the vocabulary of {}", self.vocab_size));
+        }
+        if row.drafts >= row.tokens.len() {
+            return Err(format!("{} drafts among {} tokens leave none to draw after", row.drafts, row.tokens.len()));
+        }
+        if row.pooling.is_some() && (row.sample.is_some() || row.prompt_logprobs.is_some()) {
+            return Err("hidden states are asked for, and what is made of logits as well".into());
+        }
+        let last = row.first_drawn();
+        match row.sample {
+            Some(sample) if !sample.history.ends_with(&row.tokens[last + 1..]) => {
+                return Err(format!("its {} drafts do not end its history", row.drafts));
+            }
+            None if row.drafts > 0 => return Err(format!("{} drafts and nothing to verify them by", row.drafts)),
+            _ => {}
+        }
+        let most = if row.sample.is_some() { last } else { row.tokens.len() };
+        if targets.len() > most {
+            return Err(format!("{} log-probabilities of a prompt asked of {most} tokens", targets.len()));
         }
         let needed = end.div_ceil(self.page_tokens);
         if row.pages.len() < needed {
@@ -266,29 +531,36 @@ impl Limits {
     }
 }
 
-/// Returns the spans of the sampled rows' last tokens alone, and which row of the logits each row gets.
-fn sampled_spans<'a>(rows: &[Row<'_>], spans: &[Span<'a>], logits_rows: &mut Vec<Option<usize>>) -> Vec<Span<'a>> {
-    let mut sampled = Vec::new();
-    for (row, span) in rows.iter().zip(spans) {
-        if row.sample.is_none() {
-            logits_rows.push(None);
-            continue;
+/// Returns the tokens after which logits are wanted, and the spans that they make when they are all that is left of the step.
+fn places<'a>(rows: &[Row<'_>], spans: &[Span<'a>]) -> (Vec<Place>, Vec<Span<'a>>) {
+    let (mut places, mut kept) = (Vec::new(), Vec::new());
+    for (row, span) in spans.iter().enumerate() {
+        for tokens in rows[row].wanted().into_iter().filter(|tokens| !tokens.is_empty()) {
+            kept.push(Span { first: places.len(), tokens: tokens.len(), start: span.start + tokens.start, ..*span });
+            places.extend(tokens.map(|token| Place { row, token }));
         }
-        let first = sampled.len();
-        logits_rows.push(Some(first));
-        sampled.push(Span { first, tokens: 1, start: span.start + span.tokens - 1, pages: span.pages });
     }
-    sampled
+    (places, kept)
+}
+
+/// Names what an engine whose longest context is `context` writes to pages.
+fn fingerprint(model: &Model, context: usize) -> String {
+    let model_fingerprint = &model.info().fingerprint;
+    let turns = |context: usize| -> Vec<_> { model.decoder.ropes.iter().map(|rope| rope.turns(context)).collect() };
+    if turns(context) == turns(0) {
+        return model_fingerprint.clone();
+    }
+    blake3::hash(format!("{model_fingerprint} {:?}", turns(context)).as_bytes()).to_hex()[..32].to_owned()
 }
 
 /// Returns the shape of the pool that `config` asks for.
-fn page_layout(model: &Model, config: &Config) -> Result<PageLayout, Error> {
+pub(crate) fn page_layout(model: &Model, config: &Config) -> Result<PageLayout, Error> {
     let decoder = &model.decoder;
     if config.page_tokens == 0 || config.page_tokens > 1024 {
         let problem = format!("{} is not between 1 and 1024", config.page_tokens);
         return Err(Error::setting("page_tokens", problem));
     }
-    let dtype = config.kv_dtype.unwrap_or(match model.weights.dtype {
+    let dtype = config.kv_dtype.unwrap_or(match model.weights.stored {
         ElementType::F32 => KvDtype::F32,
         ElementType::F16 => KvDtype::F16,
         ElementType::Bf16 => KvDtype::Bf16,
@@ -298,7 +570,8 @@ fn page_layout(model: &Model, config: &Config) -> Result<PageLayout, Error> {
         page_tokens: config.page_tokens,
         kv_heads: decoder.kv_heads as u32,
         key_dim: decoder.head_dim as u32,
-        value_dim: decoder.head_dim as u32,
+        // The value of a latent stands in its key.
+        value_dim: if decoder.latent.is_some() { 0 } else { decoder.head_dim as u32 },
         dtype,
         pages: 0,
     };

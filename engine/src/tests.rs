@@ -2,12 +2,22 @@
 //!
 //! They live in the crate so that buffers end at guard pages and every instruction set of the machine is tried.
 
+mod adapters;
 mod checkpoints;
+mod embeddings;
+mod footprint;
+mod gguf;
 mod golden;
+mod grammars;
+mod hostile;
 mod invariance;
 mod limits;
+mod quantized;
 
-use crate::{Config, Engine, Model, Row, Sample, Sampled, Sampling, TokenId, cpu::kernels::Kernels};
+use crate::{
+    Adapter, Config, Engine, Logprobs, Model, PromptLogprobs, Row, Sample, Sampled, Sampling, TokenId,
+    cpu::kernels::Kernels,
+};
 use kv_cache::PageId;
 use std::{
     path::{Path, PathBuf},
@@ -15,15 +25,15 @@ use std::{
 };
 
 /// Returns a directory of the repository.
-fn repository(path: &str) -> PathBuf {
+pub(crate) fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
 }
 
-fn load(path: &str) -> Arc<Model> {
+pub(crate) fn load(path: &str) -> Arc<Model> {
     Model::load(&repository(path), &mut |_| {}).expect("a good checkpoint")
 }
 
-fn small_config() -> Config {
+pub(crate) fn small_config() -> Config {
     Config {
         kv_bytes: 8 << 20,
         token_budget: 512,
@@ -38,17 +48,22 @@ fn small_config() -> Config {
 struct Runner {
     engine: Engine,
     pages: Vec<PageId>,
+    adapter: Option<Arc<Adapter>>,
 }
 
 impl Runner {
     /// Starts `kernels` over `model`; the sequence's pages lie in no order.
     fn new(model: Arc<Model>, kernels: &'static Kernels) -> Self {
-        let config = Config { max_model_len: None, ..small_config() };
+        Self::with(model, kernels, small_config())
+    }
+
+    fn with(model: Arc<Model>, kernels: &'static Kernels, config: Config) -> Self {
+        let config = Config { max_model_len: None, ..config };
         let engine = Engine::with_kernels(model, &config, kernels).expect("an engine");
         let count = engine.memory().layout().pages;
         assert!(!count.is_multiple_of(37), "every page is to appear once");
         let pages = (0..count).map(|index| PageId((u64::from(index) * 37 % u64::from(count)) as u32)).collect();
-        Self { engine, pages }
+        Self { engine, pages, adapter: None }
     }
 
     /// Computes `tokens[start..]` in chunks of `chunk` and draws what follows, by `sampling`.
@@ -57,16 +72,44 @@ impl Runner {
         let mut at = start;
         while at < tokens.len() {
             let end = tokens.len().min(at + chunk);
-            let sample = Sample { sampling, history: tokens, prompt_tokens: tokens.len(), forbidden: &[] };
+            let sample = Sample {
+                sampling,
+                history: tokens,
+                prompt_tokens: tokens.len(),
+                forbidden: &[],
+                min_tokens: 0,
+                grammar: None,
+            };
             let row = Row {
                 tokens: &tokens[at..end],
                 start: at,
                 pages: &self.pages,
+                adapter: self.adapter.as_deref(),
                 sample: (end == tokens.len()).then_some(sample),
+                ..Row::default()
             };
-            last = self.engine.step(&[row], &mut |_| {}).expect("a good row").pop().flatten();
+            last = self.engine.step(&[row], &mut |_| {}).expect("a good row").remove(0).sampled.pop();
             at = end;
         }
         last.expect("the last chunk samples")
+    }
+
+    /// Returns what is known of each of `tokens` but the first, three alternatives each, computed in chunks of `chunk`.
+    fn prompt_logprobs(&mut self, tokens: &[TokenId], chunk: usize) -> Vec<Logprobs> {
+        let mut logprobs = Vec::new();
+        for start in (0..tokens.len()).step_by(chunk) {
+            let end = tokens.len().min(start + chunk);
+            let targets = &tokens[start + 1..tokens.len().min(end + 1)];
+            let row = Row {
+                tokens: &tokens[start..end],
+                start,
+                pages: &self.pages,
+                adapter: self.adapter.as_deref(),
+                prompt_logprobs: Some(PromptLogprobs { targets, top: 3 }),
+                ..Row::default()
+            };
+            logprobs.extend(self.engine.step(&[row], &mut |_| {}).expect("a good row").remove(0).prompt_logprobs);
+        }
+        logprobs
     }
 }

@@ -87,9 +87,6 @@ impl Drop for Tiles {
 pub(crate) struct Amx;
 
 impl<S: Simd> PanelSums<S> for Amx {
-    const INPUT_BYTES: usize = 2;
-    const WEIGHT_BYTES: usize = 2;
-
     #[inline(always)]
     unsafe fn sum(_: S, block: &Block) {
         // SAFETY: the kernel table hands this out only where `available` said yes; pointers are the caller's word.
@@ -101,22 +98,23 @@ impl<S: Simd> PanelSums<S> for Amx {
 /// The tile unit is there; panels are whole steps long; inputs can be read in whole tiles of rows and steps; `sums` has room for
 /// whole tiles.
 unsafe fn sum(block: &Block) {
-    let steps = block.depth.div_ceil(STEP);
+    let begin = block.inputs.start / STEP;
+    let steps = block.inputs.end.div_ceil(STEP);
     // SAFETY: passed on. All addresses below lie in what the caller vouches for.
     unsafe {
         let _tiles = Tiles::configure();
         // A single tile of rows reads the panel once whatever the order, and best from front to back.
-        let each = if block.rows <= ROWS { steps } else { BLOCK_STEPS };
+        let each = if block.rows <= ROWS { steps - begin } else { BLOCK_STEPS };
         let (pairs, rest) = (block.rows / (2 * ROWS), block.rows % (2 * ROWS));
         let pairs = if rest > ROWS { pairs + 1 } else { pairs };
-        for first in (0..steps).step_by(each) {
+        for first in (begin..steps).step_by(each) {
             let tile = |row: usize, column: usize| Tile {
                 input: block.input.add(row * block.input_stride + first * STEP * 2),
                 input_stride: block.input_stride,
                 panel: block.panel.add(first * STEP_BYTES + column * 4),
                 steps: each.min(steps - first),
                 sums: block.sums.add(row * PANEL + column),
-                resume: block.resume || first > 0,
+                resume: block.resume || first > begin,
             };
             // Half a panel for all rows, then the other half: the weights stay in the first-level cache, while each tile
             // asks for another piece of the next block.

@@ -13,9 +13,10 @@
 
 use super::{
     format::Format,
-    rotary::{LayerPages, Slot},
-    simd::{Simd, exp2},
+    pages::{LayerPages, Slot},
+    simd::{Simd, exp2, tanh},
 };
+use crate::model::latent::LatentShape;
 use kv_cache::PageId;
 
 /// Positions that are merged online before a part's result is final.
@@ -32,32 +33,55 @@ const TASK_ROWS: usize = 32;
 pub(crate) struct AttentionShape {
     /// Query heads that share a key/value head.
     pub(crate) group: usize,
-    /// Elements of a head.
+    /// Elements of a head's query and key.
     pub(crate) head_dim: usize,
+    /// Elements of a head's value; `head_dim` unless `latent`.
+    pub(crate) value_dim: usize,
+    /// A value is the first elements of its key, and not stored apart.
+    pub(crate) latent: bool,
     /// What scores are multiplied by.
     pub(crate) scale: f32,
+    /// Scores `s` become `cap * tanh(s / cap)`.
+    pub(crate) cap: Option<f32>,
 }
 
 impl AttentionShape {
+    /// Returns the shape of `heads` heads that share one latent, in groups that fit a task.
+    pub(crate) fn latent(heads: usize, shape: &LatentShape, scale: f32) -> Self {
+        let group = (1..=heads.min(TASK_ROWS)).rev().find(|group| heads.is_multiple_of(*group)).unwrap_or(1);
+        Self { group, head_dim: shape.key(), value_dim: shape.rank, latent: true, scale, cap: None }
+    }
+
     /// Returns the tokens of one task.
     pub(crate) fn task_tokens(&self) -> usize {
         (TASK_ROWS / self.group).max(1)
     }
 
-    /// Elements of a head in scratch: whole vectors.
+    /// Elements of a key in scratch: whole vectors.
     fn padded_dim(&self) -> usize {
         self.head_dim.next_multiple_of(16)
     }
 
+    /// Elements of a value in scratch: whole vectors.
+    fn padded_value(&self) -> usize {
+        self.value_dim.next_multiple_of(16)
+    }
+
+    /// Elements of the values of a block in scratch, where they do not stand in its keys.
+    fn value_floats(&self) -> usize {
+        if self.latent { 0 } else { BLOCK * self.padded_value() }
+    }
+
     /// Returns the f32 that the state of `rows` queries takes: maxima, sums and weighted values.
     fn state_floats(&self, rows: usize) -> usize {
-        rows.next_multiple_of(16) + rows * (SUM_LANES + self.padded_dim())
+        rows.next_multiple_of(16) + rows * (SUM_LANES + self.padded_value())
     }
 
     /// Returns the f32 of scratch that a task needs.
     pub(crate) fn scratch_floats(&self) -> usize {
         let rows = self.task_tokens() * self.group;
-        2 * self.state_floats(rows) + rows * (self.padded_dim() + BLOCK) + 2 * BLOCK * self.padded_dim()
+        let block = BLOCK * self.padded_dim() + self.value_floats();
+        2 * self.state_floats(rows) + rows * (self.padded_dim() + BLOCK) + block
     }
 }
 
@@ -107,7 +131,7 @@ impl AttentionTask<'_> {
     }
 }
 
-/// Running softmax of some rows: `max[rows]`, `sum[rows][SUM_LANES]`, `values[rows][padded_dim]`.
+/// Running softmax of some rows: `max[rows]`, `sum[rows][SUM_LANES]`, `values[rows][padded_value]`.
 struct State<'a> {
     max: &'a mut [f32],
     sum: &'a mut [f32],
@@ -143,11 +167,11 @@ fn split_scratch<'a>(
 ) -> (Work<'a>, State<'a>, &'a mut [f32]) {
     let dim = shape.padded_dim();
     let (keys, rest) = scratch.split_at_mut(BLOCK * dim);
-    let (values, rest) = rest.split_at_mut(BLOCK * dim);
+    let (values, rest) = rest.split_at_mut(shape.value_floats());
     let (q, rest) = rest.split_at_mut(rows * dim);
     let (scores, rest) = rest.split_at_mut(rows * BLOCK);
     let (part, total) = rest.split_at_mut(shape.state_floats(rows));
-    (Work { q, keys, values, scores }, State::over(part, rows, dim), total)
+    (Work { q, keys, values, scores }, State::over(part, rows, shape.padded_value()), total)
 }
 
 /// Computes a whole task.
@@ -157,7 +181,7 @@ fn split_scratch<'a>(
 /// tokens' positions, nobody writes what is read, and the outputs are ours.
 #[inline(always)]
 pub(crate) unsafe fn run<S: Simd>(simd: S, task: &AttentionTask<'_>, scratch: &mut [f32]) {
-    let (rows, dim) = (task.rows(), task.shape.padded_dim());
+    let (rows, dim) = (task.rows(), task.shape.padded_value());
     let (mut work, mut part, total) = split_scratch(&task.shape, rows, scratch);
     let mut total = State::over(total, rows, dim);
     total.clear();
@@ -184,7 +208,7 @@ pub(crate) unsafe fn run_part<S: Simd>(
     out: &mut [f32],
     scratch: &mut [f32],
 ) {
-    let (rows, dim) = (task.rows(), task.shape.padded_dim());
+    let (rows, dim) = (task.rows(), task.shape.padded_value());
     let (mut work, _, _) = split_scratch(&task.shape, rows, scratch);
     let mut state = State::over(out, rows, dim);
     // SAFETY: passed on.
@@ -200,7 +224,7 @@ pub(crate) unsafe fn run_part<S: Simd>(
 /// As for [`run`].
 #[inline(always)]
 pub(crate) unsafe fn merge_parts<S: Simd>(simd: S, task: &AttentionTask<'_>, parts: &mut [f32], scratch: &mut [f32]) {
-    let (rows, dim) = (task.rows(), task.shape.padded_dim());
+    let (rows, dim) = (task.rows(), task.shape.padded_value());
     let mut total = State::over(scratch, rows, dim);
     total.clear();
     for part in parts.chunks_exact_mut(task.shape.state_floats(rows)).take(task.parts().len()) {
@@ -210,11 +234,11 @@ pub(crate) unsafe fn merge_parts<S: Simd>(simd: S, task: &AttentionTask<'_>, par
     unsafe { finish(simd, task, &mut total) };
 }
 
-/// Copies the queries to scratch, scaled, with zeros up to whole vectors.
+/// Copies the queries to scratch, scaled so that scores are in units of log2 or of the cap, with zeros up to whole vectors.
 #[inline(always)]
 unsafe fn load_queries<S: Simd>(simd: S, task: &AttentionTask<'_>, out: &mut [f32]) {
     let (group, dim, padded) = (task.shape.group, task.shape.head_dim, task.shape.padded_dim());
-    let scale = task.shape.scale * std::f32::consts::LOG2_E;
+    let scale = task.shape.scale * task.shape.cap.map_or(std::f32::consts::LOG2_E, f32::recip);
     for (row, out) in out.chunks_exact_mut(padded).enumerate() {
         // SAFETY: the caller vouches for the queries of every token and head of the task.
         unsafe {
@@ -247,14 +271,29 @@ unsafe fn sum_part<S: Simd>(
         for row in 0..task.rows() {
             let position = task.start + row / task.shape.group;
             let scores = &mut work.scores[row * BLOCK..][..BLOCK];
+            if let Some(cap) = task.shape.cap {
+                bend(simd, scores, cap);
+            }
             let first = task.first_seen(position).saturating_sub(block).min(BLOCK);
             let end = (position + 1).saturating_sub(block).min(BLOCK);
             scores[..first].fill(f32::NEG_INFINITY);
             scores[end..].fill(f32::NEG_INFINITY);
             update_row(simd, row, scores, state);
         }
-        weigh(simd, task.shape.padded_dim(), used, work, state);
+        weigh(simd, &task.shape, used, work, state);
         block += BLOCK;
+    }
+}
+
+/// Turns scores in units of `cap` into capped ones in units of log2.
+#[inline(always)]
+fn bend<S: Simd>(simd: S, scores: &mut [f32], cap: f32) {
+    for scores in scores.chunks_exact_mut(S::LANES) {
+        // SAFETY: a chunk holds a vector.
+        unsafe {
+            let bent = simd.mul(tanh(simd, simd.load(scores.as_ptr())), simd.splat(cap * std::f32::consts::LOG2_E));
+            simd.store(scores.as_mut_ptr(), bent);
+        }
     }
 }
 
@@ -267,9 +306,10 @@ unsafe fn load_block<S: Simd>(
     positions: std::ops::Range<usize>,
     work: &mut Work<'_>,
 ) {
-    let (dim, padded, page_tokens) = (task.shape.head_dim, task.shape.padded_dim(), task.pages.page_tokens);
-    let row_bytes = dim * task.pages.format.bytes();
-    for rows in [&mut *work.keys, &mut *work.values] {
+    let (padded, page_tokens) = (task.shape.padded_dim(), task.pages.page_tokens);
+    // A latent's value stands in its key.
+    let sides = if task.shape.latent { 1 } else { 2 };
+    for rows in [&mut *work.keys, &mut *work.values].into_iter().take(sides) {
         rows[..(positions.start - block) * padded].fill(0.0);
         rows[(positions.end - block) * padded..].fill(0.0);
     }
@@ -278,20 +318,11 @@ unsafe fn load_block<S: Simd>(
         let slot = Slot { page: task.table[position / page_tokens].0, token: (position % page_tokens) as u32 };
         let run = (page_tokens - slot.token as usize).min(positions.end - position);
         let rows = (position - block) * padded..(position - block + run) * padded;
-        let sides = [
-            (task.pages.key(slot, task.kv_head), &mut work.keys[rows.clone()]),
-            (task.pages.value(slot, task.kv_head), &mut work.values[rows]),
-        ];
-        for (from, rows) in sides {
-            if dim == padded {
-                // SAFETY: `run` neighbours of the page follow each other.
-                unsafe { task.pages.format.load_slice(simd, from, rows) };
-                continue;
-            }
-            for (token, row) in rows.chunks_exact_mut(padded).enumerate() {
-                row[dim..].fill(0.0);
-                // SAFETY: as above.
-                unsafe { task.pages.format.load_slice(simd, from.add(token * row_bytes), &mut row[..dim]) };
+        // SAFETY: passed on.
+        unsafe {
+            task.pages.keys.read(simd, slot, task.kv_head, padded, &mut work.keys[rows.clone()]);
+            if !task.shape.latent {
+                task.pages.values.read(simd, slot, task.kv_head, padded, &mut work.values[rows]);
             }
         }
         position += run;
@@ -406,8 +437,9 @@ fn update_row<S: Simd>(simd: S, row: usize, scores: &mut [f32], state: &mut Stat
 
 /// `state.values[row] += probabilities[row] . values` over positions below `used`.
 #[inline(always)]
-fn weigh<S: Simd>(simd: S, dim: usize, used: usize, work: &Work<'_>, state: &mut State<'_>) {
-    let rows = state.max.len();
+fn weigh<S: Simd>(simd: S, shape: &AttentionShape, used: usize, work: &Work<'_>, state: &mut State<'_>) {
+    let (rows, dim) = (state.max.len(), shape.padded_value());
+    let (block, stride) = if shape.latent { (&*work.keys, shape.padded_dim()) } else { (&*work.values, dim) };
     let mut row = 0;
     while row < rows {
         let count = if rows - row >= 4 { 4 } else { 1 };
@@ -421,15 +453,15 @@ fn weigh<S: Simd>(simd: S, dim: usize, used: usize, work: &Work<'_>, state: &mut
             // SAFETY: the tiles lie in the probabilities, in the block's values and in the state's values.
             unsafe {
                 let probabilities = work.scores.as_ptr().add(row * BLOCK);
-                let values = work.values.as_ptr().add(at);
+                let values = Values { first: block.as_ptr().add(at), stride, used };
                 let sums = state.values.as_mut_ptr().add(row * dim + at);
                 match (count, vectors) {
-                    (4, 4) => weigh_tile::<S, 4, 4>(simd, dim, used, probabilities, values, sums),
-                    (4, 2) => weigh_tile::<S, 4, 2>(simd, dim, used, probabilities, values, sums),
-                    (4, _) => weigh_tile::<S, 4, 1>(simd, dim, used, probabilities, values, sums),
-                    (_, 4) => weigh_tile::<S, 1, 4>(simd, dim, used, probabilities, values, sums),
-                    (_, 2) => weigh_tile::<S, 1, 2>(simd, dim, used, probabilities, values, sums),
-                    _ => weigh_tile::<S, 1, 1>(simd, dim, used, probabilities, values, sums),
+                    (4, 4) => weigh_tile::<S, 4, 4>(simd, probabilities, values, sums, dim),
+                    (4, 2) => weigh_tile::<S, 4, 2>(simd, probabilities, values, sums, dim),
+                    (4, _) => weigh_tile::<S, 4, 1>(simd, probabilities, values, sums, dim),
+                    (_, 4) => weigh_tile::<S, 1, 4>(simd, probabilities, values, sums, dim),
+                    (_, 2) => weigh_tile::<S, 1, 2>(simd, probabilities, values, sums, dim),
+                    _ => weigh_tile::<S, 1, 1>(simd, probabilities, values, sums, dim),
                 }
             }
             at += vectors * S::LANES;
@@ -438,16 +470,25 @@ fn weigh<S: Simd>(simd: S, dim: usize, used: usize, work: &Work<'_>, state: &mut
     }
 }
 
+/// Values of a block, from a column on.
+#[derive(Clone, Copy)]
+struct Values {
+    first: *const f32,
+    /// f32 from position to position.
+    stride: usize,
+    /// Positions.
+    used: usize,
+}
+
 /// # Safety
-/// `probabilities` holds `ROWS` rows of a block, `values` `used` rows of `dim` from a column on, `sums` `ROWS` rows of `dim`.
+/// `probabilities` holds `ROWS` rows of a block, `values` as many vectors as a tile, `sums` `ROWS` rows of `dim`.
 #[inline(always)]
 unsafe fn weigh_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(
     simd: S,
-    dim: usize,
-    used: usize,
     probabilities: *const f32,
-    values: *const f32,
+    values: Values,
     sums: *mut f32,
+    dim: usize,
 ) {
     let mut tile = [[simd.splat(0.0); VECTORS]; ROWS];
     // SAFETY: within what the caller vouches for.
@@ -457,10 +498,10 @@ unsafe fn weigh_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(
                 *sum = simd.load(sums.add(row * dim + vector * S::LANES));
             }
         }
-        for position in 0..used {
+        for position in 0..values.used {
             let mut value = [simd.splat(0.0); VECTORS];
             for (vector, value) in value.iter_mut().enumerate() {
-                *value = simd.load(values.add(position * dim + vector * S::LANES));
+                *value = simd.load(values.first.add(position * values.stride + vector * S::LANES));
             }
             for (row, tile) in tile.iter_mut().enumerate() {
                 let probability = simd.splat(probabilities.add(row * BLOCK + position).read());
@@ -511,7 +552,7 @@ fn add_scaled(total: &mut [f32], old: f32, part: &[f32], new: f32) {
 /// Divides by the sums and writes the outputs.
 #[inline(always)]
 unsafe fn finish<S: Simd>(simd: S, task: &AttentionTask<'_>, total: &mut State<'_>) {
-    let (group, dim, padded) = (task.shape.group, task.shape.head_dim, task.shape.padded_dim());
+    let (group, dim, padded) = (task.shape.group, task.shape.value_dim, task.shape.padded_value());
     for (row, values) in total.values.chunks_exact_mut(padded).enumerate() {
         let lanes = &total.sum[row * SUM_LANES..][..SUM_LANES];
         let fours: [f32; 4] = std::array::from_fn(|i| (lanes[i] + lanes[i + 4]) + (lanes[i + 8] + lanes[i + 12]));

@@ -1,7 +1,7 @@
-//! How activations lie in memory: inputs of a linear, keys and values.
+//! How activations lie in memory: inputs of a linear, keys and values without a scale.
 
 use super::simd::Simd;
-use kv_cache::KvDtype;
+use crate::model::checkpoint::ElementType;
 
 /// Element type of activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,12 +16,12 @@ pub(crate) enum Format {
     F16,
 }
 
-impl From<KvDtype> for Format {
-    fn from(dtype: KvDtype) -> Self {
+impl From<ElementType> for Format {
+    fn from(dtype: ElementType) -> Self {
         match dtype {
-            KvDtype::F32 => Format::F32,
-            KvDtype::Bf16 => Format::Bf16,
-            KvDtype::F16 => Format::F16,
+            ElementType::F32 => Format::F32,
+            ElementType::F16 => Format::F16,
+            ElementType::Bf16 => Format::Bf16,
         }
     }
 }

@@ -1,17 +1,24 @@
 //! The kernels of this machine: one table for each instruction set, chosen once at run time.
 
+use super::{
+    adapter::{self, ShrinkTask},
+    attention::{self, AttentionTask},
+    format::Format,
+    latent::{self, LatentTask},
+    linear::{
+        self, LinearTask,
+        quantized::{self, Quantized},
+    },
+    norm::{self, NormTask},
+    packed::WeightType,
+    rotary::{self, RotaryTask},
+    scheme::Code,
+    simd::{self, portable::Portable},
+};
 #[cfg(target_arch = "x86_64")]
 use super::{
     amx,
     simd::{avx2::Avx2, avx512::Avx512},
-};
-use super::{
-    attention::{self, AttentionTask},
-    format::Format,
-    linear::{self, LinearTask},
-    norm::{self, NormTask},
-    rotary::{self, RotaryTask},
-    simd::{self, portable::Portable},
 };
 use crate::model::checkpoint::ElementType;
 
@@ -23,13 +30,22 @@ pub(crate) struct Kernels {
     linear_f32: unsafe fn(&LinearTask<'_>, &mut [f32]),
     linear_f16: unsafe fn(&LinearTask<'_>, &mut [f32]),
     linear_bf16: unsafe fn(&LinearTask<'_>, &mut [f32]),
+    /// bf16 weights and f32 inputs that nobody rounded.
+    linear_bf16_f32: unsafe fn(&LinearTask<'_>, &mut [f32]),
+    linear_int4: unsafe fn(&LinearTask<'_>, &mut [f32]),
+    linear_int8: unsafe fn(&LinearTask<'_>, &mut [f32]),
+    linear_fp8: unsafe fn(&LinearTask<'_>, &mut [f32]),
     /// Inputs of `linear_bf16`.
     bf16_format: Format,
+    pub(crate) shrink: unsafe fn(&ShrinkTask<'_>),
     pub(crate) norm: unsafe fn(&NormTask<'_>),
     pub(crate) rotary: unsafe fn(&RotaryTask<'_>),
+    pub(crate) latent: unsafe fn(&LatentTask<'_>),
     pub(crate) attention: unsafe fn(&AttentionTask<'_>, &mut [f32]),
     pub(crate) attention_part: unsafe fn(&AttentionTask<'_>, usize, &mut [f32], &mut [f32]),
     pub(crate) attention_merge: unsafe fn(&AttentionTask<'_>, &mut [f32], &mut [f32]),
+    /// Multiplies whole panels of logits by a scale and caps them.
+    pub(crate) scale_and_cap: unsafe fn(&mut [f32], f32, Option<f32>),
     /// Reads a slice as fast as memory gives it and returns its largest element.
     pub(crate) read: unsafe fn(&[f32]) -> f32,
 }
@@ -72,21 +88,27 @@ impl Kernels {
         all
     }
 
-    /// Returns the kernel for weights of `dtype`.
-    pub(crate) fn linear(&self, dtype: ElementType) -> unsafe fn(&LinearTask<'_>, &mut [f32]) {
-        match dtype {
-            ElementType::F32 => self.linear_f32,
-            ElementType::F16 => self.linear_f16,
-            ElementType::Bf16 => self.linear_bf16,
-        }
+    /// Returns the kernel for `weights` whose inputs lie in `format`.
+    pub(crate) fn linear(&self, weights: WeightType, format: Format) -> unsafe fn(&LinearTask<'_>, &mut [f32]) {
+        let kernel = match weights {
+            WeightType::Float(ElementType::F32) => self.linear_f32,
+            WeightType::Float(ElementType::F16) => self.linear_f16,
+            WeightType::Float(ElementType::Bf16) if format == self.bf16_format => return self.linear_bf16,
+            WeightType::Float(ElementType::Bf16) => self.linear_bf16_f32,
+            WeightType::Quantized(scheme) => match scheme.code {
+                Code::Int4 => self.linear_int4,
+                Code::Int8 => self.linear_int8,
+                Code::Fp8 => self.linear_fp8,
+            },
+        };
+        assert_eq!(format, Format::F32, "{weights:?} is for f32 inputs");
+        kernel
     }
 
-    /// Returns how the inputs of a linear with weights of `dtype` are stored.
-    pub(crate) fn format(&self, dtype: ElementType) -> Format {
-        match dtype {
-            ElementType::F32 | ElementType::F16 => Format::F32,
-            ElementType::Bf16 => self.bf16_format,
-        }
+    /// Returns how the inputs of a model's linears are stored: for bf16 when all their weights are, else as f32.
+    pub(crate) fn format(&self, mut weights: impl Iterator<Item = WeightType>) -> Format {
+        let bf16 = weights.all(|weights| weights == WeightType::Float(ElementType::Bf16));
+        if bf16 { self.bf16_format } else { Format::F32 }
     }
 }
 
@@ -125,6 +147,36 @@ macro_rules! kernels {
 
             $(#[target_feature(enable = $features)])?
             #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
+            unsafe fn shrink(task: &ShrinkTask<'_>) {
+                unsafe { adapter::shrink($token, task) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
+            unsafe fn linear_bf16_f32(task: &LinearTask<'_>, scratch: &mut [f32]) {
+                unsafe { linear::run::<_, linear::Tiled<linear::Bf16Widened>>($token, task, scratch) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
+            unsafe fn linear_int4(task: &LinearTask<'_>, scratch: &mut [f32]) {
+                unsafe { linear::run::<_, Quantized<quantized::Int4>>($token, task, scratch) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
+            unsafe fn linear_int8(task: &LinearTask<'_>, scratch: &mut [f32]) {
+                unsafe { linear::run::<_, Quantized<quantized::Int8>>($token, task, scratch) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
+            unsafe fn linear_fp8(task: &LinearTask<'_>, scratch: &mut [f32]) {
+                unsafe { linear::run::<_, Quantized<quantized::Fp8>>($token, task, scratch) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
             unsafe fn norm(task: &NormTask<'_>) {
                 unsafe { norm::run($token, task) }
             }
@@ -133,6 +185,12 @@ macro_rules! kernels {
             #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
             unsafe fn rotary(task: &RotaryTask<'_>) {
                 unsafe { rotary::run($token, task) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
+            unsafe fn latent(task: &LatentTask<'_>) {
+                unsafe { latent::run($token, task) }
             }
 
             $(#[target_feature(enable = $features)])?
@@ -155,6 +213,12 @@ macro_rules! kernels {
 
             $(#[target_feature(enable = $features)])?
             #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
+            unsafe fn scale_and_cap(floats: &mut [f32], scale: f32, cap: Option<f32>) {
+                simd::scale_and_cap(unsafe { $token }, floats, scale, cap)
+            }
+
+            $(#[target_feature(enable = $features)])?
+            #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
             unsafe fn read(floats: &[f32]) -> f32 {
                 simd::read(unsafe { $token }, floats)
             }
@@ -164,12 +228,19 @@ macro_rules! kernels {
                 linear_f32,
                 linear_f16,
                 linear_bf16,
+                linear_bf16_f32,
+                linear_int4,
+                linear_int8,
+                linear_fp8,
                 bf16_format: $bf16_format,
+                shrink,
                 norm,
                 rotary,
+                latent,
                 attention,
                 attention_part,
                 attention_merge,
+                scale_and_cap,
                 read,
             };
         }

@@ -4,18 +4,23 @@
 //! cut of the depth into cache-sized blocks (partial sums are stored and loaded as they are) and the thread change nothing.
 //! That is all there is to batch invariance here. The tile unit ([`super::amx`]) has another order, and keeps it as strictly.
 //!
-//! Precision: sums are f32. With f32 and f16 weights inputs stay f32; with bf16 weights inputs are rounded to bf16 on every
-//! machine. Units differ in the last bits, so a cluster whose workers continue each other's sequences to the bit is one of
-//! equal processors.
+//! Precision: sums are f32. With f32, f16 and quantised weights inputs stay f32; with bf16 weights inputs are rounded to bf16 on
+//! every machine, unless other matrices of the model are not bf16. Quantised weights ([`quantized`]) are widened to the f32
+//! that they stand for, so their sums are those of an f32 matrix. Units differ in the last bits, so a cluster whose workers
+//! continue each other's sequences to the bit is one of equal processors.
 
 #[cfg(target_arch = "x86_64")]
 use super::simd::DotBf16;
 use super::{
+    adapter::{self, Adapted},
     format::Format,
-    packed::PANEL,
-    simd::{Simd, silu},
+    packed::{Groups, PANEL},
+    simd::{Simd, activate},
 };
+use crate::model::decoder::Activation;
 use std::ops::Range;
+
+pub(crate) mod quantized;
 
 /// Rows of one task.
 pub(crate) const TASK_ROWS: usize = 192;
@@ -49,10 +54,23 @@ pub(crate) struct LinearTask<'a> {
     pub(crate) panel_bytes: usize,
     /// At most [`TASK_PANELS`] unless rows are [few](FEW_ROWS).
     pub(crate) panels: usize,
+    /// How a panel of quantised weights is laid out; of no consequence for others.
+    pub(crate) groups: Groups,
     /// Added to the sums, for each panel.
     pub(crate) bias: Option<&'a [[f32; PANEL]]>,
+    /// Rows with a delta.
+    pub(crate) adapted: Option<AdaptedRows<'a>>,
     /// Where the outputs of the first panel go; those of the others stand beside them.
     pub(crate) output: Output,
+}
+
+/// The deltas of a task's rows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AdaptedRows<'a> {
+    /// One for each row of the task.
+    pub(crate) rows: &'a [Option<Adapted<'a>>],
+    /// The task's first panel, counted from the linear's.
+    pub(crate) panel: usize,
 }
 
 /// What becomes of the sums of a panel.
@@ -62,8 +80,13 @@ pub(crate) enum Output {
     Store { to: *mut f32, stride: usize },
     /// Added to what is there.
     Add { to: *mut f32, stride: usize },
-    /// `silu` of the first half of the panel times the second half, `[rows][32]` with `stride` bytes from row to row.
-    Gate { to: *mut u8, stride: usize, format: Format },
+    /// Stored as `format`, the first `columns` of the panels alone, with `stride` bytes from row to row: what stands beside them
+    /// belongs to another.
+    Cast { to: *mut u8, stride: usize, format: Format, columns: usize },
+    /// The activation, `[rows][64]` with `stride` bytes from row to row.
+    Activate { to: *mut u8, stride: usize, format: Format, activation: Activation },
+    /// The activation of the first half of the panel times the second half, `[rows][32]` with `stride` bytes from row to row.
+    Gate { to: *mut u8, stride: usize, format: Format, activation: Activation },
 }
 
 impl Output {
@@ -74,9 +97,18 @@ impl Output {
         match self {
             Output::Store { to, stride } => Output::Store { to: to.wrapping_add(row * stride + panel * PANEL), stride },
             Output::Add { to, stride } => Output::Add { to: to.wrapping_add(row * stride + panel * PANEL), stride },
-            Output::Gate { to, stride, format } => {
+            Output::Cast { to, stride, format, columns } => {
+                let column = panel * PANEL * format.bytes();
+                let columns = columns.saturating_sub(panel * PANEL);
+                Output::Cast { to: to.wrapping_add(row * stride + column), stride, format, columns }
+            }
+            Output::Activate { to, stride, format, activation } => {
+                let column = panel * PANEL * format.bytes();
+                Output::Activate { to: to.wrapping_add(row * stride + column), stride, format, activation }
+            }
+            Output::Gate { to, stride, format, activation } => {
                 let column = panel * PANEL / 2 * format.bytes();
-                Output::Gate { to: to.wrapping_add(row * stride + column), stride, format }
+                Output::Gate { to: to.wrapping_add(row * stride + column), stride, format, activation }
             }
         }
     }
@@ -85,15 +117,16 @@ impl Output {
 /// Some inputs of some rows, and the weights of one panel that belong to them.
 #[derive(Debug)]
 pub(crate) struct Block {
-    /// First row, from the first input on.
+    /// First row.
     pub(crate) input: *const u8,
     /// Bytes from row to row.
     pub(crate) input_stride: usize,
     pub(crate) rows: usize,
-    /// Inputs of a row.
-    pub(crate) depth: usize,
-    /// The panel, from the first input on.
+    /// The inputs of each row that are summed; the first is a multiple of 32.
+    pub(crate) inputs: Range<usize>,
+    /// The panel.
     pub(crate) panel: *const u8,
+    pub(crate) groups: Groups,
     /// `[rows][64]`, with room for whole tiles of 16 rows.
     pub(crate) sums: *mut f32,
     /// Go on from the sums that are there.
@@ -102,11 +135,6 @@ pub(crate) struct Block {
 
 /// How the sums of a panel are computed.
 pub(crate) trait PanelSums<S: Simd> {
-    /// Bytes of one input.
-    const INPUT_BYTES: usize;
-    /// Bytes of one weight.
-    const WEIGHT_BYTES: usize;
-
     /// Writes the sums of a block.
     ///
     /// # Safety
@@ -304,19 +332,20 @@ unsafe fn sum_chunk<S: Simd, P: PanelSums<S>>(
     // SAFETY: inputs and panel lie in what the caller vouches for, and `sums` has the room, as just checked.
     unsafe {
         let block = Block {
-            input: task.input.add(inputs.start * P::INPUT_BYTES),
+            input: task.input,
             input_stride: task.input_stride,
             rows: task.rows,
-            depth: inputs.len(),
-            panel: task.panel.add(panel * task.panel_bytes + inputs.start * PANEL * P::WEIGHT_BYTES),
+            panel: task.panel.add(panel * task.panel_bytes),
+            groups: task.groups,
             sums: sums.as_mut_ptr(),
             resume: inputs.start > 0,
+            inputs,
         };
         P::sum(simd, &block);
     }
 }
 
-/// Adds the biases of a panel and writes its outputs.
+/// Adds the biases and deltas of a panel and writes its outputs.
 ///
 /// # Safety
 /// As for [`run`].
@@ -326,6 +355,13 @@ unsafe fn finish_panel<S: Simd>(simd: S, task: &LinearTask<'_>, panel: usize, su
     if let Some(bias) = task.bias {
         for row in sums.chunks_exact_mut(PANEL) {
             row.iter_mut().zip(&bias[panel]).for_each(|(sum, bias)| *sum += bias);
+        }
+    }
+    if let Some(adapted) = task.adapted {
+        for (row, sums) in adapted.rows.iter().zip(sums.chunks_exact_mut(PANEL)) {
+            if let Some(row) = row {
+                adapter::add(simd, row, adapted.panel + panel, sums);
+            }
         }
     }
     for (row, sums) in sums.chunks_exact(PANEL).enumerate() {
@@ -338,6 +374,11 @@ unsafe fn finish_panel<S: Simd>(simd: S, task: &LinearTask<'_>, panel: usize, su
 /// Row `row` of `output` is valid and ours.
 #[inline(always)]
 unsafe fn write<S: Simd>(simd: S, output: Output, row: usize, sums: &[f32]) {
+    if let Output::Cast { to, stride, format, columns } = output {
+        // SAFETY: the row's columns are the caller's word.
+        unsafe { format.store_slice(simd, to.add(row * stride), 0, &sums[..columns.min(PANEL)]) };
+        return;
+    }
     let sums = sums.as_ptr();
     for column in (0..PANEL).step_by(S::LANES) {
         // SAFETY: `sums` holds 64 f32, a multiple of LANES; the row of the output is the caller's word.
@@ -348,12 +389,16 @@ unsafe fn write<S: Simd>(simd: S, output: Output, row: usize, sums: &[f32]) {
                     let to = to.add(row * stride + column);
                     simd.store(to, simd.add(simd.load(to), simd.load(sums.add(column))));
                 }
-                Output::Gate { to, stride, format } if column < PANEL / 2 => {
-                    let gate = silu(simd, simd.load(sums.add(column)));
+                Output::Activate { to, stride, format, activation } => {
+                    let value = activate(simd, activation, simd.load(sums.add(column)));
+                    format.store(simd, to.add(row * stride), column, value);
+                }
+                Output::Gate { to, stride, format, activation } if column < PANEL / 2 => {
+                    let gate = activate(simd, activation, simd.load(sums.add(column)));
                     let up = simd.load(sums.add(PANEL / 2 + column));
                     format.store(simd, to.add(row * stride), column, simd.mul(gate, up));
                 }
-                Output::Gate { .. } => {}
+                Output::Gate { .. } | Output::Cast { .. } => {}
             }
         }
     }
@@ -363,14 +408,12 @@ unsafe fn write<S: Simd>(simd: S, output: Output, row: usize, sums: &[f32]) {
 pub(crate) struct Tiled<W>(std::marker::PhantomData<W>);
 
 impl<S: Simd, W: Weights<S>> PanelSums<S> for Tiled<W> {
-    const INPUT_BYTES: usize = W::INPUT_BYTES / W::STEP;
-    const WEIGHT_BYTES: usize = W::COLUMN_BYTES / W::STEP;
-
     #[inline(always)]
     unsafe fn sum(simd: S, block: &Block) {
-        let steps = block.depth.div_ceil(W::STEP);
+        let steps = block.inputs.end.div_ceil(W::STEP);
         let each = BLOCK_BYTES / (PANEL * W::COLUMN_BYTES);
-        for first in (0..steps).step_by(each) {
+        let begin = block.inputs.start / W::STEP;
+        for first in (begin..steps).step_by(each) {
             let mut row = 0;
             while row < block.rows {
                 let (rows, columns) = tile_shape::<S, W>(block.rows - row);
@@ -383,7 +426,7 @@ impl<S: Simd, W: Weights<S>> PanelSums<S> for Tiled<W> {
                             panel: block.panel.add((first * PANEL + column) * W::COLUMN_BYTES),
                             steps: each.min(steps - first),
                             sums: block.sums.add(row * PANEL + column),
-                            resume: block.resume || first > 0,
+                            resume: block.resume || first > begin,
                         };
                         run_tile::<S, W>(simd, rows, &tile);
                     }

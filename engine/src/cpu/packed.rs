@@ -5,18 +5,41 @@
 //! neighbours for bf16 (`[depth / 2][64][2]`, the operand of `vdpbf16ps`). A kernel reads a panel from front to back, whatever
 //! its vectors' width, so one packing serves every instruction set. Missing columns are zero, and so is what bf16 panels have
 //! beyond the depth, up to a whole step of the tile unit.
+//!
+//! Quantised weights lie in groups along the depth: the 64 outputs' scales, their offsets if there are any, and then words of
+//! eight or four codes of neighbouring inputs, 64 side by side (`[depth / 8][64]` or `[depth / 4][64]`, the lowest bits first).
+//! Whatever widens them stands in the same stream, right before its first use.
 
-use crate::{Error, cpu::buffer::Buffer, model::checkpoint::ElementType};
+use crate::{
+    Error,
+    cpu::{
+        buffer::Buffer,
+        scheme::{QuantizedRow, Scheme},
+    },
+    model::checkpoint::ElementType,
+};
+use std::sync::Arc;
 
 /// Outputs of a panel.
 pub(crate) const PANEL: usize = 64;
 
+/// How weights are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum WeightType {
+    /// As floats.
+    Float(ElementType),
+    /// As codes with scales.
+    Quantized(Scheme),
+}
+
 /// A packed weight matrix.
 #[derive(Debug)]
 pub(crate) struct Packed {
-    dtype: ElementType,
+    weights: WeightType,
     depth: usize,
     panels: usize,
+    /// Which input stands at each place along the depth, if not its own.
+    order: Option<Arc<[u32]>>,
     buffer: Buffer,
 }
 
@@ -26,6 +49,43 @@ pub(crate) struct StoredRow<'a> {
     pub(crate) dtype: ElementType,
     pub(crate) bytes: &'a [u8],
 }
+
+/// How the groups of a quantised panel lie.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Groups {
+    /// Inputs of a group.
+    pub(crate) inputs: usize,
+    /// Bytes from group to group.
+    pub(crate) bytes: usize,
+    /// Scales are f16, else f32.
+    pub(crate) narrow: bool,
+    /// Offsets follow the scales.
+    pub(crate) offsets: bool,
+}
+
+impl Groups {
+    fn new(scheme: &Scheme) -> Self {
+        let Scheme { code, group, narrow, offsets } = *scheme;
+        let mut groups = Self { inputs: group, bytes: 0, narrow, offsets };
+        groups.bytes = groups.header_bytes() + group.div_ceil(code.per_word()) * WORD_BYTES;
+        groups
+    }
+
+    /// Returns the bytes of a group's scales.
+    #[inline(always)]
+    pub(crate) fn scale_bytes(&self) -> usize {
+        PANEL * if self.narrow { 2 } else { 4 }
+    }
+
+    /// Returns the bytes of a group before its codes.
+    #[inline(always)]
+    pub(crate) fn header_bytes(&self) -> usize {
+        self.scale_bytes() + if self.offsets { PANEL * 4 } else { 0 }
+    }
+}
+
+/// Bytes of a word of each output of a panel.
+const WORD_BYTES: usize = 4 * PANEL;
 
 impl Packed {
     /// Packs `panels * 64` columns of `depth` elements as `dtype`; `row` names the stored row of a column, `None` = zeros.
@@ -50,15 +110,70 @@ impl Packed {
         Ok(packed)
     }
 
+    /// Packs `panels * 64` columns of `depth` codes under `scheme`.
+    ///
+    /// `read` fills in a column and returns true, or returns false for a column of zeros. `order` is the columns' common
+    /// [order](crate::cpu::scheme::QuantizedMatrix::order).
+    pub(crate) fn pack_quantized(
+        scheme: Scheme,
+        panels: usize,
+        depth: usize,
+        threads: usize,
+        order: Option<Arc<[u32]>>,
+        read: &(dyn Fn(usize, &mut QuantizedRow) -> bool + Sync),
+    ) -> Result<Self, Error> {
+        let names_inputs =
+            |order: &Arc<[u32]>| order.len() == depth && order.iter().all(|input| (*input as usize) < depth);
+        assert!(order.as_ref().is_none_or(names_inputs), "an order names every input");
+        assert!(scheme.group.is_multiple_of(8), "groups hold whole words");
+        let mut packed = Self { order, ..Self::of(WeightType::Quantized(scheme), panels, depth)? };
+        packed.for_each_panel(threads, &|panel, bytes| {
+            let mut row = QuantizedRow::zeroed(&scheme, depth);
+            for column in 0..PANEL {
+                if read(panel * PANEL + column, &mut row) {
+                    assert_eq!(row.codes.len(), depth, "a row has the matrix's depth");
+                    place_codes(&scheme, &row, column, bytes);
+                }
+            }
+        });
+        Ok(packed)
+    }
+
+    /// Packs `panels * 64` columns of `depth` f32 that `read` makes, or leaves as zeros and returns false.
+    pub(crate) fn pack_made(
+        panels: usize,
+        depth: usize,
+        threads: usize,
+        read: &(dyn Fn(usize, &mut [f32]) -> bool + Sync),
+    ) -> Result<Self, Error> {
+        let mut packed = Self::zeroed(ElementType::F32, panels, depth)?;
+        packed.for_each_panel(threads, &|panel, bytes| {
+            let mut row = vec![0.0; depth];
+            for column in 0..PANEL {
+                if read(panel * PANEL + column, &mut row) {
+                    for (lane, weight) in bytes.chunks_exact_mut(PANEL * 4).zip(&row) {
+                        lane[column * 4..column * 4 + 4].copy_from_slice(&weight.to_le_bytes());
+                    }
+                }
+            }
+        });
+        Ok(packed)
+    }
+
     /// Makes a matrix of zeros.
     pub(crate) fn zeroed(dtype: ElementType, panels: usize, depth: usize) -> Result<Self, Error> {
-        Ok(Self { dtype, depth, panels, buffer: Buffer::new(panels * panel_bytes(dtype, depth))? })
+        Self::of(WeightType::Float(dtype), panels, depth)
+    }
+
+    fn of(weights: WeightType, panels: usize, depth: usize) -> Result<Self, Error> {
+        let buffer = Buffer::new(panels * panel_bytes(weights, depth))?;
+        Ok(Self { weights, depth, panels, order: None, buffer })
     }
 
     /// Calls `fill` with the bytes of every panel, on `threads` threads.
     pub(crate) fn for_each_panel(&mut self, threads: usize, fill: &(dyn Fn(usize, &mut [u8]) + Sync)) {
         let mut panels: Vec<(usize, &mut [u8])> =
-            self.buffer.bytes_mut().chunks_exact_mut(panel_bytes(self.dtype, self.depth)).enumerate().collect();
+            self.buffer.bytes_mut().chunks_exact_mut(panel_bytes(self.weights, self.depth)).enumerate().collect();
         // Panels are large: with less than a few for each thread, starting threads would cost more than it saves.
         if threads < 2 || panels.len() * self.depth < 1 << 16 {
             panels.iter_mut().for_each(|(index, bytes)| fill(*index, bytes));
@@ -72,9 +187,22 @@ impl Packed {
         });
     }
 
-    /// Returns the element type.
-    pub(crate) fn dtype(&self) -> ElementType {
-        self.dtype
+    /// Returns how the weights are kept.
+    pub(crate) fn weights(&self) -> WeightType {
+        self.weights
+    }
+
+    /// Returns how the groups of a panel lie; nothing of the kind for floats.
+    pub(crate) fn groups(&self) -> Groups {
+        match &self.weights {
+            WeightType::Float(_) => Groups::default(),
+            WeightType::Quantized(scheme) => Groups::new(scheme),
+        }
+    }
+
+    /// Returns which input stands at each place along the depth, where that is not the input of that place.
+    pub(crate) fn order(&self) -> Option<&[u32]> {
+        self.order.as_deref()
     }
 
     /// Returns the number of elements that are summed for an output.
@@ -94,13 +222,13 @@ impl Packed {
 
     /// Returns the bytes from panel to panel.
     pub(crate) fn panel_bytes(&self) -> usize {
-        panel_bytes(self.dtype, self.depth)
+        panel_bytes(self.weights, self.depth)
     }
 
     /// Returns the start of `panel`, aligned to 64 bytes.
     pub(crate) fn panel(&self, panel: usize) -> *const u8 {
         assert!(panel < self.panels, "panel {panel} of {}", self.panels);
-        let offset = panel * panel_bytes(self.dtype, self.depth);
+        let offset = panel * self.panel_bytes();
         // SAFETY: the panel lies in the buffer, as just checked.
         unsafe { self.buffer.as_ptr().add(offset) }
     }
@@ -108,13 +236,23 @@ impl Packed {
     /// Copies one column, that is one stored row, to `out` as f32: how a tied embedding is looked up.
     pub(crate) fn column(&self, column: usize, out: &mut [f32]) {
         assert!(column < self.panels * PANEL && out.len() == self.depth, "column {column} of {self:?}");
-        let step = step(self.dtype);
-        let base = (column / PANEL) * panel_bytes(self.dtype, self.depth);
         // SAFETY: the buffer holds `len` initialised bytes and is not written while shared.
         let bytes = unsafe { std::slice::from_raw_parts(self.buffer.as_ptr(), self.buffer.len()) };
-        for (index, out) in out.iter_mut().enumerate() {
-            let element = (index / step * PANEL + column % PANEL) * step + index % step;
-            *out = self.dtype.get(&bytes[base..], element);
+        let panel = &bytes[column / PANEL * self.panel_bytes()..][..self.panel_bytes()];
+        let lane = column % PANEL;
+        match &self.weights {
+            WeightType::Float(dtype) => {
+                let step = step(*dtype);
+                for (index, out) in out.iter_mut().enumerate() {
+                    *out = dtype.get(panel, (index / step * PANEL + lane) * step + index % step);
+                }
+            }
+            WeightType::Quantized(scheme) => {
+                let place = |index: usize| self.order.as_ref().map_or(index, |order| order[index] as usize);
+                let mut weights = vec![0.0; self.depth];
+                take_codes(scheme, panel, lane, self.depth).widen(scheme, &mut weights);
+                weights.iter().enumerate().for_each(|(index, weight)| out[place(index)] = *weight);
+            }
         }
     }
 }
@@ -127,12 +265,17 @@ fn step(dtype: ElementType) -> usize {
     }
 }
 
-fn panel_bytes(dtype: ElementType, depth: usize) -> usize {
-    let whole = match dtype {
-        ElementType::Bf16 => depth.next_multiple_of(32),
-        ElementType::F32 | ElementType::F16 => depth,
-    };
-    whole * PANEL * dtype.bytes()
+fn panel_bytes(weights: WeightType, depth: usize) -> usize {
+    match weights {
+        WeightType::Float(dtype) => {
+            let whole = if dtype == ElementType::Bf16 { depth.next_multiple_of(32) } else { depth };
+            whole * PANEL * dtype.bytes()
+        }
+        WeightType::Quantized(scheme) => {
+            let words = depth.div_ceil(scheme.code.per_word());
+            scheme.groups(depth) * Groups::new(&scheme).header_bytes() + words * WORD_BYTES
+        }
+    }
 }
 
 fn place_row(dtype: ElementType, row: StoredRow<'_>, column: usize, panel: &mut [u8]) {
@@ -152,9 +295,56 @@ fn place_row(dtype: ElementType, row: StoredRow<'_>, column: usize, panel: &mut 
     }
 }
 
+fn place_codes(scheme: &Scheme, row: &QuantizedRow, column: usize, panel: &mut [u8]) {
+    let groups = Groups::new(scheme);
+    let codes = row.codes.chunks(scheme.group);
+    for (index, (group, codes)) in panel.chunks_mut(groups.bytes).zip(codes).enumerate() {
+        let scale = row.scales[index];
+        if groups.narrow {
+            let narrow = half::f16::from_f32(scale);
+            debug_assert_eq!(narrow.to_f32(), scale, "a narrow scale is exact");
+            group[column * 2..][..2].copy_from_slice(&narrow.to_le_bytes());
+        } else {
+            group[column * 4..][..4].copy_from_slice(&scale.to_le_bytes());
+        }
+        if groups.offsets {
+            group[groups.scale_bytes() + column * 4..][..4].copy_from_slice(&row.offsets[index].to_le_bytes());
+        }
+        let words = group[groups.header_bytes()..].chunks_exact_mut(WORD_BYTES);
+        for (word, codes) in words.zip(codes.chunks(scheme.code.per_word())) {
+            let bits = 32 / scheme.code.per_word();
+            let packed = codes.iter().rev().fold(0u32, |word, code| word << bits | u32::from(*code));
+            word[column * 4..][..4].copy_from_slice(&packed.to_le_bytes());
+        }
+    }
+}
+
+/// The way back from [`place_codes`].
+fn take_codes(scheme: &Scheme, panel: &[u8], column: usize, depth: usize) -> QuantizedRow {
+    let groups = Groups::new(scheme);
+    let mut row = QuantizedRow { codes: Vec::with_capacity(depth + 8), ..QuantizedRow::default() };
+    for group in panel.chunks(groups.bytes) {
+        let scale = if groups.narrow { ElementType::F16 } else { ElementType::F32 };
+        row.scales.push(scale.get(group, column));
+        if groups.offsets {
+            row.offsets.push(ElementType::F32.get(&group[groups.scale_bytes()..], column));
+        }
+        for word in group[groups.header_bytes()..].chunks_exact(WORD_BYTES) {
+            let bytes = &word[column * 4..][..4];
+            match scheme.code.per_word() {
+                4 => row.codes.extend_from_slice(bytes),
+                _ => row.codes.extend(bytes.iter().flat_map(|byte| [byte & 15, byte >> 4])),
+            }
+        }
+    }
+    row.codes.truncate(depth);
+    row
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::scheme::Code;
 
     fn stored(dtype: ElementType, values: &[f32]) -> Vec<u8> {
         let element = |value: &f32| match dtype {
@@ -188,6 +378,46 @@ mod tests {
                     for (index, out) in out.iter().enumerate() {
                         let expected = if column < columns { value(column, index) } else { 0.0 };
                         assert_eq!(*out, expected, "{from:?} {to:?} depth {depth} column {column} index {index}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Codes, scales and offsets that look random, under `scheme`.
+    fn some_row(scheme: &Scheme, depth: usize, column: usize) -> QuantizedRow {
+        let mut row = QuantizedRow::zeroed(scheme, depth);
+        let highest = if scheme.code == Code::Int4 { 16 } else { 127 };
+        row.codes.iter_mut().enumerate().for_each(|(at, code)| *code = ((at * 31 + column * 7) % highest) as u8);
+        row.scales.iter_mut().enumerate().for_each(|(at, scale)| *scale = ((at + column) % 29) as f32 / 16.0 - 0.5);
+        row.offsets.iter_mut().enumerate().for_each(|(at, offset)| *offset = (at * 3 + column) as f32 / 3.0);
+        row
+    }
+
+    #[test]
+    fn a_quantised_column_comes_back_as_it_was_read() {
+        for code in [Code::Int4, Code::Int8, Code::Fp8] {
+            for (group, depth) in [(16, 7), (32, 33), (64, 200), (128, 128), (128, 1)] {
+                for (narrow, offsets) in [(false, false), (true, false), (false, true), (true, true)] {
+                    let scheme = Scheme { code, group, narrow, offsets };
+                    let read = |column: usize, row: &mut QuantizedRow| {
+                        *row = some_row(&scheme, depth, column);
+                        column < 70
+                    };
+                    let order: Arc<[u32]> = (0..depth as u32).rev().collect();
+                    let plain = Packed::pack_quantized(scheme, 2, depth, 2, None, &read).expect("memory");
+                    let turned = Packed::pack_quantized(scheme, 2, depth, 2, Some(order), &read).expect("memory");
+                    let (mut expected, mut out) = (vec![0.0; depth], vec![0.0; depth]);
+                    for column in 0..2 * PANEL {
+                        expected.fill(0.0);
+                        if column < 70 {
+                            some_row(&scheme, depth, column).widen(&scheme, &mut expected);
+                        }
+                        plain.column(column, &mut out);
+                        assert_eq!(out, expected, "{scheme:?} depth {depth} column {column}");
+                        turned.column(column, &mut out);
+                        out.reverse();
+                        assert_eq!(out, expected, "{scheme:?} depth {depth} column {column}, turned");
                     }
                 }
             }

@@ -7,6 +7,8 @@
 //! Every operation acts on each lane alone and has one rounding, so an element's bits do not depend on the lane it is in.
 //! [`Simd::sum4`] adds lanes in one fixed order.
 
+use crate::model::decoder::Activation;
+
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -17,6 +19,8 @@ pub(crate) mod portable;
 pub(crate) trait Simd: Copy {
     /// `LANES` f32.
     type F: Copy;
+    /// `LANES` words of 32 bits.
+    type W: Copy;
     /// Elements of a vector.
     const LANES: usize;
     /// Rows of q that share the loaded keys of a tile of scores.
@@ -62,6 +66,14 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `LANES` f16 can be written at `to`.
     unsafe fn store_f16(self, to: *mut u16, value: Self::F);
+    /// # Safety
+    /// `LANES` i8 can be read at `from`.
+    unsafe fn load_i8(self, from: *const i8) -> Self::F;
+    /// Widens finite e4m3 floats.
+    ///
+    /// # Safety
+    /// `LANES` e4m3 can be read at `from`.
+    unsafe fn load_e4m3(self, from: *const u8) -> Self::F;
     /// Splits `LANES` pairs of bf16 into the first and the second of each pair.
     ///
     /// # Safety
@@ -69,6 +81,15 @@ pub(crate) trait Simd: Copy {
     unsafe fn load_bf16_pairs(self, from: *const u32) -> (Self::F, Self::F);
     /// Rounds to the nearest bf16, ties to even, and keeps it as f32.
     fn round_bf16(self, value: Self::F) -> Self::F;
+    /// # Safety
+    /// `LANES` words can be read at `from`, at any alignment.
+    unsafe fn load_words(self, from: *const u32) -> Self::W;
+    /// Four bits of each word, as a number `0 ..= 15`; `index` 0 are the lowest.
+    fn nibble(self, words: Self::W, index: usize) -> Self::F;
+    /// A byte of each word, as a number `0 ..= 255`; `index` 0 is the lowest.
+    fn byte(self, words: Self::W, index: usize) -> Self::F;
+    /// A byte of each word, as the finite e4m3 float it is; `index` 0 is the lowest.
+    fn e4m3(self, words: Self::W, index: usize) -> Self::F;
     /// Asks for a cache line that will be read soon; any address will do.
     fn prefetch(self, at: *const u8);
 }
@@ -111,9 +132,75 @@ pub(crate) fn exp2<S: Simd>(simd: S, x: S::F) -> S::F {
     simd.mul(sum, simd.pow2(whole))
 }
 
+/// `tanh x`, within 2e-7.
+#[inline(always)]
+pub(crate) fn tanh<S: Simd>(simd: S, x: S::F) -> S::F {
+    let power = exp2(simd, simd.mul(x, simd.splat(2.0 * std::f32::consts::LOG2_E)));
+    simd.sub(simd.splat(1.0), simd.div(simd.splat(2.0), simd.add(simd.splat(1.0), power)))
+}
+
+/// Error function, within 3e-7: the rational approximation of Eigen and XLA (`ErfImpl32`), constant beyond 4.
+#[inline(always)]
+fn erf<S: Simd>(simd: S, x: S::F) -> S::F {
+    const ABOVE: [f32; 7] =
+        [-1.609_603_3e-2, -2.954_6e-3, -7.349_906e-4, -5.692_506_4e-5, -2.101_024e-6, 2.770_681_4e-8, -2.726_142_3e-10];
+    const BELOW: [f32; 5] = [-1.426_473_9e-2, -7.373_329e-3, -1.682_827e-3, -2.133_740_6e-4, -1.456_607_2e-5];
+    let x = simd.min(simd.max(x, simd.splat(-4.0)), simd.splat(4.0));
+    let square = simd.mul(x, x);
+    let polynomial = |coefficients: &[f32]| {
+        let mut sum = simd.splat(0.0);
+        for coefficient in coefficients.iter().rev() {
+            sum = simd.fma(sum, square, simd.splat(*coefficient));
+        }
+        sum
+    };
+    simd.div(simd.mul(x, polynomial(&ABOVE)), polynomial(&BELOW))
+}
+
+/// `x / 2 * (1 + erf(x / sqrt 2))`.
+#[inline(always)]
+fn gelu<S: Simd>(simd: S, x: S::F) -> S::F {
+    let erf = erf(simd, simd.mul(x, simd.splat(std::f32::consts::FRAC_1_SQRT_2)));
+    simd.mul(simd.mul(x, simd.splat(0.5)), simd.add(simd.splat(1.0), erf))
+}
+
+/// `x / 2 * (1 + tanh u)` with `u = sqrt(2 / pi) * (x + 0.044715 x^3)`, which is `x / (1 + e^(-2 u))`.
+#[inline(always)]
+fn gelu_tanh<S: Simd>(simd: S, x: S::F) -> S::F {
+    const SCALE: f32 = -2.0 * 0.797_884_6 * std::f32::consts::LOG2_E;
+    let inner = simd.fma(simd.mul(x, x), simd.splat(0.044_715 * SCALE), simd.splat(SCALE));
+    simd.div(x, simd.add(simd.splat(1.0), exp2(simd, simd.mul(x, inner))))
+}
+
+/// Applies `activation`.
+#[inline(always)]
+pub(crate) fn activate<S: Simd>(simd: S, activation: Activation, x: S::F) -> S::F {
+    match activation {
+        Activation::Silu => silu(simd, x),
+        Activation::Gelu => gelu(simd, x),
+        Activation::GeluTanh => gelu_tanh(simd, x),
+    }
+}
+
+/// Multiplies `floats`, whole vectors, by `scale` and then bends them below `cap`: `cap * tanh(x / cap)`.
+#[inline(always)]
+pub(crate) fn scale_and_cap<S: Simd>(simd: S, floats: &mut [f32], scale: f32, cap: Option<f32>) {
+    let before = cap.map_or(scale, |cap| scale / cap);
+    for vector in floats.chunks_exact_mut(S::LANES) {
+        // SAFETY: a chunk holds a vector.
+        unsafe {
+            let mut value = simd.mul(simd.load(vector.as_ptr()), simd.splat(before));
+            if let Some(cap) = cap {
+                value = simd.mul(tanh(simd, value), simd.splat(cap));
+            }
+            simd.store(vector.as_mut_ptr(), value);
+        }
+    }
+}
+
 /// `x / (1 + e^-x)`.
 #[inline(always)]
-pub(crate) fn silu<S: Simd>(simd: S, x: S::F) -> S::F {
+fn silu<S: Simd>(simd: S, x: S::F) -> S::F {
     let power = exp2(simd, simd.mul(x, simd.splat(-std::f32::consts::LOG2_E)));
     simd.div(x, simd.add(simd.splat(1.0), power))
 }
@@ -132,4 +219,56 @@ pub(crate) fn read<S: Simd>(simd: S, floats: &[f32]) -> f32 {
         }
     }
     largest.into_iter().map(|vector| simd.max_lane(vector)).fold(f32::NEG_INFINITY, f32::max)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{portable::Portable, *};
+
+    /// Applies `function` to one number.
+    fn one(function: impl Fn(Portable, <Portable as Simd>::F) -> <Portable as Simd>::F, x: f32) -> f64 {
+        let mut out = [0.0f32; 16];
+        // SAFETY: an array of 16 holds a vector.
+        unsafe { Portable.store(out.as_mut_ptr(), function(Portable, Portable.splat(x))) };
+        f64::from(out[0])
+    }
+
+    /// The integral of the definition by Simpson's rule.
+    fn exact_erf(x: f64) -> f64 {
+        let (steps, bell) = (400, |t: f64| (-t * t).exp());
+        let width = x / f64::from(steps);
+        let weight = |step: i32| if step == 0 || step == steps { 1.0 } else { f64::from(2 + step % 2 * 2) };
+        let sum: f64 = (0..=steps).map(|step| weight(step) * bell(f64::from(step) * width)).sum();
+        sum * width / 3.0 * std::f64::consts::FRAC_2_SQRT_PI
+    }
+
+    #[test]
+    fn activations_are_as_exact_as_they_say() {
+        for step in -1200..=1200 {
+            let x = step as f32 / 100.0;
+            let wide = f64::from(x);
+            let check = |name: &str, out: f64, expected: f64| {
+                let error = (out - expected).abs();
+                assert!(error <= 5e-7 * wide.abs().max(1.0), "{name}({x}) = {out}, expected {expected}");
+            };
+            check("tanh", one(tanh, x), wide.tanh());
+            check("erf", one(erf, x), exact_erf(wide));
+            let gelu = wide / 2.0 * (1.0 + exact_erf(wide / 2f64.sqrt()));
+            check("gelu", one(|simd, x| activate(simd, Activation::Gelu, x), x), gelu);
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (wide + 0.044715 * wide.powi(3));
+            let tanh = wide / 2.0 * (1.0 + inner.tanh());
+            check("gelu_tanh", one(|simd, x| activate(simd, Activation::GeluTanh, x), x), tanh);
+            check("silu", one(|simd, x| activate(simd, Activation::Silu, x), x), wide / (1.0 + (-wide).exp()));
+        }
+    }
+
+    #[test]
+    fn caps_hold_for_anything() {
+        let mut logits = [0.0, 1.0, -1e30, 1e30, f32::INFINITY, 6.0, -6.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
+        scale_and_cap(Portable, &mut logits, 0.5, Some(3.0));
+        let expected = [0.0, 0.4954214, -3.0, 3.0, 3.0, 2.2847825, -2.2847825, 0.2494229];
+        for (logit, expected) in logits.iter().zip(expected) {
+            assert!((logit - expected).abs() < 2e-6, "{logit}, expected {expected}");
+        }
+    }
 }

@@ -3,8 +3,12 @@
 use super::{
     checkpoint::ElementType,
     decoder::Decoder,
+    experts::Mixture,
+    latent::LatentShape,
     rope::Rope,
-    weights::{Embedding, Layer, Linear, Weights},
+    weights::{
+        Attention, Dense, Embedding, Experts, HeadAttention, Latent, Layer, Linear, LowRank, Mlp, Norm, Weights,
+    },
 };
 use crate::{
     Error,
@@ -30,12 +34,44 @@ pub struct ModelShape {
     pub kv_heads: usize,
     /// Elements of a head.
     pub head_dim: usize,
+    /// Latent attention instead of keys and values for each head; `kv_heads` and `head_dim` are then of no consequence.
+    pub latent: Option<LatentRanks>,
+    /// Experts in all layers but the first, which is dense.
+    pub experts: Option<ExpertShape>,
     /// Biases on q, k and v.
     pub qkv_bias: bool,
     /// Longest sequence.
     pub max_position: usize,
     /// Element type of the weights.
     pub dtype: ElementType,
+}
+
+/// Experts of a [`ModelShape`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExpertShape {
+    /// Experts of a layer.
+    pub count: usize,
+    /// Experts that a token goes to.
+    pub chosen: usize,
+    /// Width between an expert's gate and its down projection.
+    pub intermediate: usize,
+    /// The same of what every token goes through; 0 = nothing.
+    pub shared: usize,
+}
+
+/// Latent attention of a [`ModelShape`]; all are even.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LatentRanks {
+    /// Of what queries are made from; `None` = the residual stream.
+    pub query: Option<usize>,
+    /// Of the latent that keys and values are made from.
+    pub key_value: usize,
+    /// Of a head's query that is not rotated.
+    pub plain: usize,
+    /// Of a head's query that is rotated, and of the rotated key.
+    pub rope: usize,
+    /// Of a head's value.
+    pub value: usize,
 }
 
 impl ModelShape {
@@ -50,6 +86,8 @@ impl ModelShape {
             heads: 32,
             kv_heads: 8,
             head_dim: 64,
+            latent: None,
+            experts: None,
             qkv_bias: false,
             max_position: 131_072,
             dtype: ElementType::Bf16,
@@ -67,32 +105,62 @@ impl ModelShape {
             heads: 14,
             kv_heads: 2,
             head_dim: 64,
+            latent: None,
+            experts: None,
             qkv_bias: true,
             max_position: 32_768,
             dtype: ElementType::Bf16,
         }
     }
 
-    pub(super) fn decoder(&self) -> Decoder {
-        Decoder {
-            architecture: format!("random {}", self.name),
-            vocab_size: self.vocab_size,
-            hidden: self.hidden,
-            intermediate: self.intermediate,
-            heads: self.heads,
-            kv_heads: self.kv_heads,
-            head_dim: self.head_dim,
-            max_position: self.max_position,
-            norm_eps: 1e-5,
-            qkv_bias: self.qkv_bias,
-            output_bias: false,
-            mlp_bias: false,
-            qk_norm: false,
-            tied_head: true,
-            rope: Rope::plain(500_000.0, self.head_dim),
-            windows: vec![None; self.layers],
-            eos: Vec::new(),
+    /// Five of the 48 layers of Qwen3 30B-A3B, one of them dense: 2.9 G parameters of which a token uses 0.6 G.
+    pub fn qwen3_moe() -> Self {
+        Self {
+            name: "qwen3-moe-5-layers",
+            vocab_size: 151_936,
+            hidden: 2048,
+            intermediate: 6144,
+            layers: 5,
+            heads: 32,
+            kv_heads: 4,
+            head_dim: 128,
+            latent: None,
+            experts: Some(ExpertShape { count: 128, chosen: 8, intermediate: 768, shared: 0 }),
+            qkv_bias: false,
+            max_position: 32_768,
+            dtype: ElementType::Bf16,
         }
+    }
+
+    pub(super) fn decoder(&self) -> Result<Decoder, Error> {
+        let config = serde_json::json!({
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.max_position,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 5e5,
+            "tie_word_embeddings": true,
+        });
+        let mut decoder = Decoder::parse(&config).map_err(|problem| Error::setting("shape", problem))?;
+        decoder.architecture = format!("random {}", self.name);
+        decoder.qkv_bias = self.qkv_bias;
+        if let Some(ranks) = &self.latent {
+            let shape = ranks.shape();
+            decoder.ropes = vec![Rope::plain(5e5, shape.rope)];
+            decoder.score_scale = shape.score_scale(&config);
+            (decoder.kv_heads, decoder.head_dim, decoder.latent) = (1, shape.key(), Some(shape));
+        }
+        decoder.mixture = self.experts.as_ref().map(|ExpertShape { count, chosen, intermediate, shared }| {
+            let layers = (0..self.layers).map(|layer| layer > 0).collect();
+            Mixture::random(*count, *chosen, *intermediate, *shared, layers)
+        });
+        Ok(decoder)
     }
 
     /// Fills all weights from `seed`.
@@ -102,26 +170,31 @@ impl ModelShape {
         let ones = || {
             let mut weight = vec![1.0; self.hidden];
             weight.resize(self.hidden.next_multiple_of(PANEL), 0.0);
-            weight
+            Norm { weight, bias: None }
         };
-        let layer = |_| {
-            let mut qkv = filler.linear(qkv_dim, self.hidden)?;
-            qkv.bias = self.qkv_bias.then(|| vec![[0.01; PANEL]; qkv.packed.panels()]);
+        let layer = |layer: usize| {
             Ok(Layer {
-                attention_norm: ones(),
-                qkv,
-                head_norms: None,
-                output: filler.linear(self.hidden, self.heads * self.head_dim)?,
-                mlp_norm: ones(),
-                gate_up: filler.linear(2 * self.intermediate, self.hidden)?,
-                down: filler.linear(self.hidden, self.intermediate)?,
+                attention_norm: Some(ones()),
+                attention: match &self.latent {
+                    None => Attention::Heads(filler.heads(self, qkv_dim)?),
+                    Some(ranks) => Attention::Latent(filler.latent(self, &ranks.shape())?),
+                },
+                attention_post_norm: None,
+                mlp_norm: Some(ones()),
+                mlp: match &self.experts {
+                    Some(experts) if layer > 0 => Mlp::Experts(filler.experts(self.hidden, experts)?),
+                    _ => Mlp::Dense(filler.dense(self.hidden, self.intermediate)?),
+                },
+                mlp_post_norm: None,
             })
         };
         let layers = (0..self.layers).map(layer).collect::<Result<_, Error>>()?;
         let head = filler.linear(self.vocab_size, self.hidden)?;
         Ok(Weights {
-            dtype: self.dtype,
+            dtype: self.dtype.name().to_owned(),
+            stored: self.dtype,
             embedding: Embedding::Tied,
+            embedding_scale: 1.0,
             layers,
             final_norm: ones(),
             head,
@@ -137,7 +210,62 @@ struct Filler {
     parameters: u64,
 }
 
+impl LatentRanks {
+    fn shape(&self) -> LatentShape {
+        let LatentRanks { query: query_rank, key_value: rank, plain, rope, value } = *self;
+        LatentShape { query_rank, rank, plain, rope, value }
+    }
+}
+
 impl Filler {
+    fn heads(&mut self, shape: &ModelShape, qkv_dim: usize) -> Result<HeadAttention, Error> {
+        let mut qkv = self.linear(qkv_dim, shape.hidden)?;
+        qkv.bias = shape.qkv_bias.then(|| vec![[0.01; PANEL]; qkv.packed.panels()]);
+        let output = self.linear(shape.hidden, shape.heads * shape.head_dim)?;
+        Ok(HeadAttention { qkv, head_norms: None, output })
+    }
+
+    fn latent(&mut self, shape: &ModelShape, latent: &LatentShape) -> Result<Latent, Error> {
+        let queries = shape.heads * latent.query();
+        let query = match latent.query_rank {
+            Some(rank) => Some(LowRank { norm: vec![1.0; rank], up: self.linear(queries, rank)? }),
+            None => None,
+        };
+        Ok(Latent {
+            entry: self.linear(latent.query_rank.unwrap_or(queries) + latent.key(), shape.hidden)?,
+            query,
+            norm: vec![1.0; latent.rank],
+            key: self.blocks(shape.heads, latent.rank, latent.plain)?,
+            value: self.blocks(shape.heads, latent.value, latent.rank)?,
+            output: self.linear(shape.hidden, shape.heads * latent.value)?,
+        })
+    }
+
+    fn dense(&mut self, hidden: usize, intermediate: usize) -> Result<Dense, Error> {
+        Ok(Dense { gate_up: self.linear(2 * intermediate, hidden)?, down: self.linear(hidden, intermediate)? })
+    }
+
+    fn experts(&mut self, hidden: usize, experts: &ExpertShape) -> Result<Experts, Error> {
+        Ok(Experts {
+            router: self.linear(experts.count, hidden)?,
+            correction: None,
+            gate_up: self.blocks(experts.count, 2 * experts.intermediate, hidden)?,
+            down: self.blocks(experts.count, hidden, experts.intermediate)?,
+            shared: match experts.shared {
+                0 => None,
+                width => Some(self.dense(hidden, width)?),
+            },
+        })
+    }
+
+    /// Makes `count` matrices, each on panels of its own.
+    fn blocks(&mut self, count: usize, outputs: usize, inputs: usize) -> Result<Linear, Error> {
+        let whole = outputs.next_multiple_of(PANEL);
+        let linear = self.linear(count * whole, inputs)?;
+        self.parameters -= (count * (whole - outputs) * inputs) as u64;
+        Ok(linear)
+    }
+
     /// Makes a matrix of elements of either sign around `1 / sqrt(inputs)`, which keeps activations in range.
     ///
     /// Columns beyond `outputs` are as random as the others; nobody reads their sums.
@@ -195,6 +323,8 @@ mod tests {
                 heads: 6,
                 kv_heads: 2,
                 head_dim: 16,
+                latent: None,
+                experts: None,
                 qkv_bias: true,
                 max_position: 128,
                 dtype,
@@ -209,8 +339,15 @@ mod tests {
             let tokens: Vec<u32> = (0..50).collect();
             let pages: Vec<PageId> = (0..4).map(PageId).collect();
             let sampling = Sampling::default();
-            let sample = Sample { sampling: &sampling, history: &tokens, prompt_tokens: 50, forbidden: &[] };
-            let row = Row { tokens: &tokens, start: 0, pages: &pages, sample: Some(sample) };
+            let sample = Sample {
+                sampling: &sampling,
+                history: &tokens,
+                prompt_tokens: 50,
+                forbidden: &[],
+                min_tokens: 0,
+                grammar: None,
+            };
+            let row = Row { tokens: &tokens, start: 0, pages: &pages, sample: Some(sample), ..Row::default() };
             engine.step(&[row], &mut |_| {}).expect("a good row");
             let logits = engine.logits(0).expect("sampled");
             let largest = logits.iter().fold(0.0f32, |max, logit| max.max(logit.abs()));

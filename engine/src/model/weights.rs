@@ -2,12 +2,15 @@
 
 use crate::{
     Error, LoadProgress,
-    cpu::packed::{PANEL, Packed, StoredRow},
+    cpu::packed::{PANEL, Packed, WeightType},
     model::{
-        checkpoint::{Checkpoint, ElementType, Tensor},
-        decoder::Decoder,
+        checkpoint::{Checkpoint, ElementType},
+        decoder::{Decoder, QkNorm, QkvNames, UpNames},
+        packer::{Matrix, Packer, Source},
+        quantized::{Quantization, Quantize},
     },
 };
+use std::sync::Arc;
 
 /// A linear map: packed weights and, where the model has them, biases.
 #[derive(Debug)]
@@ -17,20 +20,133 @@ pub(crate) struct Linear {
     pub(crate) bias: Option<Vec<[f32; PANEL]>>,
 }
 
-/// One block of the decoder.
+/// A norm of the residual stream's width.
+#[derive(Debug)]
+pub(crate) struct Norm {
+    /// `[hidden]`, zeros up to a whole panel.
+    pub(crate) weight: Vec<f32>,
+    /// As long.
+    pub(crate) bias: Option<Vec<f32>>,
+}
+
+/// One block of the decoder. A norm that is not there leaves things as they are.
 #[derive(Debug)]
 pub(crate) struct Layer {
-    /// `[hidden]`, zeros up to a whole panel.
-    pub(crate) attention_norm: Vec<f32>,
+    pub(crate) attention_norm: Option<Norm>,
+    pub(crate) attention: Attention,
+    /// Of what attention gives, before it is added to the residual.
+    pub(crate) attention_post_norm: Option<Norm>,
+    pub(crate) mlp_norm: Option<Norm>,
+    pub(crate) mlp: Mlp,
+    /// Of what the MLP gives, before it is added to the residual.
+    pub(crate) mlp_post_norm: Option<Norm>,
+}
+
+impl Layer {
+    /// Returns all linears of the block.
+    fn linears(&self) -> impl Iterator<Item = &Linear> {
+        let mut linears = match &self.attention {
+            Attention::Heads(HeadAttention { qkv, output, .. }) => vec![qkv, output],
+            Attention::Latent(Latent { entry, query, key, value, output, .. }) => {
+                let up = query.as_ref().map(|query| &query.up);
+                [entry, key, value, output].into_iter().chain(up).collect()
+            }
+        };
+        match &self.mlp {
+            Mlp::Dense(Dense { gate_up, down }) => linears.extend([gate_up, down]),
+            Mlp::Plain(Plain { up, down }) => linears.extend([up, down]),
+            Mlp::Experts(Experts { router, gate_up, down, shared, .. }) => {
+                linears.extend([router, gate_up, down]);
+                linears.extend(shared.iter().flat_map(|Dense { gate_up, down }| [gate_up, down]));
+            }
+        }
+        linears.into_iter()
+    }
+}
+
+/// How a block attends.
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "one for each layer, made once and never moved")]
+pub(crate) enum Attention {
+    /// Keys and values of their own for each head or group of heads.
+    Heads(HeadAttention),
+    /// One latent for all heads.
+    Latent(Latent),
+}
+
+/// Attention with keys and values for each head or group of heads.
+#[derive(Debug)]
+pub(crate) struct HeadAttention {
     /// q, k and v side by side.
     pub(crate) qkv: Linear,
-    /// Norms of the heads of q and of k, `[head_dim]`.
+    /// Norms of the heads of q and of k: `[head_dim]` for each alike, or `[heads * head_dim]`.
     pub(crate) head_norms: Option<(Vec<f32>, Vec<f32>)>,
     pub(crate) output: Linear,
-    /// `[hidden]`, zeros up to a whole panel.
-    pub(crate) mlp_norm: Vec<f32>,
+}
+
+/// Latent attention of one block ([`super::latent`]).
+#[derive(Debug)]
+pub(crate) struct Latent {
+    /// What queries are made from, or the queries themselves, and the latent with the rotated key, side by side.
+    pub(crate) entry: Linear,
+    /// What makes queries, where they do not come from the residual stream directly.
+    pub(crate) query: Option<LowRank>,
+    /// Norm of the latent, `[rank]`.
+    pub(crate) norm: Vec<f32>,
+    /// Head by head from the plain part of a query to the latents.
+    pub(crate) key: Linear,
+    /// Head by head from the latents to values.
+    pub(crate) value: Linear,
+    pub(crate) output: Linear,
+}
+
+/// A norm and the linear that leads out of a narrow space.
+#[derive(Debug)]
+pub(crate) struct LowRank {
+    /// `[rank]`.
+    pub(crate) norm: Vec<f32>,
+    pub(crate) up: Linear,
+}
+
+/// What follows attention in a block.
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "one for each layer, made once and never moved")]
+pub(crate) enum Mlp {
+    /// One gated pair for all tokens.
+    Dense(Dense),
+    /// One pair without a gate.
+    Plain(Plain),
+    /// Many gated pairs, of which each token uses a few.
+    Experts(Experts),
+}
+
+/// Gated pairs of which every token uses a few, chosen by its scores.
+#[derive(Debug)]
+pub(crate) struct Experts {
+    /// One score for each expert.
+    pub(crate) router: Linear,
+    /// Added to the scores that experts are chosen by, `[experts]`.
+    pub(crate) correction: Option<Vec<f32>>,
+    /// As in [`Dense`], one expert's panels after the other's.
+    pub(crate) gate_up: Linear,
+    /// One expert's panels after the other's.
+    pub(crate) down: Linear,
+    /// What every token goes through as well.
+    pub(crate) shared: Option<Dense>,
+}
+
+/// A gated linear and the one that leads back.
+#[derive(Debug)]
+pub(crate) struct Dense {
     /// Panels of 32 gate columns and the 32 up columns that belong to them.
     pub(crate) gate_up: Linear,
+    pub(crate) down: Linear,
+}
+
+/// A linear with an activation and the one that leads back.
+#[derive(Debug)]
+pub(crate) struct Plain {
+    pub(crate) up: Linear,
     pub(crate) down: Linear,
 }
 
@@ -39,6 +155,8 @@ pub(crate) struct Layer {
 pub(crate) enum Embedding {
     /// In the head's packed weights, which are the same: a look-up is a stride through a panel instead of half a GiB twice.
     Tied,
+    /// In panels of its own, because it is quantised and the head is another matrix.
+    Packed(Packed),
     /// In rows as stored, `[vocab][hidden]`.
     Rows { dtype: ElementType, bytes: Vec<u8> },
 }
@@ -46,11 +164,15 @@ pub(crate) enum Embedding {
 /// All weights of a decoder.
 #[derive(Debug)]
 pub(crate) struct Weights {
-    pub(crate) dtype: ElementType,
+    /// Element type for people: `bf16`, `int4 (gptq, group 32)`.
+    pub(crate) dtype: String,
+    /// Element type of what the checkpoint keeps as floats; f32 when its matrices are quantised or differ.
+    pub(crate) stored: ElementType,
     pub(crate) embedding: Embedding,
+    /// What embeddings are multiplied by.
+    pub(crate) embedding_scale: f32,
     pub(crate) layers: Vec<Layer>,
-    /// `[hidden]`, zeros up to a whole panel.
-    pub(crate) final_norm: Vec<f32>,
+    pub(crate) final_norm: Norm,
     pub(crate) head: Linear,
     /// Parameters.
     pub(crate) parameters: u64,
@@ -61,220 +183,196 @@ impl Weights {
     pub(crate) fn embed(&self, token: usize, out: &mut [f32]) {
         match &self.embedding {
             Embedding::Tied => self.head.packed.column(token, out),
+            Embedding::Packed(packed) => packed.column(token, out),
             Embedding::Rows { dtype, bytes } => {
                 let stride = out.len() * dtype.bytes();
                 let row = &bytes[token * stride..][..stride];
                 out.iter_mut().enumerate().for_each(|(index, out)| *out = dtype.get(row, index));
             }
         }
+        if self.embedding_scale != 1.0 {
+            out.iter_mut().for_each(|value| *value *= self.embedding_scale);
+        }
+    }
+
+    /// Returns all linears.
+    fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.layers.iter().flat_map(Layer::linears).chain([&self.head])
+    }
+
+    /// Returns how the weights of each linear are kept.
+    pub(crate) fn types(&self) -> impl Iterator<Item = WeightType> {
+        self.linears().map(|linear| linear.packed.weights())
     }
 
     /// Returns the bytes of all packed weights and of the embedding.
     pub(crate) fn bytes(&self) -> u64 {
-        let linears = self.layers.iter().flat_map(|layer| [&layer.qkv, &layer.output, &layer.gate_up, &layer.down]);
-        let packed: usize = linears.chain([&self.head]).map(|linear| linear.packed.bytes()).sum();
+        let packed: usize = self.linears().map(|linear| linear.packed.bytes()).sum();
         let rows = match &self.embedding {
             Embedding::Tied => 0,
+            Embedding::Packed(packed) => packed.bytes(),
             Embedding::Rows { bytes, .. } => bytes.len(),
         };
         (packed + rows) as u64
     }
 
-    /// Packs the tensors of `checkpoint` that `decoder` names.
+    /// Packs the tensors of `checkpoint` that `decoder` names: quantised as `quantization` says, or as `quantize` asks.
     pub(crate) fn pack(
         decoder: &Decoder,
         checkpoint: &Checkpoint,
+        quantization: Option<&Quantization>,
+        quantize: Option<Quantize>,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, Error> {
-        Packer::new(decoder, checkpoint, progress)?.pack()
+        Packer::new(decoder, checkpoint, quantization, quantize, progress).pack()
     }
 }
 
-/// Packs one checkpoint, counting as it goes.
-struct Packer<'a> {
-    decoder: &'a Decoder,
-    checkpoint: &'a Checkpoint,
-    progress: &'a mut dyn FnMut(LoadProgress),
-    state: LoadProgress,
-    parameters: u64,
-    dtype: ElementType,
-    threads: usize,
-}
-
-/// A matrix that is part of a packed one: rows `[outputs]` of the model's input width, and biases.
-#[derive(Clone)]
-struct Source<'a> {
-    tensor: Tensor<'a>,
-    outputs: usize,
-    bias: Option<Vec<f32>>,
-}
-
-impl<'a> Packer<'a> {
-    fn new(
-        decoder: &'a Decoder,
-        checkpoint: &'a Checkpoint,
-        progress: &'a mut dyn FnMut(LoadProgress),
-    ) -> Result<Self, Error> {
-        let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
-        let state = LoadProgress { done: 0, total: checkpoint.total_bytes() };
-        let mut packer = Self { decoder, checkpoint, progress, state, parameters: 0, dtype: ElementType::F32, threads };
-        packer.dtype = packer.common_dtype()?;
-        (packer.progress)(state);
-        Ok(packer)
-    }
-
-    /// Returns the type of all matrices, or f32, which holds any, when they differ.
-    fn common_dtype(&self) -> Result<ElementType, Error> {
-        let decoder = self.decoder;
-        let (hidden, inner) = (decoder.hidden, decoder.intermediate);
-        let mut dtypes = vec![self.checkpoint.tensor(EMBEDDING, &[decoder.vocab_size, hidden])?.dtype];
-        for layer in 0..decoder.layers() {
-            for (name, shape) in [
-                ("self_attn.q_proj", [decoder.query_dim(), hidden]),
-                ("self_attn.k_proj", [decoder.kv_dim(), hidden]),
-                ("self_attn.v_proj", [decoder.kv_dim(), hidden]),
-                ("self_attn.o_proj", [hidden, decoder.query_dim()]),
-                ("mlp.gate_proj", [inner, hidden]),
-                ("mlp.up_proj", [inner, hidden]),
-                ("mlp.down_proj", [hidden, inner]),
-            ] {
-                dtypes.push(self.checkpoint.tensor(&format!("model.layers.{layer}.{name}.weight"), &shape)?.dtype);
-            }
-        }
-        let first = dtypes[0];
-        Ok(if dtypes.iter().all(|dtype| *dtype == first) { first } else { ElementType::F32 })
-    }
-
+impl Packer<'_> {
     fn pack(mut self) -> Result<Weights, Error> {
-        let layers = (0..self.decoder.layers()).map(|layer| self.layer(layer)).collect::<Result<_, _>>()?;
-        let final_norm = self.norm("model.norm.weight")?;
-        let (embedding, head) = self.ends()?;
+        let (decoder, root) = (self.decoder, self.root());
+        let layers = (0..decoder.layers()).map(|layer| self.layer(root, layer)).collect::<Result<_, _>>()?;
+        let final_norm = self.norm(&format!("{root}.{}", decoder.names.final_norm))?;
+        let (embedding, head) = self.ends(root)?;
         (self.progress)(LoadProgress { done: self.state.total, ..self.state });
-        Ok(Weights { dtype: self.dtype, embedding, layers, final_norm, head, parameters: self.parameters })
+        let (dtype, stored) = match (self.quantization, self.quantize) {
+            (Some(quantization), _) => (quantization.describe(), ElementType::F32),
+            (None, Some(quantize)) => (format!("{quantize} (quantised from {})", self.dtype.name()), self.dtype),
+            (None, None) => (self.dtype.name().to_owned(), self.dtype),
+        };
+        // The reference multiplies in the weights' own type, whose idea of the root this is.
+        let embedding_scale =
+            if decoder.scaled_embedding { self.dtype.round((decoder.hidden as f32).sqrt()) } else { 1.0 };
+        Ok(Weights { dtype, stored, embedding, embedding_scale, layers, final_norm, head, parameters: self.parameters })
     }
 
-    fn layer(&mut self, layer: usize) -> Result<Layer, Error> {
-        let decoder = self.decoder;
-        let (hidden, inner) = (decoder.hidden, decoder.intermediate);
-        let name = |part: &str| format!("model.layers.{layer}.{part}");
+    /// Returns what stands before the names of the decoder's tensors.
+    fn root(&self) -> &'static str {
+        let names = &self.decoder.names;
+        let found = names.roots.iter().find(|root| self.checkpoint.has(&format!("{root}.{}.weight", names.embedding)));
+        // Without any, reading the embedding says that it is missing.
+        found.unwrap_or(&names.roots[0])
+    }
 
-        let q = self.source(&name("self_attn.q_proj"), decoder.query_dim(), hidden, decoder.qkv_bias)?;
-        let k = self.source(&name("self_attn.k_proj"), decoder.kv_dim(), hidden, decoder.qkv_bias)?;
-        let v = self.source(&name("self_attn.v_proj"), decoder.kv_dim(), hidden, decoder.qkv_bias)?;
-        let output = self.source(&name("self_attn.o_proj"), hidden, decoder.query_dim(), decoder.output_bias)?;
-        let gate = self.source(&name("mlp.gate_proj"), inner, hidden, decoder.mlp_bias)?;
-        let up = self.source(&name("mlp.up_proj"), inner, hidden, decoder.mlp_bias)?;
-        let down = self.source(&name("mlp.down_proj"), hidden, inner, decoder.mlp_bias)?;
-
-        let head_norms = if decoder.qk_norm {
-            let mut norm =
-                |which: &str| self.vector(&name(&format!("self_attn.{which}_norm.weight")), decoder.head_dim);
-            Some((norm("q")?, norm("k")?))
-        } else {
-            None
+    fn layer(&mut self, root: &str, layer: usize) -> Result<Layer, Error> {
+        let names = self.decoder.names;
+        let name = |part: &str| format!("{root}.{}.{layer}.{part}", names.layers);
+        let attention = match &self.decoder.latent {
+            None => Attention::Heads(self.heads(&name)?),
+            Some(shape) => Attention::Latent(self.latent(&name, shape)?),
         };
+        let mlp = match &self.decoder.mixture {
+            Some(mixture) if mixture.layers[layer] => Mlp::Experts(self.experts(&name, mixture)?),
+            _ => self.mlp(&name)?,
+        };
+        let mut norm = |part: Option<&str>| part.map(|part| self.norm(&name(part))).transpose();
         Ok(Layer {
-            attention_norm: self.norm(&name("input_layernorm.weight"))?,
-            qkv: self.side_by_side(&[q, k, v], hidden)?,
-            head_norms,
-            output: self.side_by_side(&[output], decoder.query_dim())?,
-            mlp_norm: self.norm(&name("post_attention_layernorm.weight"))?,
-            gate_up: self.interleaved(&gate, &up, hidden)?,
-            down: self.side_by_side(&[down], inner)?,
+            attention_norm: norm(names.attention_norm)?,
+            attention,
+            attention_post_norm: norm(names.attention_post_norm)?,
+            mlp_norm: norm(names.mlp_norm)?,
+            mlp,
+            mlp_post_norm: norm(names.mlp_post_norm)?,
         })
     }
 
-    /// Packs what stands at both ends: the embedding and the head.
-    fn ends(&mut self) -> Result<(Embedding, Linear), Error> {
-        let (vocab, hidden) = (self.decoder.vocab_size, self.decoder.hidden);
-        let stored = self.checkpoint.tensor(EMBEDDING, &[vocab, hidden])?;
-        self.parameters += (vocab * hidden) as u64;
-        if self.decoder.tied_head {
-            let source = Source { tensor: stored, outputs: vocab, bias: None };
-            return Ok((Embedding::Tied, self.side_by_side(&[source], hidden)?));
-        }
-        let embedding = Embedding::Rows { dtype: stored.dtype, bytes: stored.bytes.to_vec() };
-        self.count(stored.bytes.len());
-        let head = self.source("lm_head", vocab, hidden, false)?;
-        Ok((embedding, self.side_by_side(&[head], hidden)?))
+    fn heads(&mut self, name: &dyn Fn(&str) -> String) -> Result<HeadAttention, Error> {
+        let decoder = self.decoder;
+        let (hidden, q_dim, kv_dim, bias) = (decoder.hidden, decoder.query_dim(), decoder.kv_dim(), decoder.qkv_bias);
+        let qkv = match decoder.names.qkv {
+            QkvNames::Apart { q, k, v } => vec![
+                self.source(&name(q), q_dim, hidden, bias)?,
+                self.source(&name(k), kv_dim, hidden, bias)?,
+                self.source(&name(v), kv_dim, hidden, bias)?,
+            ],
+            QkvNames::Fused(qkv) => vec![self.source(&name(qkv), q_dim + 2 * kv_dim, hidden, bias)?],
+            QkvNames::ByHead(qkv) => {
+                let (dim, heads) = (decoder.head_dim, decoder.heads);
+                let all = self.source(&name(qkv), 3 * q_dim, hidden, bias)?;
+                let part = |index: usize| all.part(index % heads * 3 * dim + index / heads * dim, dim);
+                (0..3 * heads).map(part).collect()
+            }
+        };
+        let head_norms = match decoder.qk_norm {
+            QkNorm::None => None,
+            _ => Some((
+                self.head_norm(&name("self_attn.q_norm.weight"), decoder.heads)?,
+                self.head_norm(&name("self_attn.k_norm.weight"), decoder.kv_heads)?,
+            )),
+        };
+        let output = self.source(&name(decoder.names.output), hidden, q_dim, decoder.output_bias)?;
+        Ok(HeadAttention {
+            qkv: self.side_by_side(&qkv, hidden)?,
+            head_norms,
+            output: self.side_by_side(&[output], q_dim)?,
+        })
     }
 
-    fn source(&mut self, name: &str, outputs: usize, inputs: usize, bias: bool) -> Result<Source<'a>, Error> {
-        let tensor = self.checkpoint.tensor(&format!("{name}.weight"), &[outputs, inputs])?;
-        let bias = if bias { Some(self.vector(&format!("{name}.bias"), outputs)?) } else { None };
-        self.parameters += (outputs * inputs) as u64;
-        Ok(Source { tensor, outputs, bias })
-    }
-
-    fn vector(&mut self, name: &str, length: usize) -> Result<Vec<f32>, Error> {
-        let tensor = self.checkpoint.tensor(name, &[length])?;
-        self.parameters += length as u64;
-        self.count(tensor.bytes.len());
-        Ok(tensor.to_f32())
-    }
-
-    fn norm(&mut self, name: &str) -> Result<Vec<f32>, Error> {
-        let mut weight = self.vector(name, self.decoder.hidden)?;
-        weight.resize(self.decoder.hidden.next_multiple_of(PANEL), 0.0);
+    fn head_norm(&mut self, name: &str, heads: usize) -> Result<Vec<f32>, Error> {
+        let dim = self.decoder.head_dim;
+        let shape: &[usize] = match self.decoder.qk_norm {
+            QkNorm::None | QkNorm::Head => &[dim],
+            QkNorm::EachHead => &[heads, dim],
+            QkNorm::Whole => &[heads * dim],
+        };
+        let mut weight = self.floats(name, shape)?;
+        weight.iter_mut().for_each(|weight| *weight += self.decoder.norm_offset);
         Ok(weight)
     }
 
-    /// Packs matrices so that their outputs follow each other.
-    fn side_by_side(&mut self, sources: &[Source<'_>], inputs: usize) -> Result<Linear, Error> {
-        let outputs: usize = sources.iter().map(|source| source.outputs).sum();
-        let column = |mut column: usize| {
-            sources.iter().find_map(|source| {
-                if column >= source.outputs {
-                    column -= source.outputs;
-                    return None;
-                }
-                Some((source, column))
-            })
+    fn mlp(&mut self, name: &dyn Fn(&str) -> String) -> Result<Mlp, Error> {
+        let decoder = self.decoder;
+        let (hidden, inner, bias) = (decoder.hidden, decoder.intermediate, decoder.mlp_bias);
+        let (gate, up) = match decoder.names.up {
+            UpNames::Gated { gate, up } => {
+                (self.source(&name(gate), inner, hidden, bias)?, self.source(&name(up), inner, hidden, bias)?)
+            }
+            UpNames::Fused(gate_up) => {
+                let both = self.source(&name(gate_up), 2 * inner, hidden, bias)?;
+                (both.part(0, inner), both.part(inner, inner))
+            }
+            UpNames::Plain(up) => {
+                let up = self.source(&name(up), inner, hidden, bias)?;
+                let up = self.side_by_side(&[up], hidden)?;
+                return Ok(Mlp::Plain(Plain { up, down: self.down(name)? }));
+            }
         };
-        self.linear(sources, outputs.div_ceil(PANEL), inputs, &column)
+        let gate_up = self.interleaved(&gate, &up, hidden)?;
+        Ok(Mlp::Dense(Dense { gate_up, down: self.down(name)? }))
     }
 
-    /// Packs gate and up so that a panel holds 32 columns of each.
-    fn interleaved(&mut self, gate: &Source<'_>, up: &Source<'_>, inputs: usize) -> Result<Linear, Error> {
-        let sources = [gate.clone(), up.clone()];
-        let column = |column: usize| {
-            let index = column / PANEL * (PANEL / 2) + column % (PANEL / 2);
-            let source = &sources[column % PANEL / (PANEL / 2)];
-            (index < source.outputs).then_some((source, index))
-        };
-        self.linear(&sources, gate.outputs.div_ceil(PANEL / 2), inputs, &column)
+    fn down(&mut self, name: &dyn Fn(&str) -> String) -> Result<Linear, Error> {
+        let decoder = self.decoder;
+        let (hidden, inner) = (decoder.hidden, decoder.intermediate);
+        let down = self.source(&name(decoder.names.down), hidden, inner, decoder.mlp_bias)?;
+        self.side_by_side(&[down], inner)
     }
 
-    /// Packs `panels` panels; `column` says which output of which source a column is.
-    fn linear<'b>(
-        &mut self,
-        sources: &[Source<'b>],
-        panels: usize,
-        inputs: usize,
-        column: &(dyn Fn(usize) -> Option<(&'b Source<'b>, usize)> + Sync),
-    ) -> Result<Linear, Error>
-    where
-        'a: 'b,
-    {
-        let row = |index: usize| {
-            let (source, output) = column(index)?;
-            Some(StoredRow { dtype: source.tensor.dtype, bytes: source.tensor.row(output, inputs) })
+    /// Packs what stands at both ends: the embedding and the head.
+    fn ends(&mut self, root: &str) -> Result<(Embedding, Linear), Error> {
+        let (vocab, hidden, names) = (self.decoder.vocab_size, self.decoder.hidden, self.decoder.names);
+        let name = format!("{root}.{}", names.embedding);
+        let stored = match self.checkpoint.blocks(&format!("{name}.weight"), [vocab, hidden])? {
+            Some(blocks) => Matrix::Quantized(Arc::new(blocks)),
+            None => Matrix::Float(self.checkpoint.tensor(&format!("{name}.weight"), &[vocab, hidden])?),
         };
-        let packed = Packed::pack(self.dtype, panels, inputs, self.threads, &row)?;
-        let bias_of = |index: usize| column(index).and_then(|(source, output)| Some(source.bias.as_ref()?[output]));
-        let has_bias = sources.iter().any(|source| source.bias.is_some());
-        let bias = has_bias.then(|| {
-            let panel = |panel: usize| std::array::from_fn(|lane| bias_of(panel * PANEL + lane).unwrap_or(0.0));
-            (0..panels).map(panel).collect()
-        });
-        self.count(sources.iter().map(|source| source.tensor.bytes.len()).sum());
-        Ok(Linear { packed, bias })
-    }
-
-    fn count(&mut self, bytes: usize) {
-        self.state.done += bytes as u64;
-        (self.progress)(self.state);
+        self.parameters += (vocab * hidden) as u64;
+        if self.decoder.tied_head {
+            let source = self.head(&name, stored)?;
+            return Ok((Embedding::Tied, self.side_by_side(&[source], hidden)?));
+        }
+        let embedding = match stored {
+            Matrix::Float(stored) => {
+                self.count(stored.bytes.len());
+                Embedding::Rows { dtype: stored.dtype, bytes: stored.bytes.to_vec() }
+            }
+            Matrix::Quantized(_) => {
+                let source = Source { matrix: stored, outputs: vocab, bias: None };
+                Embedding::Packed(self.side_by_side(&[source], hidden)?.packed)
+            }
+        };
+        let head = self.source_as_stored(names.head, vocab, hidden, false)?;
+        let head = self.head(names.head, head.matrix)?;
+        Ok((embedding, self.side_by_side(&[head], hidden)?))
     }
 }
-
-const EMBEDDING: &str = "model.embed_tokens.weight";

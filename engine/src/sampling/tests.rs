@@ -11,7 +11,18 @@ fn drawn_after(
     prompt_tokens: usize,
     forbidden: &[TokenId],
 ) -> Sampled {
-    draw(logits, &Sample { sampling, history, prompt_tokens, forbidden })
+    try_drawn(logits, sampling, history, prompt_tokens, forbidden).expect("a token")
+}
+
+fn try_drawn(
+    logits: &[f32],
+    sampling: &Sampling,
+    history: &[TokenId],
+    prompt_tokens: usize,
+    forbidden: &[TokenId],
+) -> Result<Sampled, Stuck> {
+    let sample = Sample { sampling, history, prompt_tokens, forbidden, min_tokens: usize::MAX, grammar: None };
+    draw(logits, &sample, None)
 }
 
 fn warm() -> Sampling {
@@ -36,7 +47,6 @@ fn logits_of(probabilities: &[f32]) -> Vec<f32> {
 fn greedy_takes_the_lowest_of_equals_and_ignores_nan() {
     assert_eq!(drawn(&[1.0, 3.0, 3.0, 2.0], &Sampling::default()).token, 1);
     assert_eq!(drawn(&[f32::NAN, 1.0, f32::NAN], &Sampling::default()).token, 1);
-    assert_eq!(drawn(&[f32::NAN, f32::NAN], &warm()).token, 0);
 }
 
 #[test]
@@ -66,7 +76,7 @@ fn cuts_keep_what_they_say() {
 #[test]
 fn a_large_flat_distribution_is_cut_by_mass() {
     let logits = vec![0.0; 5000];
-    let mut kept = candidates(&logits, &Sampling { top_p: 0.5, ..warm() });
+    let mut kept = candidates(&logits, 0, &Sampling { top_p: 0.5, ..warm() });
     assert_eq!(kept.len(), 2500);
     kept.sort_unstable_by_key(|candidate| candidate.token);
     assert_eq!(kept.last().map(|candidate| candidate.token), Some(2499), "ties go to the lower id");
@@ -130,7 +140,10 @@ fn penalties_tell_prompt_from_output() {
     // A negative logit is multiplied, so that a penalty never helps.
     let mut logits = vec![-1.0, -1.05];
     let sampling = Sampling { repetition_penalty: 2.0, ..Sampling::default() };
-    penalise(&mut logits, &Sample { sampling: &sampling, history: &[0], prompt_tokens: 1, forbidden: &[] });
+    penalise(
+        &mut logits,
+        &Sample { sampling: &sampling, history: &[0], prompt_tokens: 1, forbidden: &[], min_tokens: 0, grammar: None },
+    );
     assert_eq!(logits, [-2.0, -1.05]);
 }
 
@@ -173,4 +186,127 @@ fn equal_logits_rank_by_id() {
     assert_eq!(logprobs.rank, 1);
     let tokens: Vec<TokenId> = logprobs.top.iter().map(|(token, _)| *token).collect();
     assert_eq!(tokens, [0, 1, 2]);
+}
+
+/// Returns what may be drawn, or what left nothing.
+fn support_after(
+    logits: &[f32],
+    sampling: &Sampling,
+    history: &[TokenId],
+    mask: Option<&Mask>,
+) -> Result<Vec<TokenId>, Stuck> {
+    let mut seen = Vec::new();
+    for seed in 0..500 {
+        let sampling = Sampling { seed, ..sampling.clone() };
+        let sample =
+            Sample { sampling: &sampling, history, prompt_tokens: 2, forbidden: &[3], min_tokens: 1, grammar: None };
+        seen.push(draw(logits, &sample, mask)?.token);
+    }
+    seen.sort_unstable();
+    seen.dedup();
+    Ok(seen)
+}
+
+/// Every rule alone and with others, where the order or the end of it matters. Five equal tokens; the prompt is two tokens long; token 3 is
+/// forbidden at the first one.
+#[test]
+fn rules_and_their_order() {
+    let flat = [0.0; 5];
+    let check = |sampling: Sampling, history: &[TokenId], mask: Option<&[TokenId]>, expected: &[TokenId]| {
+        let mask = mask.map(|allowed| Mask::of(5, allowed));
+        let seen = support_after(&flat, &sampling, history, mask.as_ref());
+        assert_eq!(seen.as_deref(), Ok(expected), "{sampling:?} after {history:?}, {mask:?}");
+    };
+    let bad_words = |words: &[&[TokenId]]| words.iter().map(|word| word.to_vec()).collect::<Vec<_>>();
+    check(warm(), &[0, 0], None, &[0, 1, 2, 4]);
+    check(warm(), &[0, 0, 0], None, &[0, 1, 2, 3, 4]);
+    check(warm(), &[0, 0, 0], Some(&[2, 4]), &[2, 4]);
+    check(warm(), &[0, 0], Some(&[2, 3]), &[2]);
+    check(Sampling { allowed_tokens: vec![1, 2, 3, 77], ..warm() }, &[0, 0], None, &[1, 2]);
+    check(Sampling { allowed_tokens: vec![1, 2], ..warm() }, &[0, 0, 0], Some(&[2, 4]), &[2]);
+    // A bad word of one token never comes; a longer one not behind its beginning, which counts in the output only.
+    check(Sampling { bad_words: bad_words(&[&[1], &[0, 2], &[99]]), ..warm() }, &[0, 0], None, &[0, 2, 4]);
+    check(Sampling { bad_words: bad_words(&[&[0, 2]]), ..warm() }, &[5, 5, 0], None, &[0, 1, 3, 4]);
+    check(Sampling { bad_words: bad_words(&[&[0, 2]]), ..warm() }, &[5, 5, 0, 1], None, &[0, 1, 2, 3, 4]);
+    check(Sampling { bad_words: bad_words(&[&[0, 1, 2]]), ..warm() }, &[0, 0, 1], None, &[0, 1, 2, 3, 4]);
+    check(Sampling { bad_words: bad_words(&[&[0, 1, 2]]), ..warm() }, &[5, 5, 0, 1], None, &[0, 1, 3, 4]);
+    // No bias and no penalty brings a masked token back.
+    let biased = Sampling { logit_bias: vec![(0, 100.0), (1, 100.0), (2, 1.0)], frequency_penalty: -2.0, ..warm() };
+    let masked = Sampling { allowed_tokens: vec![1, 2], bad_words: bad_words(&[&[1]]), ..biased };
+    check(masked, &[0, 0, 0, 1], Some(&[0, 1, 2]), &[2]);
+    // Biases before penalties: a repetition penalty works on the biased logit, 4 / 2 = 2 and not 0 / 2 + 4.
+    let penalised =
+        |bias: f32| Sampling { logit_bias: vec![(0, 4.0), (1, bias)], repetition_penalty: 2.0, top_k: 1, ..warm() };
+    check(penalised(1.9), &[0, 0, 0], None, &[0]);
+    check(penalised(2.1), &[0, 0, 0], None, &[1]);
+    // Penalties before cuts by rank and mass; masks before them all: what is cut is cut from what is left.
+    check(Sampling { presence_penalty: 1.0, top_k: 2, ..warm() }, &[0, 0, 0], None, &[1, 2]);
+    check(Sampling { top_k: 2, ..warm() }, &[0, 0, 0], Some(&[1, 3, 4]), &[1, 3]);
+    check(Sampling { top_p: 0.5, ..warm() }, &[0, 0, 0], Some(&[3, 4]), &[3]);
+    check(Sampling { min_p: 0.5, logit_bias: vec![(0, 9.0)], ..warm() }, &[0, 0, 0], Some(&[3, 4]), &[3, 4]);
+    check(Sampling { temperature: 0.0, logit_bias: vec![(0, 9.0)], ..warm() }, &[0, 0, 0], Some(&[3, 4]), &[3]);
+}
+
+#[test]
+fn masks_do_not_touch_the_log_probabilities() {
+    let logits = logits_of(&[0.1, 0.2, 0.3, 0.4]);
+    let sampling = Sampling { logprobs: Some(1), allowed_tokens: vec![0, 1], ..Sampling::default() };
+    let sample =
+        Sample { sampling: &sampling, history: &[], prompt_tokens: 0, forbidden: &[], min_tokens: 0, grammar: None };
+    let sampled = draw(&logits, &sample, Some(&Mask::of(4, &[0]))).expect("a token");
+    let logprobs = sampled.logprobs.expect("asked for");
+    assert_eq!((sampled.token, logprobs.rank, logprobs.top[0].0), (0, 4, 3));
+    assert!((logprobs.logprob - 0.1f32.ln()).abs() < 1e-6);
+}
+
+#[test]
+fn where_nothing_is_left_the_reason_is_named() {
+    let stuck = |logits: &[f32], sampling: Sampling, mask: Option<&[TokenId]>| {
+        let mask = mask.map(|allowed| Mask::of(logits.len(), allowed));
+        support_after(logits, &sampling, &[0, 0], mask.as_ref()).map_err(|stuck| stuck.to_string())
+    };
+    let (flat, nan, low) = ([0.0; 5], f32::NAN, f32::NEG_INFINITY);
+    let check = |sampling: Sampling, mask: Option<&[TokenId]>, words: &[&str]| {
+        for sampling in [sampling.clone(), Sampling { temperature: 0.0, ..sampling }] {
+            let reason = stuck(&flat, sampling, mask).unwrap_err();
+            words.iter().for_each(|word| assert!(reason.contains(word), "{reason} lacks {word}"));
+        }
+    };
+    check(warm(), Some(&[]), &["no token may follow", "the grammar"]);
+    check(warm(), Some(&[3]), &["the grammar", "min_tokens"]);
+    check(
+        Sampling { allowed_tokens: vec![1], bad_words: vec![vec![1]], ..warm() },
+        None,
+        &["allowed_token_ids, bad_words"],
+    );
+    check(Sampling { allowed_tokens: vec![77], ..warm() }, None, &["allowed_token_ids"]);
+    check(Sampling { logit_bias: (0..5).map(|token| (token, low)).collect(), ..warm() }, None, &["logit_bias"]);
+    for logits in [[nan; 5], [low; 5], [nan, low, nan, low, nan]] {
+        assert_eq!(stuck(&logits, warm(), None).unwrap_err(), "none of the logits is a number");
+        assert_eq!(stuck(&logits, warm(), Some(&[1])).unwrap_err(), "none of the logits is a number");
+    }
+    assert!(stuck(&[0.0, nan, 1.0, 1.0, 1.0], warm(), Some(&[1])).unwrap_err().contains("the grammar"));
+}
+
+#[test]
+fn infinite_logits_are_certain() {
+    let infinite = f32::INFINITY;
+    let sampling = Sampling { logprobs: Some(2), ..warm() };
+    let check = |logits: &[f32], mask: Option<&[TokenId]>, token: TokenId, logprob: f32| {
+        let sample = Sample {
+            sampling: &sampling,
+            history: &[],
+            prompt_tokens: 0,
+            forbidden: &[],
+            min_tokens: 0,
+            grammar: None,
+        };
+        let mask = mask.map(|allowed| Mask::of(logits.len(), allowed));
+        let sampled = draw(logits, &sample, mask.as_ref()).expect("a token");
+        assert_eq!((sampled.token, sampled.logprobs.expect("asked for").logprob), (token, logprob), "{logits:?}");
+    };
+    check(&[1.0, infinite, 3.0], None, 1, 0.0);
+    check(&[f32::NAN, infinite, infinite], None, 1, 0.0);
+    check(&[1.0, infinite, 3.0], Some(&[2]), 2, f32::NEG_INFINITY);
+    check(&[f32::NEG_INFINITY, 0.0], None, 1, 0.0);
 }

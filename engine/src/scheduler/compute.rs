@@ -1,14 +1,18 @@
 //! One planned step, carried out.
 
-use super::{Chunk, Drawn, Ended, Plan, Scheduler, SequenceId};
-use crate::{Error, Row, Sampled};
+use super::{Chunk, Drawn, Ended, Plan, Reported, Scheduler, SequenceId, Verified};
+use crate::{Error, Row, Yield};
 use std::time::Duration;
 
 /// What a step came to.
 #[derive(Debug, Default)]
 pub struct Computed {
-    /// The tokens drawn.
+    /// The tokens drawn, those of one sequence in order.
     pub drawn: Vec<Drawn>,
+    /// Log-probabilities of prompts, as far as this step computed them.
+    pub reported: Vec<Reported>,
+    /// What became of drafts.
+    pub verified: Vec<Verified>,
     /// The sequences that the step could not go on with; they are gone.
     pub faults: Vec<Fault>,
 }
@@ -20,16 +24,20 @@ pub struct Fault {
     pub id: SequenceId,
     /// What the engine said.
     pub error: String,
+    /// Whether it would go the same way on any worker.
+    pub hopeless: bool,
     /// What is left of it.
     pub ended: Ended,
 }
 
 /// The engine, as a step sees it: [`crate::Engine::step`].
-pub type StepFn<'a> = dyn FnMut(&[Row<'_>], &mut dyn FnMut(u32)) -> Result<Vec<Option<Sampled>>, Error> + 'a;
+pub type StepFn<'a> = dyn FnMut(&[Row<'_>], &mut dyn FnMut(u32)) -> Result<Vec<Yield>, Error> + 'a;
 
 impl Scheduler {
     /// Carries out `plan` by `step` and completes it. `on_layer` is told the chunks being computed with each layer that is
     /// final; `clock` is read when the step is over.
+    ///
+    /// What grammars allow is worked out on their own threads while the engine computes.
     ///
     /// A row that cannot be computed ends its own sequence and no other: the engine refuses such a step whole, so the rows are
     /// then tried one by one, which gives the same bits. Any other error ends every sequence of the step.
@@ -41,16 +49,21 @@ impl Scheduler {
         clock: &dyn Fn() -> Duration,
     ) -> Computed {
         let mut computed = Computed::default();
+        for chunk in plan.chunks.iter().filter(|chunk| chunk.sample) {
+            self.running[&chunk.id].prepare(chunk);
+        }
         let rows: Vec<Row<'_>> = self.rows(&plan).collect();
         let result = step(&rows, &mut |layer| on_layer(&plan.chunks, layer));
         drop(rows);
         match result {
-            Ok(sampled) => computed.drawn = self.complete(plan, sampled, clock()),
+            Ok(yields) => computed = self.complete(plan, yields, clock()),
             Err(Error::Row(_)) if plan.chunks.len() > 1 => {
                 for single in self.split(plan) {
                     self.stepping = true;
                     let part = self.compute(single, step, on_layer, clock);
                     computed.drawn.extend(part.drawn);
+                    computed.reported.extend(part.reported);
+                    computed.verified.extend(part.verified);
                     computed.faults.extend(part.faults);
                 }
             }
@@ -73,7 +86,8 @@ impl Scheduler {
     fn fail(&mut self, plan: Plan, error: &Error, now: Duration) -> Vec<Fault> {
         let ids: Vec<SequenceId> = plan.chunks.iter().map(|chunk| chunk.id).collect();
         self.abandon(plan);
-        let fault = |id| self.cancel(id, now).map(|ended| Fault { id, error: error.to_string(), ended });
+        let fault =
+            |id| self.cancel(id, now).map(|ended| Fault { id, error: error.to_string(), hopeless: false, ended });
         ids.into_iter().filter_map(fault).collect()
     }
 }

@@ -6,9 +6,13 @@ use kv_cache::{PageHash, PrefixHasher, TokenId};
 ///
 /// Hashing a long prompt takes longer than planning a step, so a history is made where the request arrives and not on
 /// the thread that steps.
+///
+/// Drafts, guesses at the tokens to come, may follow; only their own step sees them, and they never get a name.
 #[derive(Clone, Debug)]
 pub struct History {
+    /// Then the drafts.
     tokens: Vec<TokenId>,
+    drafts: usize,
     hashes: Vec<PageHash>,
     hasher: PrefixHasher,
     page_tokens: usize,
@@ -19,12 +23,29 @@ impl History {
     pub fn new(salt: &[u8], tokens: Vec<TokenId>, page_tokens: usize) -> Self {
         let mut hasher = PrefixHasher::new(salt);
         let hashes = tokens.chunks_exact(page_tokens).map(|page| hasher.push(page)).collect();
-        Self { tokens, hashes, hasher, page_tokens }
+        Self { tokens, drafts: 0, hashes, hasher, page_tokens }
     }
 
     /// Returns all tokens, prompt first.
     pub fn tokens(&self) -> &[TokenId] {
+        &self.tokens[..self.len()]
+    }
+
+    /// Returns all tokens and the drafts after them.
+    pub(super) fn with_drafts(&self) -> &[TokenId] {
         &self.tokens
+    }
+
+    /// Returns how many drafts there are.
+    pub(super) fn drafts(&self) -> usize {
+        self.drafts
+    }
+
+    /// Puts `drafts` in place of those before.
+    pub(super) fn guess(&mut self, drafts: &[TokenId]) {
+        self.tokens.truncate(self.len());
+        self.tokens.extend_from_slice(drafts);
+        self.drafts = drafts.len();
     }
 
     /// Returns the names of the full pages.
@@ -34,12 +55,12 @@ impl History {
 
     /// Returns how many tokens there are.
     pub fn len(&self) -> usize {
-        self.tokens.len()
+        self.tokens.len() - self.drafts
     }
 
     /// Says whether there is no token.
     pub fn is_empty(&self) -> bool {
-        self.tokens.is_empty()
+        self.len() == 0
     }
 
     /// Returns how many pages hold `tokens` tokens.
@@ -50,11 +71,13 @@ impl History {
     /// Returns the names a fresh sequence may look up: never the page of the last token, which must be computed because
     /// the next token is drawn from its logits.
     pub(super) fn reusable(&self) -> &[PageHash] {
-        let most = self.tokens.len().saturating_sub(1) / self.page_tokens;
+        let most = self.len().saturating_sub(1) / self.page_tokens;
         &self.hashes[..most.min(self.hashes.len())]
     }
 
+    /// Appends a token; the drafts are gone.
     pub(super) fn push(&mut self, token: TokenId) {
+        self.guess(&[]);
         self.tokens.push(token);
         if self.tokens.len().is_multiple_of(self.page_tokens) {
             let start = self.tokens.len() - self.page_tokens;
@@ -75,6 +98,17 @@ mod tests {
         tokens[5..].iter().for_each(|&token| history.push(token));
         assert_eq!(history.tokens(), tokens);
         assert_eq!(history.hashes(), page_hashes(b"salt", &tokens, 16));
+    }
+
+    #[test]
+    fn drafts_get_no_name_and_leave_no_trace() {
+        let mut history = History::new(b"", (0..15).collect(), 16);
+        history.guess(&[7, 8, 9]);
+        assert_eq!((history.len(), history.hashes().len(), history.with_drafts().len()), (15, 0, 18));
+        history.guess(&[1]);
+        history.push(15);
+        assert_eq!((history.with_drafts(), history.drafts()), (&(0..16).collect::<Vec<_>>()[..], 0));
+        assert_eq!(history.hashes(), page_hashes(b"", &(0..16).collect::<Vec<_>>(), 16));
     }
 
     #[test]

@@ -86,7 +86,7 @@ impl Scheduler {
         request.priority = landing.id.priority;
         let mut sequence = Sequence::new(request, arrived);
         sequence.land(landing.hold.pages, landing.have, self.page_tokens, &mut self.pool);
-        sequence.request.history.push(first_token);
+        sequence.know(first_token);
         self.landings -= 1;
         self.running.insert(landing.id, sequence);
         landing.id

@@ -9,9 +9,11 @@ pub struct Chunk {
     pub id: SequenceId,
     /// Position of its first token. A multiple of the page size, except where a sequence takes one token at a time.
     pub start: usize,
-    /// How many tokens; at least one.
+    /// How many tokens, drafts included; at least one that is no draft.
     pub tokens: usize,
-    /// Whether a token is drawn after the last of them. A chunk that ends earlier ends with a full page.
+    /// How many of them are drafts.
+    pub drafts: usize,
+    /// Whether tokens are drawn at its end. A chunk that ends earlier ends with a full page.
     pub sample: bool,
 }
 
@@ -47,9 +49,14 @@ impl Plan {
         self.tokens
     }
 
-    /// Returns how many of its tokens are not the single next token of a sequence.
+    /// Returns how many of its tokens are drafts.
+    pub fn draft_tokens(&self) -> usize {
+        self.chunks.iter().map(|chunk| chunk.drafts).sum()
+    }
+
+    /// Returns how many of its tokens are neither the single next token of a sequence nor drafts after it.
     pub fn prompt_tokens(&self) -> usize {
-        self.chunks.iter().map(|chunk| chunk.tokens).filter(|&tokens| tokens > 1).sum()
+        self.chunks.iter().map(|chunk| chunk.tokens - chunk.drafts).filter(|&tokens| tokens > 1).sum()
     }
 
     /// Says whether there is nothing to compute.

@@ -1,15 +1,23 @@
 //! One sequence: what is asked, what is known, what is computed.
 
-use super::History;
-use crate::{Row, Sample, Sampled, Sampling};
-use kv_cache::{PageId, PagePool, TokenId};
-use std::time::Duration;
+use super::{Chunk, History};
+use crate::{Adapter, Logprobs, PromptLogprobs, Row, Sample, Sampled, Sampling};
+use grammar::Matcher;
+use kv_cache::{PageHash, PageId, PagePool, TokenId};
+use std::{sync::Arc, time::Duration};
 
 /// Names a sequence, and orders the line: lower priority values first, then arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SequenceId {
     pub(super) priority: i32,
     pub(super) number: u64,
+}
+
+#[cfg(test)]
+impl SequenceId {
+    pub(crate) fn for_tests(number: u64) -> Self {
+        Self { priority: 0, number }
+    }
 }
 
 /// What is to be computed.
@@ -19,10 +27,17 @@ pub struct Request {
     pub history: History,
     /// How many of the history's tokens are the prompt; a token's index counts from here.
     pub prompt_tokens: usize,
+    /// What is added to the model for it. The root of `history` must tell its pages from those of others.
+    pub adapter: Option<Arc<Adapter>>,
     /// How tokens are drawn.
     pub sampling: Sampling,
+    /// What the output must fit: its place after the tokens emitted by earlier attempts.
+    pub grammar: Option<Matcher>,
     /// When to stop.
     pub stop: Stop,
+    /// How many alternatives are reported beside each token of the prompt but the first; `None` reports none of them. A prompt
+    /// that is reported is computed whole: what is cached of it has no logits any more.
+    pub prompt_logprobs: Option<u32>,
     /// Lower runs first.
     pub priority: i32,
     /// How far this worker takes it.
@@ -53,7 +68,7 @@ pub enum Until {
 /// Why a sequence has no further token here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finish {
-    /// This token, one of [`Stop::ids`], was drawn.
+    /// This token was drawn: one of [`Stop::ids`], or one that completes the grammar so that nothing can follow.
     Stop(TokenId),
     /// `max_tokens` or the longest sequence of this worker was reached.
     Length,
@@ -124,6 +139,23 @@ impl Sequence {
         self.request.history.len() - self.computed
     }
 
+    /// Returns how many drafts of it could be of use: a step never draws past its end.
+    pub(super) fn room(&self, max_len: usize) -> usize {
+        let Request { history, prompt_tokens, stop, .. } = &self.request;
+        let left = (max_len - history.len()).min((prompt_tokens + stop.max_tokens).saturating_sub(history.len()));
+        left.saturating_sub(1)
+    }
+
+    /// Returns the names a fresh start may look up.
+    pub(super) fn reusable(&self) -> &[PageHash] {
+        if self.prompt_logprobs().is_some() { &[] } else { self.request.history.reusable() }
+    }
+
+    /// Returns how many alternatives are to be reported beside the prompt's tokens, until that is done.
+    fn prompt_logprobs(&self) -> Option<u32> {
+        self.request.prompt_logprobs.filter(|_| self.first_token.is_none())
+    }
+
     /// Says whether tokens will be added to it here, and so pages.
     pub(super) fn grows(&self) -> bool {
         self.request.until == Until::End
@@ -164,6 +196,7 @@ impl Sequence {
     /// Gives up its pages and all that was computed; what has a name stays findable.
     pub(super) fn preempt(&mut self, pool: &mut PagePool) {
         pool.release(&std::mem::take(&mut self.pages));
+        self.request.history.guess(&[]);
         self.computed = 0;
         self.named = 0;
     }
@@ -182,9 +215,10 @@ impl Sequence {
     pub(super) fn append(&mut self, token: TokenId, max_len: usize, now: Duration) -> (usize, Option<Finish>) {
         self.first_token.get_or_insert(now);
         let index = self.request.history.len() - self.request.prompt_tokens;
-        self.request.history.push(token);
+        self.know(token);
+        let complete = self.request.grammar.as_ref().is_some_and(Matcher::is_complete);
         let stop = &self.request.stop;
-        let finish = if stop.ids.contains(&token) {
+        let finish = if complete || stop.ids.contains(&token) {
             Some(Finish::Stop(token))
         } else if index + 1 >= stop.max_tokens || self.request.history.len() >= max_len {
             Some(Finish::Length)
@@ -194,20 +228,66 @@ impl Sequence {
         (index, finish)
     }
 
-    pub(super) fn row(&self, start: usize, tokens: usize) -> Row<'_> {
-        let known = self.request.history.tokens();
-        let sample = (start + tokens == known.len()).then(|| self.sample());
-        Row { tokens: &known[start..start + tokens], start, pages: &self.pages, sample }
+    /// Adds a token that was drawn, here or elsewhere.
+    pub(super) fn know(&mut self, token: TokenId) {
+        self.request.history.push(token);
+        if let Some(matcher) = self.request.grammar.as_mut().filter(|_| !self.request.stop.ids.contains(&token)) {
+            // A token that does not fit leaves no way on, which the next draw reports.
+            let _ = matcher.advance(token);
+        }
     }
 
-    fn sample(&self) -> Sample<'_> {
-        let Request { history, prompt_tokens, sampling, stop, .. } = &self.request;
-        let gated = history.len() - prompt_tokens < stop.min_tokens;
+    /// Begins to work out what the grammar allows to be drawn after `chunk`.
+    pub(super) fn prepare(&self, chunk: &Chunk) {
+        if let Some(matcher) = &self.request.grammar {
+            let end = chunk.start + chunk.tokens;
+            matcher.prepare(&self.request.history.with_drafts()[end - chunk.drafts..end]);
+        }
+    }
+
+    /// Puts `drafts` in place of those before, as far as they have room and fit the grammar.
+    pub(super) fn guess(&mut self, drafts: &[TokenId], max_len: usize) {
+        let drafts = &drafts[..drafts.len().min(self.room(max_len))];
+        let fitting = self.request.grammar.as_ref().map_or(drafts.len(), |matcher| matcher.allowed(drafts));
+        self.request.history.guess(&drafts[..fitting]);
+    }
+
+    /// Returns what is computed of it by `chunk`.
+    pub(super) fn row(&self, chunk: &Chunk) -> Row<'_> {
+        let Chunk { start, tokens, drafts, sample, .. } = *chunk;
+        let (known, end) = (self.request.history.with_drafts(), start + tokens);
+        let sample = sample.then(|| self.sample(&known[..end]));
+        let adapter = self.request.adapter.as_deref();
+        let row =
+            Row { tokens: &known[start..end], start, pages: &self.pages, adapter, drafts, sample, ..Row::default() };
+        let prompt = self.request.prompt_tokens;
+        match self.prompt_logprobs() {
+            Some(top) if start + 1 < prompt => {
+                let targets = &known[start + 1..prompt.min(end + 1)];
+                Row { prompt_logprobs: Some(PromptLogprobs { targets, top }), ..row }
+            }
+            _ => row,
+        }
+    }
+
+    /// Names the tokens of the prompt that a row over `chunk` has reported.
+    pub(super) fn report(&self, chunk: &Chunk, logprobs: Vec<Logprobs>) -> Option<Reported> {
+        let (id, position) = (chunk.id, chunk.start + 1);
+        let tokens = self.request.history.tokens().get(position..)?.iter().zip(logprobs);
+        let tokens: Vec<_> = tokens.map(|(&token, logprobs)| Sampled { token, logprobs: Some(logprobs) }).collect();
+        (!tokens.is_empty()).then_some(Reported { id, position, tokens })
+    }
+
+    /// Returns how the tokens after `history` are drawn.
+    pub(super) fn sample<'a>(&'a self, history: &'a [TokenId]) -> Sample<'a> {
+        let Request { prompt_tokens, sampling, stop, grammar, .. } = &self.request;
         Sample {
             sampling,
-            history: history.tokens(),
+            history,
             prompt_tokens: *prompt_tokens,
-            forbidden: if gated { &stop.ids } else { &[] },
+            forbidden: &stop.ids,
+            min_tokens: stop.min_tokens,
+            grammar: grammar.as_ref(),
         }
     }
 
@@ -232,4 +312,26 @@ pub struct Drawn {
     pub sampled: Sampled,
     /// Present when it is the sequence's last one here: the sequence is gone.
     pub ended: Option<(Finish, Ended)>,
+}
+
+/// What became of a sequence's drafts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verified {
+    /// Whose.
+    pub id: SequenceId,
+    /// How many there were.
+    pub drafts: usize,
+    /// How many of them, from the first on, were right.
+    pub accepted: usize,
+}
+
+/// Log-probabilities of some tokens of a prompt.
+#[derive(Debug)]
+pub struct Reported {
+    /// Whose.
+    pub id: SequenceId,
+    /// Position of the first of them in the prompt.
+    pub position: usize,
+    /// The tokens from there on, each with what was asked about it.
+    pub tokens: Vec<Sampled>,
 }

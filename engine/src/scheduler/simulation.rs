@@ -5,7 +5,7 @@
 //! sampler is a function of the tokens so far, as the real one is, so what a sequence must emit is known beforehand.
 
 use super::*;
-use crate::Sampling;
+use crate::{Logprobs, Sampled, Sampling};
 use kv_cache::{PageHash, TokenId};
 use proptest::prelude::*;
 use std::collections::{HashMap, HashSet};
@@ -53,6 +53,9 @@ struct Expected {
     tokens: Vec<(usize, TokenId)>,
     finish: Finish,
     seen: usize,
+    /// Tokens of the prompt that are to be reported, and that have been; the first one counts as such.
+    wanted: usize,
+    reported: usize,
 }
 
 impl Expected {
@@ -74,7 +77,8 @@ impl Expected {
             } else {
                 continue;
             };
-            return Self { tokens, finish, seen: 0 };
+            let wanted = request.prompt_logprobs.map_or(1, |_| request.prompt_tokens);
+            return Self { tokens, finish, seen: 0, wanted, reported: 1 };
         }
     }
 }
@@ -101,6 +105,9 @@ struct World {
     holds: Vec<(Hold, bool)>,
     reader: HashSet<PageHash>,
     preempted: usize,
+    /// Drafts that were verified, and those that turned out right.
+    drafts: usize,
+    accepted: usize,
 }
 
 impl World {
@@ -127,6 +134,8 @@ impl World {
             holds: Vec::new(),
             reader: HashSet::new(),
             preempted: 0,
+            drafts: 0,
+            accepted: 0,
         }
     }
 
@@ -147,8 +156,11 @@ impl World {
         Request {
             history: History::new(b"", tokens, PAGE),
             prompt_tokens,
+            adapter: None,
             sampling: Sampling::default(),
             stop: Stop { max_tokens, min_tokens, ids: vec![3, 9] },
+            grammar: None,
+            prompt_logprobs: self.random.one_in(6).then_some(0),
             priority: if self.random.one_in(5) { 1 } else { 0 },
             until: if self.random.one_in(4) { Until::FirstToken } else { Until::End },
         }
@@ -158,7 +170,7 @@ impl World {
         let mut request = self.request();
         let max_len = self.scheduler.max_len();
         if self.random.one_in(3) && request.stop.max_tokens > request.history.len() - request.prompt_tokens + 1 {
-            request.until = Until::End;
+            (request.until, request.prompt_logprobs) = (Until::End, None);
             let id = self.scheduler.ticket(request.priority);
             self.queue.push((id, request));
             return;
@@ -286,8 +298,28 @@ impl World {
         }
     }
 
+    /// Guesses at the next tokens of some sequences, more or less well and sometimes far too many.
+    fn guess(&mut self) {
+        let decoding: Vec<(SequenceId, Vec<TokenId>, usize)> = self
+            .scheduler
+            .decoding()
+            .map(|decoding| (decoding.id, decoding.sample.history.to_vec(), decoding.room))
+            .collect();
+        for (id, mut known, room) in decoding {
+            let (start, wrong) = (known.len(), 2 + self.random.below(6));
+            let most = if self.random.one_in(3) { room + 2 } else { self.random.below(7) };
+            for _ in 0..most {
+                known.push(if self.random.one_in(wrong) { 1 } else { draw(&known, &[]) });
+            }
+            self.scheduler.guess(id, &known[start..]);
+        }
+    }
+
     fn step(&mut self) {
         self.now += Duration::from_millis(1);
+        if self.random.one_in(2) {
+            self.guess();
+        }
         let plan = self.scheduler.schedule(self.now);
         self.check_plan(&plan);
         self.preempted += plan.preempted().len();
@@ -300,12 +332,12 @@ impl World {
             known: Vec<TokenId>,
             start: usize,
             end: usize,
-            drawn: Option<Sampled>,
+            made: Yield,
         }
         let live_tokens: HashMap<SequenceId, Vec<TokenId>> = plan
             .chunks()
             .iter()
-            .map(|chunk| (chunk.id, self.scheduler.running[&chunk.id].request.history.tokens().to_vec()))
+            .map(|chunk| (chunk.id, self.scheduler.running[&chunk.id].request.history.with_drafts().to_vec()))
             .collect();
         let work: Vec<Work> = self
             .scheduler
@@ -314,30 +346,57 @@ impl World {
             .map(|(row, chunk)| {
                 let known = live_tokens[&chunk.id].clone();
                 assert_eq!(row.tokens, &known[row.start..row.start + row.tokens.len()]);
-                let drawn = row.sample.map(|sample| {
-                    assert_eq!(sample.history, known);
-                    Sampled { token: draw(sample.history, sample.forbidden), logprobs: None }
-                });
-                Work { pages: row.pages.to_vec(), known, start: row.start, end: row.start + row.tokens.len(), drawn }
+                let mut made = Yield::default();
+                if let Some(wanted) = row.prompt_logprobs {
+                    assert_eq!(wanted.targets, &known[row.start + 1..][..wanted.targets.len()]);
+                    let logprobs = |_| Logprobs { logprob: 0.0, rank: 1, top: Vec::new() };
+                    made.prompt_logprobs = wanted.targets.iter().map(logprobs).collect();
+                }
+                let end = row.start + row.tokens.len();
+                if let Some(sample) = row.sample {
+                    assert_eq!(sample.history, &known[..end]);
+                    assert_eq!(row.drafts, chunk.drafts);
+                    for position in end - row.drafts..=end {
+                        let gated = position - sample.prompt_tokens < sample.min_tokens;
+                        let token = draw(&known[..position], if gated { sample.forbidden } else { &[] });
+                        made.sampled.push(Sampled { token, logprobs: None });
+                        if known[..end].get(position) != Some(&token) {
+                            break;
+                        }
+                    }
+                }
+                self.drafts += row.drafts;
+                self.accepted += made.sampled.len().saturating_sub(1);
+                Work { pages: row.pages.to_vec(), known, start: row.start, end, made }
             })
             .collect();
         self.meddle();
-        let mut sampled = Vec::new();
+        let mut made = Vec::new();
         for work in work {
             self.check_written(&work.pages, &work.known, work.start);
             self.write(&work.pages, &work.known, work.start..work.end);
-            sampled.push(work.drawn);
+            made.push(work.made);
         }
         if self.random.one_in(20) {
             self.scheduler.abandon(plan);
             return;
         }
-        for drawn in self.scheduler.complete(plan, sampled, self.now) {
+        let computed = self.scheduler.complete(plan, made, self.now);
+        for reported in &computed.reported {
+            let expected = &mut self.live.get_mut(&reported.id).expect("only live sequences report").reported;
+            assert!(reported.position <= *expected, "without a gap");
+            *expected = (*expected).max(reported.position + reported.tokens.len());
+        }
+        for drawn in computed.drawn {
             let expected = self.live.get_mut(&drawn.id).expect("only live sequences draw");
             assert_eq!(
                 (drawn.index, drawn.sampled.token),
                 expected.tokens[expected.seen],
                 "in order, once, and the same"
+            );
+            assert!(
+                expected.seen > 0 || expected.reported >= expected.wanted,
+                "a prompt is reported before it goes on"
             );
             expected.seen += 1;
             let last = expected.seen == expected.tokens.len();
@@ -357,7 +416,7 @@ impl World {
         let ids: HashSet<SequenceId> = plan.chunks().iter().map(|chunk| chunk.id).collect();
         assert_eq!(ids.len(), plan.chunks().len(), "one chunk per sequence");
         for chunk in plan.chunks() {
-            assert!(chunk.tokens > 0);
+            assert!(chunk.tokens > chunk.drafts);
             assert!(chunk.sample || (chunk.start + chunk.tokens).is_multiple_of(PAGE), "{chunk:?} ends inside a page");
         }
         for id in plan.started() {
@@ -425,12 +484,15 @@ proptest! {
 
 #[test]
 fn the_simulation_reaches_what_it_is_for() {
-    let (mut preempted, mut ended) = (0, 0);
+    let (mut preempted, mut ended, mut drafts, mut accepted) = (0, 0, 0, 0);
     for seed in 0..100 {
         let world = simulate(seed);
         preempted += world.preempted;
         ended += world.ended;
+        drafts += world.drafts;
+        accepted += world.accepted;
     }
     assert!(preempted > 50, "only {preempted} preemptions");
     assert!(ended > 1000, "only {ended} sequences ended");
+    assert!(accepted > 2000 && drafts - accepted > 2000, "{accepted} of {drafts} drafts were right");
 }

@@ -1,7 +1,7 @@
 //! One rule each, in the smallest world that shows it. Pages of 4 tokens.
 
 use super::*;
-use crate::Sampling;
+use crate::{Sampled, Sampling};
 
 const START: Duration = Duration::ZERO;
 
@@ -15,19 +15,27 @@ fn prompt(family: u32, tokens: u32) -> Request {
     Request {
         history: History::new(b"", (0..tokens).map(|token| family * 100 + token).collect(), 4),
         prompt_tokens: tokens as usize,
+        adapter: None,
         sampling: Sampling::default(),
         stop: Stop { max_tokens: 100, min_tokens: 0, ids: vec![] },
+        grammar: None,
+        prompt_logprobs: None,
         priority: 0,
         until: Until::End,
     }
+}
+
+/// What a row yields that draws `token`, if it draws at all.
+fn drawn(sample: bool, token: u32) -> Yield {
+    if sample { Sampled { token, logprobs: None }.into() } else { Yield::default() }
 }
 
 /// Runs one step in which every sequence draws `token`. Returns the plan's chunks as (start, tokens, sample), and what was drawn.
 fn step(scheduler: &mut Scheduler, token: u32) -> (Vec<(usize, usize, bool)>, Vec<Drawn>) {
     let plan = scheduler.schedule(START);
     let chunks = plan.chunks().iter().map(|chunk| (chunk.start, chunk.tokens, chunk.sample)).collect();
-    let sampled = plan.chunks().iter().map(|chunk| chunk.sample.then_some(Sampled { token, logprobs: None })).collect();
-    (chunks, scheduler.complete(plan, sampled, START))
+    let sampled = plan.chunks().iter().map(|chunk| drawn(chunk.sample, token)).collect();
+    (chunks, scheduler.complete(plan, sampled, START).drawn)
 }
 
 fn chunks(scheduler: &mut Scheduler) -> Vec<(usize, usize, bool)> {
@@ -91,7 +99,7 @@ fn the_last_of_the_batch_pays_for_the_first() {
     }
     let plan = scheduler.schedule(START);
     assert_eq!(plan.preempted(), [last]);
-    assert_eq!(plan.chunks(), [Chunk { id: first, start: 12, tokens: 1, sample: true }]);
+    assert_eq!(plan.chunks(), [Chunk { id: first, start: 12, tokens: 1, drafts: 0, sample: true }]);
     scheduler.abandon(plan);
     // The victim comes back when there is room. The end of its prefix went to the first one; what is cached is not computed again.
     assert!(scheduler.cancel(first, START).is_some());
@@ -118,11 +126,15 @@ fn stop_ids_are_forbidden_until_min_tokens() {
     let mut scheduler = scheduler(16, 32, 2);
     let stop = Stop { max_tokens: 9, min_tokens: 1, ids: vec![2] };
     scheduler.submit(Request { stop, ..prompt(0, 4) }, START).unwrap();
-    for forbidden in [&[2][..], &[]] {
+    for known in [4, 5] {
         let plan = scheduler.schedule(START);
-        assert_eq!(scheduler.rows(&plan).next().unwrap().sample.unwrap().forbidden, forbidden);
-        let sampled = vec![Some(Sampled { token: 7, logprobs: None })];
-        assert_eq!(scheduler.complete(plan, sampled, START).len(), 1);
+        let sample = scheduler.rows(&plan).next().unwrap().sample.unwrap();
+        assert_eq!(
+            (sample.forbidden, sample.min_tokens, sample.history.len() - sample.prompt_tokens),
+            (&[2][..], 1, known - 4)
+        );
+        let sampled = vec![drawn(true, 7)];
+        assert_eq!(scheduler.complete(plan, sampled, START).drawn.len(), 1);
     }
 }
 
@@ -155,7 +167,7 @@ fn a_cancel_in_the_middle_of_a_step_frees_pages_after_it() {
     assert!(scheduler.cancel(id, START).is_some());
     let ticket = scheduler.ticket(0);
     assert_eq!(scheduler.reserve(ticket, &[], 3).unwrap_err(), NoRoom::Now, "the step still writes them");
-    assert!(scheduler.complete(plan, vec![Some(Sampled { token: 7, logprobs: None })], START).is_empty());
+    assert!(scheduler.complete(plan, vec![drawn(true, 7)], START).drawn.is_empty());
     let landing = scheduler.reserve(ticket, &[], 3).unwrap();
     let hold = scheduler.forgo(landing);
     scheduler.give_back(hold);
@@ -203,7 +215,7 @@ fn a_row_that_cannot_be_computed_ends_alone() {
                 return Err(Error::Row("row 1 is broken".into()));
             }
             on_layer(0);
-            Ok(rows.iter().map(|_| Some(Sampled { token: 7, logprobs: None })).collect())
+            Ok(rows.iter().map(|_| drawn(true, 7)).collect())
         },
         &mut |chunks, layer| layers.push((chunks[0].id, layer)),
         &|| START,

@@ -1,12 +1,12 @@
 //! Checkpoints that cannot be used: each error names the file and what is wrong with it.
 
-use super::repository;
-use crate::{Error, Model};
+use super::{repository, small_config};
+use crate::{Config, Engine, Error, Model};
 use std::{fs, path::Path};
 use tempfile::TempDir;
 
 /// Copies a golden checkpoint to change it.
-fn copy(name: &str) -> TempDir {
+pub(super) fn copy(name: &str) -> TempDir {
     let dir = tempfile::tempdir().expect("a directory");
     for entry in fs::read_dir(repository("tests/golden").join(name)).expect("golden files") {
         let path = entry.expect("an entry").path();
@@ -18,7 +18,7 @@ fn copy(name: &str) -> TempDir {
 }
 
 /// Loads `dir` and checks that the error is about `file` and contains all `words`.
-fn refused(dir: &Path, file: &str, words: &[&str]) {
+pub(super) fn refused(dir: &Path, file: &str, words: &[&str]) {
     let error = Model::load(dir, &mut |_| {}).expect_err("a bad checkpoint");
     let Error::Checkpoint { path, problem } = &error else { panic!("{error:?}") };
     assert!(path.ends_with(file), "{} is not {file}", path.display());
@@ -29,7 +29,7 @@ fn refused(dir: &Path, file: &str, words: &[&str]) {
 }
 
 /// Rewrites the JSON file `name`.
-fn edit(dir: &Path, name: &str, change: impl FnOnce(&mut serde_json::Value)) {
+pub(super) fn edit(dir: &Path, name: &str, change: impl FnOnce(&mut serde_json::Value)) {
     let path = dir.join(name);
     let mut json = serde_json::from_slice(&fs::read(&path).expect("a file")).expect("JSON");
     change(&mut json);
@@ -65,6 +65,30 @@ fn unknown_architecture() {
 }
 
 #[test]
+fn angles_that_depend_on_the_context_are_part_of_what_pages_are_called() {
+    let fingerprint = |dir: &Path, max_model_len: Option<u32>| {
+        let model = Model::load(dir, &mut |_| {}).expect("a good checkpoint");
+        let same = model.info().fingerprint.clone();
+        let engine = Engine::new(model, &Config { max_model_len, ..small_config() }).expect("an engine");
+        (engine.fingerprint() == same, engine.fingerprint().to_owned())
+    };
+    let dir = copy("llama");
+    assert_eq!(fingerprint(dir.path(), Some(64)), fingerprint(dir.path(), Some(512)));
+    assert!(fingerprint(dir.path(), None).0);
+
+    let dir = copy("phi3");
+    let factors = |by: f64| vec![by; 10];
+    edit(dir.path(), "config.json", |config| {
+        config["original_max_position_embeddings"] = 256.into();
+        config["rope_scaling"] =
+            serde_json::json!({"type": "longrope", "short_factor": factors(1.0), "long_factor": factors(4.0)});
+    });
+    assert_eq!(fingerprint(dir.path(), Some(64)), fingerprint(dir.path(), Some(256)));
+    assert_ne!(fingerprint(dir.path(), Some(256)), fingerprint(dir.path(), Some(257)));
+    assert_eq!(fingerprint(dir.path(), Some(257)), fingerprint(dir.path(), None));
+}
+
+#[test]
 fn truncated_tensors() {
     for (length, word) in [(0, "header"), (5, "header"), (100, "header"), (100_000, "1645488")] {
         let dir = copy("llama");
@@ -95,6 +119,70 @@ fn missing_tensors_are_named() {
     refused(dir.path(), "model.safetensors", &["q_proj.bias"]);
 }
 
+/// Gives a tensor another name, which is not longer.
+fn rename(dir: &Path, from: &str, to: &str) {
+    let path = dir.join("model.safetensors");
+    let (from, to) = (format!("\"{from}\""), format!("\"{to}\""));
+    let mut bytes = fs::read(&path).expect("a file");
+    let at = bytes.windows(from.len()).position(|window| window == from.as_bytes()).expect("the name");
+    bytes[at..at + from.len()].fill(b' ');
+    bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+    fs::write(path, bytes).expect("written");
+}
+
+#[test]
+fn every_expert_must_be_there() {
+    for (name, prefix, part) in [
+        ("mixtral", "model.layers.1.block_sparse_moe.experts", "w2.weight"),
+        ("qwen3moe", "model.layers.2.mlp.experts", "up_proj.weight"),
+        ("deepseek_v2", "model.layers.1.mlp.experts", "down_proj.weight"),
+    ] {
+        let dir = copy(name);
+        rename(dir.path(), &format!("{prefix}.3.{part}"), &format!("{prefix}.9.{part}"));
+        refused(dir.path(), "model.safetensors", &[&format!("{prefix}.3.{part}"), "missing"]);
+    }
+    let dir = copy("deepseek_v3");
+    rename(dir.path(), "model.layers.2.mlp.gate.e_score_correction_bias", "model.layers.2.mlp.gate.bias");
+    refused(dir.path(), "model.safetensors", &["model.layers.2.mlp.gate.e_score_correction_bias", "missing"]);
+    let dir = copy("qwen3moe");
+    edit(dir.path(), "config.json", |config| config["num_experts"] = serde_json::json!(9));
+    refused(dir.path(), "model.safetensors", &["mlp.gate.weight", "[8, 64]", "[9, 64]"]);
+}
+
+#[test]
+fn experts_in_one_tensor_are_refused() {
+    let dir = copy("qwen3moe");
+    let fused = "model.layers.1.mlp.experts.gate_up_proj";
+    rename(dir.path(), "model.layers.1.mlp.experts.0.gate_proj.weight", fused);
+    refused(dir.path(), "model.safetensors", &[fused, "model.layers.1.mlp.experts.0.gate_proj.weight"]);
+}
+
+#[test]
+fn latent_attention_must_fit_its_ranks() {
+    let dir = copy("deepseek_v3");
+    edit(dir.path(), "config.json", |config| config["kv_lora_rank"] = serde_json::json!(38));
+    refused(dir.path(), "model.safetensors", &["kv_a_proj_with_mqa", "[56, 64]", "[54, 64]"]);
+    let dir = copy("deepseek_v3");
+    edit(dir.path(), "config.json", |config| config["v_head_dim"] = serde_json::json!(20));
+    refused(dir.path(), "model.safetensors", &["kv_b_proj", "[192, 40]", "[176, 40]"]);
+    let dir = copy("deepseek_v2");
+    edit(dir.path(), "config.json", |config| config["qk_rope_head_dim"] = serde_json::json!(15));
+    refused(dir.path(), "config.json", &["qk_rope_head_dim", "15"]);
+}
+
+#[test]
+fn experts_and_latents_are_counted_once() {
+    for name in ["mixtral", "qwen3moe", "deepseek_v2", "deepseek_v3"] {
+        let mut reports = Vec::new();
+        let path = repository("tests/golden").join(name);
+        let model = Model::load(&path, &mut |progress| reports.push(progress)).expect("a good checkpoint");
+        let last = reports.last().expect("progress");
+        assert_eq!(model.info().parameters * 4, last.total, "{name}: every stored element is a parameter");
+        assert!(reports.windows(2).all(|pair| pair[0].done <= pair[1].done), "{name}");
+        assert!(reports[reports.len() - 2].done == last.done, "{name}: every byte is counted");
+    }
+}
+
 #[test]
 fn shards_must_be_there_and_hold_what_the_index_says() {
     let index = "model.safetensors.index.json";
@@ -119,7 +207,6 @@ fn shards_must_be_there_and_hold_what_the_index_says() {
 #[test]
 fn unusable_types_are_named() {
     let dir = copy("llama-fp8-channel");
-    refused(dir.path(), "config.json", &["quantization_config"]);
     edit(dir.path(), "config.json", |config| config["quantization_config"] = serde_json::Value::Null);
     refused(dir.path(), "model.safetensors", &["q_proj.weight", "F8_E4M3", "BF16"]);
 }

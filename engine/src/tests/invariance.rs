@@ -3,8 +3,16 @@
 //! The kernels promise it; this is where the promise is kept. Each case computes the same sequences twice, once alone on one
 //! thread in one piece, and once interleaved at random on several threads, and compares logits and pages bit by bit.
 
-use super::{load, small_config};
-use crate::{Config, Engine, KvMemory, Model, Row, Sample, Sampling, TokenId, cpu::kernels::Kernels};
+use super::{load, repository, small_config};
+use crate::{
+    Adapter, Config, ElementType, Engine, ExpertShape, KvMemory, LatentRanks, Model, ModelShape, Row, Sample, Sampling,
+    TokenId,
+    cpu::kernels::Kernels,
+    model::{
+        decoder::{Activation, NormKind},
+        rope::Rope,
+    },
+};
 use kv_cache::{KvDtype, PageId};
 use proptest::{
     prelude::*,
@@ -16,14 +24,15 @@ use std::{collections::HashMap, sync::Arc};
 struct Sequence {
     tokens: Vec<TokenId>,
     pages: Vec<PageId>,
+    adapter: Option<Arc<Adapter>>,
     computed: usize,
     /// Bits of the logits after so many tokens.
     logits: HashMap<usize, Vec<u32>>,
 }
 
 impl Sequence {
-    fn new(tokens: Vec<TokenId>, pages: Vec<PageId>) -> Self {
-        Self { tokens, pages, computed: 0, logits: HashMap::new() }
+    fn new(tokens: Vec<TokenId>, pages: Vec<PageId>, adapter: Option<Arc<Adapter>>) -> Self {
+        Self { tokens, pages, adapter, computed: 0, logits: HashMap::new() }
     }
 
     fn done(&self) -> bool {
@@ -40,9 +49,23 @@ fn step(engine: &mut Engine, sequences: &mut [Sequence], parts: &[(usize, usize)
             let sequence = &sequences[index];
             let end = sequence.computed + count;
             let history = &sequence.tokens[..end];
-            let sample = Sample { sampling: &sampling, history, prompt_tokens: end, forbidden: &[] };
+            let sample = Sample {
+                sampling: &sampling,
+                history,
+                prompt_tokens: end,
+                forbidden: &[],
+                min_tokens: 0,
+                grammar: None,
+            };
             let tokens = &sequence.tokens[sequence.computed..end];
-            Row { tokens, start: sequence.computed, pages: &sequence.pages, sample: Some(sample) }
+            Row {
+                tokens,
+                start: sequence.computed,
+                pages: &sequence.pages,
+                adapter: sequence.adapter.as_deref(),
+                sample: Some(sample),
+                ..Row::default()
+            }
         })
         .collect();
     engine.step(&rows, &mut |_| {}).expect("good rows");
@@ -65,9 +88,17 @@ fn contents(memory: &KvMemory, pages: &[PageId], tokens: usize) -> Vec<u8> {
             let offset = layout.block_offset(layer, *page);
             memory.file().read_exact_at(&mut block, offset as u64).expect("the pool's bytes");
             let used = (tokens - index * layout.page_tokens as usize).min(layout.page_tokens as usize);
-            let head = layout.key_dim as usize * layout.dtype.bytes();
-            let run = layout.page_tokens as usize * head;
-            block.chunks_exact(run).for_each(|heads| bytes.extend_from_slice(&heads[..used * head]));
+            let planes = [(layout.keys(), layout.key_dim), (layout.values(), layout.value_dim)];
+            for (plane, dim) in planes.into_iter().filter(|(_, dim)| *dim > 0) {
+                let sizes =
+                    [(plane.elements, dim as usize * layout.dtype.bytes()), (plane.scales, layout.dtype.scale_bytes())];
+                for (from, size) in sizes {
+                    for head in 0..layout.kv_heads as usize {
+                        let start = from + head * layout.page_tokens as usize * size;
+                        bytes.extend_from_slice(&block[start..start + used * size]);
+                    }
+                }
+            }
         }
     }
     bytes
@@ -97,6 +128,18 @@ fn run(
     lengths: &[usize],
     plan: &Plan,
 ) -> Vec<(Sequence, Vec<u8>)> {
+    run_adapted(model, kernels, config, lengths, plan, &[None])
+}
+
+/// The same, with `adapters` dealt out to the sequences in turn.
+fn run_adapted(
+    model: &Arc<Model>,
+    kernels: &'static Kernels,
+    config: &Config,
+    lengths: &[usize],
+    plan: &Plan,
+    adapters: &[Option<Arc<Adapter>>],
+) -> Vec<(Sequence, Vec<u8>)> {
     let config = Config { threads: Some(plan.threads), max_model_len: None, ..config.clone() };
     let mut engine = Engine::with_kernels(model.clone(), &config, kernels).expect("an engine");
     poison(engine.memory());
@@ -112,7 +155,7 @@ fn run(
             let all = (next_page..next_page + pages)
                 .map(|page| PageId((page * plan.page_stride % layout.pages as usize) as u32));
             next_page += pages;
-            Sequence::new(tokens, all.collect())
+            Sequence::new(tokens, all.collect(), adapters[index % adapters.len()].clone())
         })
         .collect();
     assert!(next_page <= layout.pages as usize, "{next_page} pages in a pool of {}", layout.pages);
@@ -176,25 +219,160 @@ fn plans() -> impl Strategy<Value = (Vec<usize>, Plan)> {
         .prop_map(|(lengths, steps, threads, page_stride)| (lengths, Plan { threads, steps, page_stride }))
 }
 
+/// What families differ in, at random over the weights of one of them.
+#[derive(Clone, Debug)]
+struct Variant {
+    checkpoint: &'static str,
+    /// Of the first layers; then again from the first.
+    windows: [Option<usize>; 2],
+    /// What `config.json` would say of the rope of layers with a window, and of those without.
+    ropes: [serde_json::Value; 2],
+    interleaved_pairs: bool,
+    parallel: bool,
+    norm: NormKind,
+    activation: Activation,
+    score_cap: Option<f32>,
+    logit_cap: Option<f32>,
+}
+
+impl Variant {
+    fn model(&self) -> Arc<Model> {
+        let path = format!("tests/golden/{}", self.checkpoint);
+        let mut model = Arc::into_inner(load(&path)).expect("nobody else has it");
+        let decoder = &mut model.decoder;
+        let dim = decoder.head_dim;
+        let rope = |config| Rope::parse(config, "full_attention", dim).expect("a good rope");
+        decoder.ropes = self.ropes.iter().map(rope).collect();
+        for (layer, (window, rope)) in decoder.windows.iter_mut().zip(&mut decoder.layer_ropes).enumerate() {
+            *window = self.windows[layer % 2];
+            *rope = usize::from(window.is_none());
+        }
+        decoder.interleaved_pairs = self.interleaved_pairs;
+        decoder.parallel = self.parallel;
+        decoder.norm = self.norm;
+        decoder.activation = self.activation;
+        (decoder.score_cap, decoder.logit_cap) = (self.score_cap, self.logit_cap);
+        Arc::new(model)
+    }
+}
+
+fn variants() -> impl Strategy<Value = Variant> {
+    let checkpoints = ["gemma2", "gemma3", "phi3", "cohere", "olmo2", "gptneox", "qwen3"];
+    let window = || prop::option::of(1usize..100);
+    let rope = |portion: f64| {
+        prop::sample::select(vec![
+            serde_json::json!({}),
+            serde_json::json!({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 64}),
+            serde_json::json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 64}),
+        ])
+        .prop_map(move |mut config| {
+            config["partial_rotary_factor"] = portion.into();
+            config
+        })
+    };
+    let ropes = prop::sample::select(vec![0.25, 0.5, 1.0]).prop_flat_map(move |portion| (rope(portion), rope(portion)));
+    let activation = prop::sample::select(vec![Activation::Silu, Activation::Gelu, Activation::GeluTanh]);
+    let norm = prop::sample::select(vec![NormKind::Rms, NormKind::Layer]);
+    let cap = || prop::option::of(1f32..50.0);
+    let (checkpoint, flags) = (prop::sample::select(checkpoints.to_vec()), (any::<bool>(), any::<bool>()));
+    (checkpoint, window(), window(), ropes, flags, norm, activation, cap(), cap()).prop_map(
+        |(checkpoint, first, second, ropes, (interleaved_pairs, parallel), norm, activation, score_cap, logit_cap)| {
+            Variant {
+                checkpoint,
+                windows: [first, second],
+                ropes: ropes.into(),
+                interleaved_pairs,
+                parallel,
+                norm,
+                activation,
+                score_cap,
+                logit_cap,
+            }
+        },
+    )
+}
+
+#[test]
+fn whatever_families_differ_in() {
+    for kernels in Kernels::available() {
+        check_cases(8, (variants(), plans()), |(variant, (lengths, plan))| {
+            check_plan(&variant.model(), kernels, &small_config(), &lengths, &plan, &[None]);
+        });
+    }
+}
+
+/// Runs `case` for values of `strategy`.
+fn check_cases<T: std::fmt::Debug>(cases: u32, strategy: impl Strategy<Value = T>, case: impl Fn(T)) {
+    let mut runner = TestRunner::new_with_rng(
+        ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() },
+        TestRng::deterministic_rng(RngAlgorithm::ChaCha),
+    );
+    let outcome = runner.run(&strategy, |value| {
+        case(value);
+        Ok(())
+    });
+    if let Err(error) = outcome {
+        panic!("{error}");
+    }
+}
+
+/// Computes sequences alone and as `plan` says.
+fn check_plan(
+    model: &Arc<Model>,
+    kernels: &'static Kernels,
+    config: &Config,
+    lengths: &[usize],
+    plan: &Plan,
+    adapters: &[Option<Arc<Adapter>>],
+) {
+    let alone = Plan { threads: 1, steps: Vec::new(), page_stride: 1 };
+    let plain = run_adapted(model, kernels, config, lengths, &alone, adapters);
+    let mixed = run_adapted(model, kernels, config, lengths, plan, adapters);
+    compare(&plain, &mixed, &format!("{} {}", model.info().architecture, kernels.name));
+}
+
 fn check_model(path: &str, cases: u32, kv_dtype: Option<KvDtype>) {
-    let model = load(path);
+    check_adapted(&load(path), cases, kv_dtype, &[None]);
+}
+
+fn check_adapted(model: &Arc<Model>, cases: u32, kv_dtype: Option<KvDtype>, adapters: &[Option<Arc<Adapter>>]) {
     let config = Config { kv_dtype, ..small_config() };
     for kernels in Kernels::available() {
-        let mut runner = TestRunner::new_with_rng(
-            ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() },
-            TestRng::deterministic_rng(RngAlgorithm::ChaCha),
-        );
-        let outcome = runner.run(&plans(), |(lengths, plan)| {
-            let alone = Plan { threads: 1, steps: Vec::new(), page_stride: 1 };
-            let plain = run(&model, kernels, &config, &lengths, &alone);
-            let mixed = run(&model, kernels, &config, &lengths, &plan);
-            compare(&plain, &mixed, &format!("{path} {}", kernels.name));
-            Ok(())
+        check_cases(cases, plans(), |(lengths, plan)| {
+            check_plan(model, kernels, &config, &lengths, &plan, adapters);
         });
-        if let Err(error) = outcome {
-            panic!("{error}");
-        }
     }
+}
+
+/// Shapes of small models with experts, latent attention or both.
+fn shapes() -> impl Strategy<Value = ModelShape> {
+    let even = |most: usize| (1..=most / 2).prop_map(|half| 2 * half);
+    let latent = (prop::option::of(even(50)), even(90), even(40), even(20), even(40));
+    let latent = latent
+        .prop_map(|(query, key_value, plain, rope, value)| LatentRanks { query, key_value, plain, rope, value })
+        .prop_map(Some);
+    let experts = (1usize..20, 1usize..5, 1usize..90, prop_oneof![Just(0usize), 1usize..90]);
+    let experts = experts.prop_map(|(count, chosen, intermediate, shared)| {
+        Some(ExpertShape { count, chosen: chosen.min(count), intermediate, shared })
+    });
+    let parts = prop_oneof![(latent.clone(), Just(None)), (Just(None), experts.clone()), (latent, experts),];
+    let dtype = prop::sample::select(vec![ElementType::F32, ElementType::F16, ElementType::Bf16, ElementType::Bf16]);
+    let heads = prop::sample::select(vec![1usize, 2, 6, 36]);
+    (parts, dtype, heads, 30usize..140).prop_map(|((latent, experts), dtype, heads, hidden)| ModelShape {
+        name: "small",
+        vocab_size: 300,
+        hidden,
+        intermediate: 100,
+        layers: 3,
+        heads,
+        kv_heads: heads.div_ceil(2),
+        head_dim: 16,
+        latent,
+        experts,
+        qkv_bias: false,
+        max_position: 512,
+        dtype,
+    })
 }
 
 #[test]
@@ -208,6 +386,16 @@ fn f32_with_head_norms_and_bf16_pages() {
 }
 
 #[test]
+fn f32_with_caps_and_norms_after_blocks() {
+    check_model("tests/golden/gemma2", 4, None);
+}
+
+#[test]
+fn f32_with_parallel_blocks_and_a_partial_rope() {
+    check_model("tests/golden/gptneox", 4, None);
+}
+
+#[test]
 fn bf16_with_biases() {
     check_model("tests/golden/qwen2-bf16-sharded", 6, None);
 }
@@ -218,15 +406,75 @@ fn bf16_with_f16_pages() {
 }
 
 #[test]
+fn adapters_of_all_kinds_in_one_batch() {
+    let path = "tests/golden/llama";
+    let model = load(path);
+    let adapter = |name| Some(Adapter::load(&model, &repository(&format!("{path}/adapters/{name}")), 8).expect("good"));
+    check_adapted(&model, 8, None, &[adapter("lora-qv"), None, adapter("lora-all")]);
+}
+
+#[test]
+fn adapters_over_bf16_weights() {
+    let model = load("tests/golden/qwen2-bf16-sharded");
+    let dir = repository("tests/golden/qwen2/adapters/lora-all");
+    let adapter = Some(Adapter::load(&model, &dir, 8).expect("a good adapter"));
+    check_adapted(&model, 6, None, &[None, adapter]);
+}
+
+#[test]
+fn random_models_with_experts_and_latent_attention() {
+    for kernels in Kernels::available() {
+        check_cases(24, (shapes(), plans()), |(shape, (lengths, plan))| {
+            let model = Model::random(&shape, 5).expect("memory");
+            check_plan(&model, kernels, &small_config(), &lengths, &plan, &[None]);
+        });
+    }
+}
+
+#[test]
+fn groups_of_experts_and_latents_in_narrow_pages() {
+    check_model("tests/golden/deepseek_v3", 4, Some(KvDtype::Bf16));
+    check_model("tests/golden/deepseek_v2", 4, Some(KvDtype::Int8));
+}
+
+#[test]
+fn int4_in_act_order() {
+    check_model("tests/golden/llama-gptq-int4-g32-actorder", 4, None);
+}
+
+#[test]
+fn fp8_and_f16_beside_it() {
+    check_model("tests/golden/llama-fp8-channel", 4, None);
+}
+
+#[test]
+fn int8_weights() {
+    check_model("tests/golden/llama-int8-w8a8", 4, None);
+}
+
+#[test]
+fn f32_with_fp8_pages() {
+    check_model("tests/golden/mistral", 6, Some(KvDtype::Fp8));
+}
+
+#[test]
+fn bf16_with_int8_pages() {
+    check_model("tests/golden/qwen2-bf16-sharded", 6, Some(KvDtype::Int8));
+}
+
+#[test]
 fn decoding_gives_the_bits_of_prefill_at_every_length() {
     let model = load("tests/golden/llama3-bf16-sharded");
-    for kernels in Kernels::available() {
+    for (kernels, kv_dtype) in
+        Kernels::available().into_iter().flat_map(|kernels| KvDtype::ALL.map(|dtype| (kernels, dtype)))
+    {
+        let config = Config { kv_dtype: Some(kv_dtype), ..small_config() };
         let lengths = [70];
-        let one = run(&model, kernels, &small_config(), &lengths, &token_by_token(0, 70));
+        let one = run(&model, kernels, &config, &lengths, &token_by_token(0, 70));
         for first in [1, 6, 7, 15, 16, 31, 32, 33, 64] {
             let plan = Plan { threads: 2, steps: vec![vec![(0, first)]], page_stride: 29 };
-            let two = run(&model, kernels, &small_config(), &lengths, &plan);
-            compare(&one, &two, kernels.name);
+            let two = run(&model, kernels, &config, &lengths, &plan);
+            compare(&one, &two, &format!("{} {kv_dtype}", kernels.name));
         }
     }
 }
@@ -234,7 +482,7 @@ fn decoding_gives_the_bits_of_prefill_at_every_length() {
 #[test]
 fn long_sequences_are_split_over_threads_without_a_trace() {
     let config = Config { token_budget: 2048, kv_bytes: 32 << 20, ..small_config() };
-    for path in ["models/demo-draft", "tests/golden/mistral"] {
+    for path in ["models/demo-draft", "tests/golden/mistral", "tests/golden/deepseek_v2"] {
         let model = load(path);
         let length = 1023.min(model.info().max_position as usize);
         for kernels in Kernels::available() {

@@ -1,7 +1,7 @@
 //! Rows and settings that the engine refuses.
 
 use super::{load, small_config};
-use crate::{Config, Engine, Error, Row, Sample, Sampling};
+use crate::{Config, Engine, Error, Row, Sample, Sampling, Yield};
 use kv_cache::PageId;
 
 fn engine(config: Config) -> Result<Engine, Error> {
@@ -22,7 +22,7 @@ fn bad_rows_are_named_and_nothing_is_computed() {
         }
         assert_eq!(layers, 0);
     };
-    let row = Row { tokens: &[1, 2], start: 0, pages: &pages, sample: None };
+    let row = Row { tokens: &[1, 2], start: 0, pages: &pages, ..Row::default() };
     refused(&[row, Row { pages: &pages[1..], ..row }, row], &["row 2", "page 0", "twice"]);
     refused(&[Row { start: 15, pages: &[PageId(3), PageId(3)], ..row }], &["row 0", "page 3", "twice"]);
     refused(&[row, Row { tokens: &[1, 1031], ..row }], &["row 1", "1031"]);
@@ -66,16 +66,23 @@ fn an_empty_step_and_one_without_samples_are_fine() {
     assert_eq!(engine.step(&[], &mut |_| {}).expect("a step"), []);
     let pages: Vec<PageId> = (0..2).map(PageId).collect();
     let mut layers = Vec::new();
-    let row = Row { tokens: &[1, 2, 3], start: 0, pages: &pages, sample: None };
-    assert_eq!(engine.step(&[row], &mut |layer| layers.push(layer)).expect("a step"), [None]);
+    let row = Row { tokens: &[1, 2, 3], start: 0, pages: &pages, ..Row::default() };
+    assert_eq!(engine.step(&[row], &mut |layer| layers.push(layer)).expect("a step"), [Yield::default()]);
     assert_eq!(layers, [0, 1, 2]);
     assert!(engine.logits(0).is_none() && engine.logits(1).is_none());
 
     let sampling = Sampling::default();
-    let sample = Sample { sampling: &sampling, history: &[1, 2, 3, 4], prompt_tokens: 4, forbidden: &[] };
+    let sample = Sample {
+        sampling: &sampling,
+        history: &[1, 2, 3, 4],
+        prompt_tokens: 4,
+        forbidden: &[],
+        min_tokens: 0,
+        grammar: None,
+    };
     let other = Row { pages: &pages[1..], ..row };
-    let rows = [other, Row { tokens: &[4], start: 3, pages: &pages, sample: Some(sample) }];
+    let rows = [other, Row { tokens: &[4], start: 3, pages: &pages, sample: Some(sample), ..Row::default() }];
     let sampled = engine.step(&rows, &mut |_| {}).expect("a step");
-    assert!(sampled[0].is_none() && sampled[1].is_some());
+    assert_eq!((sampled[0].sampled.len(), sampled[1].sampled.len()), (0, 1));
     assert!(engine.logits(0).is_none() && engine.logits(1).is_some());
 }

@@ -1,7 +1,7 @@
 use super::*;
 use crate::{
     KvMemory,
-    cpu::{buffer::Buffer, kernels::Kernels, layer_pages},
+    cpu::{buffer::Buffer, kernels::Kernels, simd::portable::Portable},
 };
 use candle_core::{DType, Device, Tensor};
 use kv_cache::{KvDtype, PageLayout};
@@ -28,7 +28,14 @@ fn wave(index: usize, salt: usize) -> f32 {
 impl Case {
     fn new(dtype: KvDtype, group: usize, head_dim: usize, length: usize, window: Option<usize>) -> Self {
         let kv_heads = 2;
-        let shape = AttentionShape { group, head_dim, scale: 1.0 / (head_dim as f32).sqrt() };
+        let shape = AttentionShape {
+            group,
+            head_dim,
+            value_dim: head_dim,
+            latent: false,
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            cap: None,
+        };
         let pages = length.div_ceil(16) as u32 + 3;
         let layout = PageLayout {
             layers: 1,
@@ -40,36 +47,27 @@ impl Case {
             pages,
         };
         let memory = KvMemory::new(layout).expect("memory");
-        let mut bytes = vec![0xff; memory.layout().pool_bytes()];
+        use std::os::unix::fs::FileExt;
+        memory.file().write_all_at(&vec![0xff; memory.layout().pool_bytes()], 0).expect("the pool's bytes");
         let table: Vec<PageId> = (0..length.div_ceil(16) as u32).map(|page| PageId(pages - 1 - page)).collect();
-        let pool = layer_pages(&memory, 0);
+        let pool = LayerPages::new(&memory, 0);
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         for position in 0..length {
             let slot = Slot { page: table[position / 16].0, token: (position % 16) as u32 };
             for head in 0..kv_heads {
-                for (side, at) in [(&mut keys, pool.key(slot, head)), (&mut values, pool.value(slot, head))] {
-                    let offset = at as usize - pool.base as usize;
-                    for index in 0..head_dim {
-                        let value = wave(side.len(), at as usize % 7);
-                        let (value, stored) = match dtype {
-                            KvDtype::F32 => (value, value.to_le_bytes().to_vec()),
-                            KvDtype::Bf16 => {
-                                let value = half::bf16::from_f32(value);
-                                (value.to_f32(), value.to_le_bytes().to_vec())
-                            }
-                            KvDtype::F16 => {
-                                let value = half::f16::from_f32(value);
-                                (value.to_f32(), value.to_le_bytes().to_vec())
-                            }
-                        };
-                        side.push(value);
-                        bytes[offset + index * stored.len()..][..stored.len()].copy_from_slice(&stored);
+                for (salt, (all, side)) in [(&mut keys, pool.keys), (&mut values, pool.values)].into_iter().enumerate()
+                {
+                    let written: Vec<f32> = (0..head_dim).map(|index| wave(all.len() + index, salt)).collect();
+                    let mut stored = vec![0.0; head_dim];
+                    // SAFETY: the slot lies in the pool and nobody else uses it.
+                    unsafe {
+                        side.write(Portable, slot, head, &written);
+                        side.read(Portable, slot, head, head_dim, &mut stored);
                     }
+                    all.extend(stored);
                 }
             }
         }
-        use std::os::unix::fs::FileExt;
-        memory.file().write_all_at(&bytes, 0).expect("the pool's bytes");
         let q = (0..length * kv_heads * group * head_dim).map(|index| wave(index, 11)).collect();
         Self { shape, kv_heads, length, window, memory, table, keys, values, q }
     }
@@ -97,6 +95,10 @@ impl Case {
             .collect();
         let mask = Tensor::from_vec(mask, (1, length, length), &device)?;
         let scores = (q.matmul(&keys.transpose(1, 2)?.contiguous()?)? * f64::from(self.shape.scale))?;
+        let scores = match self.shape.cap.map(f64::from) {
+            Some(cap) => ((scores / cap)?.tanh()? * cap)?,
+            None => scores,
+        };
         let scores = scores.broadcast_add(&mask)?;
         let scores = scores.broadcast_sub(&scores.max_keepdim(2)?)?.exp()?;
         let scores = scores.broadcast_div(&scores.sum_keepdim(2)?)?;
@@ -124,7 +126,7 @@ impl Case {
                     start: first,
                     window: self.window,
                     table: &self.table,
-                    pages: layer_pages(&self.memory, 0),
+                    pages: LayerPages::new(&self.memory, 0),
                     kv_head,
                     output: output.floats_mut()[(first - from) * heads * dim..].as_mut_ptr().cast(),
                     output_stride: heads * dim * 4,
@@ -177,6 +179,10 @@ fn attention_is_that_of_the_dense_reference() {
             (KvDtype::F16, 2, 80, 90, Some(33)),
             (KvDtype::Bf16, 40, 32, 40, Some(1)),
             (KvDtype::F32, 2, 96, 1100, None),
+            (KvDtype::Fp8, 3, 64, 100, None),
+            (KvDtype::Fp8, 2, 24, 70, Some(33)),
+            (KvDtype::Int8, 4, 128, 90, None),
+            (KvDtype::Int8, 1, 9, 600, Some(550)),
             (KvDtype::Bf16, 1, 2, 1100, Some(600)),
         ] {
             let case = Case::new(dtype, group, head_dim, length, window);
@@ -189,10 +195,26 @@ fn attention_is_that_of_the_dense_reference() {
 }
 
 #[test]
+fn capped_scores_are_those_of_the_dense_reference() {
+    for kernels in Kernels::available() {
+        for (head_dim, length, window, cap) in [(32, 90, None, 2.0), (24, 70, Some(17), 0.5), (64, 600, None, 50.0)] {
+            let mut case = Case::new(KvDtype::F32, 2, head_dim, length, window);
+            case.shape.cap = Some(cap);
+            let expected = case.reference().expect("candle computes");
+            let output = case.run(kernels, 0, case.shape.task_tokens(), false);
+            let worst = output.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            // A score is off by what tanh is, times the cap.
+            assert!(worst < 1e-4, "{} {head_dim}, {length}, {window:?}, cap {cap}: {worst}", kernels.name);
+        }
+    }
+}
+
+#[test]
 fn a_token_has_the_same_bits_in_every_task() {
     for kernels in Kernels::available() {
         for (head_dim, length, window) in [(64, 1100, None), (24, 1100, Some(520)), (80, 70, Some(40))] {
-            let case = Case::new(KvDtype::Bf16, 3, head_dim, length, window);
+            let dtype = if head_dim == 24 { KvDtype::Int8 } else { KvDtype::Bf16 };
+            let case = Case::new(dtype, 3, head_dim, length, window);
             let from = length - 65;
             let same = |tokens: usize, in_parts: bool| {
                 let expected = case.run(kernels, from, 1, false);

@@ -3,7 +3,8 @@ use crate::{
     cpu::{
         buffer::Buffer,
         kernels::Kernels,
-        packed::{Packed, StoredRow},
+        packed::{Packed, StoredRow, WeightType},
+        scheme::{Code, QuantizedRow, Scheme},
     },
     model::checkpoint::ElementType,
 };
@@ -11,7 +12,7 @@ use half::{bf16, f16};
 
 /// A matrix of weights as stored, and as packed.
 struct Weight {
-    dtype: ElementType,
+    kind: WeightType,
     depth: usize,
     values: Vec<f32>,
     packed: Packed,
@@ -19,24 +20,77 @@ struct Weight {
 
 impl Weight {
     /// One panel of which 50 columns are there.
-    fn new(dtype: ElementType, depth: usize) -> Self {
-        Self::of_columns(dtype, depth, 50)
+    fn new(kind: WeightType, depth: usize) -> Self {
+        Self::of_columns(kind, depth, 50)
     }
 
-    fn of_columns(dtype: ElementType, depth: usize, columns: usize) -> Self {
-        let values: Vec<f32> = (0..columns * depth).map(|index| rounded(dtype, wave(index, 3))).collect();
-        let stored: Vec<u8> = values.iter().flat_map(|value| stored(dtype, *value)).collect();
-        let row = |column: usize| {
-            let stride = depth * dtype.bytes();
-            stored.get(column * stride..(column + 1) * stride).map(|bytes| StoredRow { dtype, bytes })
+    fn of_columns(kind: WeightType, depth: usize, columns: usize) -> Self {
+        let panels = columns.div_ceil(PANEL);
+        let mut values: Vec<f32> = (0..columns * depth).map(|index| wave(index, 3)).collect();
+        let packed = match kind {
+            WeightType::Float(dtype) => {
+                values.iter_mut().for_each(|value| *value = rounded(dtype, *value));
+                let stored: Vec<u8> = values.iter().flat_map(|value| stored(dtype, *value)).collect();
+                let row = |column: usize| {
+                    let stride = depth * dtype.bytes();
+                    stored.get(column * stride..(column + 1) * stride).map(|bytes| StoredRow { dtype, bytes })
+                };
+                Packed::pack(dtype, panels, depth, 1, &row)
+            }
+            WeightType::Quantized(scheme) => {
+                let read = |column: usize, row: &mut QuantizedRow| {
+                    *row = quantized_row(&scheme, depth, column);
+                    column < columns
+                };
+                for (column, values) in values.chunks_exact_mut(depth).enumerate() {
+                    quantized_row(&scheme, depth, column).widen(&scheme, values);
+                }
+                Packed::pack_quantized(scheme, panels, depth, 1, None, &read)
+            }
         };
-        let packed = Packed::pack(dtype, columns.div_ceil(PANEL), depth, 1, &row).expect("memory");
-        Self { dtype, depth, values, packed }
+        Self { kind, depth, values, packed: packed.expect("memory") }
     }
 
     fn row(&self, column: usize) -> &[f32] {
         self.values.get(column * self.depth..(column + 1) * self.depth).unwrap_or(&[])
     }
+
+    fn format(&self, kernels: &Kernels) -> Format {
+        kernels.format([self.kind].into_iter())
+    }
+}
+
+/// Codes, scales and offsets that look random, and weights around -1 ..= 1.
+fn quantized_row(scheme: &Scheme, depth: usize, column: usize) -> QuantizedRow {
+    let mut row = QuantizedRow::zeroed(scheme, depth);
+    let (codes, largest) = match scheme.code {
+        Code::Int4 => (16, 16.0),
+        Code::Int8 => (256, 256.0),
+        Code::Fp8 => (256, 448.0),
+    };
+    for (index, code) in row.codes.iter_mut().enumerate() {
+        let any = ((index * 7919 + column * 104_729) % 2003 % codes) as u8;
+        // The two NaNs are not codes.
+        *code = if scheme.code == Code::Fp8 && any & 0x7f == 0x7f { 0 } else { any };
+    }
+    let scale = |group: usize| (1.0 + wave(group, column)) / largest;
+    row.scales.iter_mut().enumerate().for_each(|(group, value)| *value = rounded(ElementType::F16, scale(group)));
+    row.offsets.iter_mut().enumerate().for_each(|(group, value)| *value = -wave(group, column + 1));
+    row
+}
+
+/// Every way in which weights are kept.
+fn kinds() -> Vec<WeightType> {
+    let floats = [ElementType::F32, ElementType::F16, ElementType::Bf16].map(WeightType::Float);
+    let mut kinds = floats.to_vec();
+    for code in [Code::Int4, Code::Int8, Code::Fp8] {
+        for (group, narrow, offsets) in
+            [(16, false, true), (32, true, false), (64, true, true), (128, false, false), (1 << 20, false, false)]
+        {
+            kinds.push(WeightType::Quantized(Scheme { code, group, narrow, offsets }));
+        }
+    }
+    kinds
 }
 
 /// A number in -1 ..= 1 that looks random.
@@ -88,7 +142,7 @@ fn inputs(format: Format, rows: usize, depth: usize) -> (Buffer, Vec<f32>) {
 
 /// Computes one panel and returns its outputs, `[rows][64]`.
 fn product(kernels: &Kernels, weight: &Weight, input: &Buffer, rows: usize, bias: Option<&[f32; PANEL]>) -> Vec<f32> {
-    let format = kernels.format(weight.dtype);
+    let format = weight.format(kernels);
     let mut scratch = Buffer::new(rows.next_multiple_of(16) * PANEL * 4).expect("memory");
     scratch.bytes_mut().fill(0xff);
     let mut output = Buffer::new(rows * PANEL * 4).expect("memory");
@@ -100,25 +154,25 @@ fn product(kernels: &Kernels, weight: &Weight, input: &Buffer, rows: usize, bias
         panel: weight.packed.panel(0),
         panel_bytes: weight.packed.panel_bytes(),
         panels: 1,
+        groups: weight.packed.groups(),
         bias: bias.map(std::slice::from_ref),
+        adapted: None,
         output: Output::Store { to: output.as_mut_ptr().cast(), stride: PANEL },
     };
     // SAFETY: the buffers hold the rows and end at guard pages; the kernels are available.
-    unsafe { kernels.linear(weight.dtype)(&task, scratch.floats_mut()) };
+    unsafe { kernels.linear(weight.kind, weight.format(kernels))(&task, scratch.floats_mut()) };
     output.floats()[..rows * PANEL].to_vec()
 }
-
-const DTYPES: [ElementType; 3] = [ElementType::F32, ElementType::F16, ElementType::Bf16];
 
 #[test]
 fn products_are_right_for_all_rows_and_depths() {
     for kernels in Kernels::available() {
-        for dtype in DTYPES {
+        for kind in kinds() {
             for (rows, depth) in
                 [(1, 1), (2, 7), (3, 32), (5, 33), (6, 100), (7, 64), (14, 96), (15, 31), (33, 1100), (49, 2080)]
             {
-                let weight = Weight::new(dtype, depth);
-                let (input, values) = inputs(kernels.format(dtype), rows, depth);
+                let weight = Weight::new(kind, depth);
+                let (input, values) = inputs(weight.format(kernels), rows, depth);
                 let bias: [f32; PANEL] = std::array::from_fn(|column| column as f32);
                 let output = product(kernels, &weight, &input, rows, Some(&bias));
                 for (row, (output, input)) in output.chunks_exact(PANEL).zip(values.chunks_exact(depth)).enumerate() {
@@ -132,7 +186,7 @@ fn products_are_right_for_all_rows_and_depths() {
                         let limit = 6e-8 * (depth + 4) as f64 * (size + column as f64) + 1e-6;
                         assert!(
                             error <= limit,
-                            "{} {dtype:?} {rows} x {depth}, row {row} column {column}: {output}, expected {expected}",
+                            "{} {kind:?} {rows} x {depth}, row {row} column {column}: {output}, expected {expected}",
                             kernels.name
                         );
                     }
@@ -143,12 +197,40 @@ fn products_are_right_for_all_rows_and_depths() {
 }
 
 #[test]
+fn quantised_weights_have_the_bits_of_the_f32_they_stand_for() {
+    for kernels in Kernels::available().into_iter().filter(|kernels| kernels.name != "portable") {
+        for kind in kinds().into_iter().filter(|kind| matches!(kind, WeightType::Quantized(_))) {
+            for (rows, depth) in [(1, 1), (1, 37), (3, 300), (4, 31), (11, 2100), (20, 5000)] {
+                let weight = Weight::new(kind, depth);
+                let row = |column: usize, row: &mut [f32]| {
+                    weight.values.get(column * depth..).is_some_and(|values| {
+                        let here = values.len() >= depth;
+                        row.iter_mut().zip(values).for_each(|(to, from)| *to = *from);
+                        here
+                    })
+                };
+                let packed = Packed::pack_made(1, depth, 1, &row).expect("memory");
+                let widened = Weight { kind: WeightType::Float(ElementType::F32), packed, depth, values: Vec::new() };
+                let (input, _) = inputs(Format::F32, rows, depth);
+                let ours = product(kernels, &weight, &input, rows, None);
+                let expected = product(kernels, &widened, &input, rows, None);
+                assert!(
+                    ours.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()),
+                    "{} {kind:?} {rows} x {depth}",
+                    kernels.name
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn a_row_has_the_same_bits_in_every_batch() {
     let depth = 1500;
     for kernels in Kernels::available() {
-        for dtype in DTYPES {
-            let weight = Weight::new(dtype, depth);
-            let format = kernels.format(dtype);
+        for kind in kinds() {
+            let weight = Weight::new(kind, depth);
+            let format = weight.format(kernels);
             let (input, _) = inputs(format, TASK_ROWS, depth);
             let all = product(kernels, &weight, &input, TASK_ROWS, None);
             for rows in (1usize..40).chain([64, 100]) {
@@ -167,7 +249,7 @@ fn a_row_has_the_same_bits_in_every_batch() {
                     let expected = &all[first * PANEL..][..rows * PANEL];
                     assert!(
                         some.iter().zip(expected).all(|(a, b)| a.to_bits() == b.to_bits()),
-                        "{} {dtype:?} {rows} rows from {first}",
+                        "{} {kind:?} {rows} rows from {first}",
                         kernels.name
                     );
                 }
@@ -180,9 +262,9 @@ fn a_row_has_the_same_bits_in_every_batch() {
 fn panels_together_have_the_bits_of_panels_alone() {
     let (depth, rows, panels) = (4100, 33, 3);
     for kernels in Kernels::available() {
-        for dtype in DTYPES {
-            let weight = Weight::of_columns(dtype, depth, 150);
-            let format = kernels.format(dtype);
+        for kind in kinds() {
+            let weight = Weight::of_columns(kind, depth, 150);
+            let format = weight.format(kernels);
             let (input, _) = inputs(format, rows, depth);
             let bias: Vec<[f32; PANEL]> = (0..panels).map(|panel| [panel as f32; PANEL]).collect();
             let mut scratch = Buffer::new(rows.next_multiple_of(16) * panels * PANEL * 4).expect("memory");
@@ -199,11 +281,13 @@ fn panels_together_have_the_bits_of_panels_alone() {
                     panel: weight.packed.panel(panel),
                     panel_bytes: weight.packed.panel_bytes(),
                     panels,
+                    groups: weight.packed.groups(),
                     bias: Some(&bias[panel..]),
+                    adapted: None,
                     output: Output::Store { to: output.as_mut_ptr().cast(), stride },
                 };
                 // SAFETY: the buffers hold the rows and end at guard pages; the kernels are available.
-                unsafe { kernels.linear(dtype)(&task, scratch.floats_mut()) };
+                unsafe { kernels.linear(weight.kind, weight.format(kernels))(&task, scratch.floats_mut()) };
                 output.floats()[..rows * stride].to_vec()
             };
             let together = compute(0, rows, 0, panels);
@@ -215,7 +299,7 @@ fn panels_together_have_the_bits_of_panels_alone() {
                     let expected = &together[(row * panels + panel) * PANEL..][..PANEL];
                     assert!(
                         alone.iter().zip(expected).all(|(a, b)| a.to_bits() == b.to_bits()),
-                        "{} {dtype:?} row {row} panel {panel}",
+                        "{} {kind:?} row {row} panel {panel}",
                         kernels.name
                     );
                 }
@@ -225,9 +309,9 @@ fn panels_together_have_the_bits_of_panels_alone() {
 }
 
 #[test]
-fn gates_multiply_by_silu_and_residuals_add() {
+fn gates_multiply_activations_and_residuals_add() {
     for kernels in Kernels::available() {
-        let weight = Weight::new(ElementType::F32, 40);
+        let weight = Weight::new(WeightType::Float(ElementType::F32), 40);
         let (input, _) = inputs(Format::F32, 3, 40);
         let plain = product(kernels, &weight, &input, 3, None);
         let run = |output: Output| {
@@ -240,19 +324,29 @@ fn gates_multiply_by_silu_and_residuals_add() {
                 panel: weight.packed.panel(0),
                 panel_bytes: weight.packed.panel_bytes(),
                 panels: 1,
+                groups: weight.packed.groups(),
                 bias: None,
+                adapted: None,
                 output,
             };
             // SAFETY: the buffers hold the rows and end at guard pages; the kernels are available.
-            unsafe { kernels.linear(ElementType::F32)(&task, scratch.floats_mut()) };
+            unsafe { kernels.linear(weight.kind, Format::F32)(&task, scratch.floats_mut()) };
         };
-        let mut gated = Buffer::new(3 * PANEL / 2 * 4).expect("memory");
-        run(Output::Gate { to: gated.as_mut_ptr(), stride: PANEL / 2 * 4, format: Format::F32 });
-        for (row, gated) in gated.floats().chunks_exact(PANEL / 2).enumerate() {
-            for (column, gated) in gated.iter().enumerate() {
-                let (gate, up) = (plain[row * PANEL + column], plain[row * PANEL + PANEL / 2 + column]);
-                let expected = gate / (1.0 + (-gate).exp()) * up;
-                assert!((gated - expected).abs() <= 1e-5 * expected.abs() + 1e-6, "{gated} {expected}");
+        let (format, silu) = (Format::F32, |x: f32| x / (1.0 + (-x).exp()));
+        let tanh = |x: f32| 0.5 * x * (1.0 + (0.797_884_6 * (x + 0.044_715 * x * x * x)).tanh());
+        let check = |out: f32, expected: f32| assert!((out - expected).abs() <= 1e-5 * expected.abs() + 1e-6);
+        for (activation, exact) in [(Activation::Silu, &silu as &dyn Fn(f32) -> f32), (Activation::GeluTanh, &tanh)] {
+            let mut gated = Buffer::new(3 * PANEL / 2 * 4).expect("memory");
+            run(Output::Gate { to: gated.as_mut_ptr(), stride: PANEL / 2 * 4, format, activation });
+            let mut bent = Buffer::new(3 * PANEL * 4).expect("memory");
+            run(Output::Activate { to: bent.as_mut_ptr(), stride: PANEL * 4, format, activation });
+            for (row, gated) in gated.floats().chunks_exact(PANEL / 2).enumerate() {
+                for (column, gated) in gated.iter().enumerate() {
+                    let (gate, up) = (row * PANEL + column, row * PANEL + PANEL / 2 + column);
+                    check(*gated, exact(plain[gate]) * plain[up]);
+                    check(bent.floats()[gate], exact(plain[gate]));
+                    check(bent.floats()[up], exact(plain[up]));
+                }
             }
         }
         let mut sum = Buffer::new(3 * PANEL * 4).expect("memory");
@@ -267,34 +361,36 @@ fn gates_multiply_by_silu_and_residuals_add() {
 #[ignore = "prints speeds; asserts nothing"]
 fn speed() {
     for kernels in Kernels::available() {
-        for dtype in DTYPES {
+        for kind in kinds() {
             for (rows, depth) in [(1, 2048), (4, 2048), (8, 2048), (16, 2048), (32, 2048), (192, 2048), (192, 8192)] {
-                let weight = Weight::new(dtype, depth);
-                let (input, _) = inputs(kernels.format(dtype), rows, depth);
+                let weight = Weight::new(kind, depth);
+                let (input, _) = inputs(weight.format(kernels), rows, depth);
                 let mut best = f64::INFINITY;
                 let mut scratch = Buffer::new(rows.next_multiple_of(16) * PANEL * 4).expect("memory");
                 let mut output = Buffer::new(rows * PANEL * 4).expect("memory");
                 let task = LinearTask {
                     input: input.as_ptr(),
-                    input_stride: kernels.format(dtype).stride(depth),
+                    input_stride: weight.format(kernels).stride(depth),
                     rows,
                     depth,
                     panel: weight.packed.panel(0),
                     panel_bytes: weight.packed.panel_bytes(),
                     panels: 1,
+                    groups: weight.packed.groups(),
                     bias: None,
+                    adapted: None,
                     output: Output::Store { to: output.as_mut_ptr().cast(), stride: PANEL },
                 };
                 for _ in 0..300 {
                     let start = std::time::Instant::now();
                     // SAFETY: the buffers hold the rows; the kernels are available.
-                    unsafe { kernels.linear(dtype)(&task, scratch.floats_mut()) };
+                    unsafe { kernels.linear(weight.kind, weight.format(kernels))(&task, scratch.floats_mut()) };
                     best = best.min(start.elapsed().as_secs_f64());
                 }
                 let operations = 2.0 * (rows * depth * PANEL) as f64;
-                let bytes = (depth * PANEL * dtype.bytes()) as f64;
+                let bytes = weight.packed.panel_bytes() as f64;
                 println!(
-                    "{:12} {dtype:?} {rows:3} x {depth}: {:7.1} Gop/s {:6.1} GB/s",
+                    "{:12} {kind:?} {rows:3} x {depth}: {:7.1} Gop/s {:6.1} GB/s",
                     kernels.name,
                     operations / best / 1e9,
                     bytes / best / 1e9

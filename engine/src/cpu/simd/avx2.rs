@@ -28,6 +28,7 @@ impl Avx2 {
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Simd for Avx2 {
     type F = __m256;
+    type W = __m256i;
     const LANES: usize = 8;
     const SCORE_ROWS: usize = 2;
 
@@ -144,6 +145,21 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> __m256 {
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_e4m3(self, from: *const u8) -> __m256 {
+        unsafe {
+            // As f16 the exponent is too small by 8; widening the sign leaves two copies of it, of which the mask keeps one.
+            let wide = _mm_slli_epi16::<7>(_mm_cvtepi8_epi16(_mm_loadl_epi64(from.cast())));
+            let halves = _mm_and_si128(wide, _mm_set1_epi16(0xbf80_u16 as i16));
+            _mm256_mul_ps(_mm256_cvtph_ps(halves), _mm256_set1_ps(256.0))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn load_bf16_pairs(self, from: *const u32) -> (__m256, __m256) {
         unsafe {
             let pairs = _mm256_loadu_si256(from.cast());
@@ -163,6 +179,37 @@ impl Simd for Avx2 {
             let kept = _mm256_and_si256(rounded, _mm256_set1_epi32(0xffff_0000_u32 as i32));
             let nan = _mm256_cmp_ps::<_CMP_UNORD_Q>(value, value);
             _mm256_blendv_ps(_mm256_castsi256_ps(kept), _mm256_set1_ps(f32::NAN), nan)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_words(self, from: *const u32) -> __m256i {
+        unsafe { _mm256_loadu_si256(from.cast()) }
+    }
+
+    #[inline(always)]
+    fn nibble(self, words: __m256i, index: usize) -> __m256 {
+        unsafe {
+            let low = _mm256_srl_epi32(words, _mm_cvtsi32_si128(4 * index as i32));
+            _mm256_cvtepi32_ps(_mm256_and_si256(low, _mm256_set1_epi32(15)))
+        }
+    }
+
+    #[inline(always)]
+    fn byte(self, words: __m256i, index: usize) -> __m256 {
+        unsafe {
+            let low = _mm256_srl_epi32(words, _mm_cvtsi32_si128(8 * index as i32));
+            _mm256_cvtepi32_ps(_mm256_and_si256(low, _mm256_set1_epi32(255)))
+        }
+    }
+
+    #[inline(always)]
+    fn e4m3(self, words: __m256i, index: usize) -> __m256 {
+        unsafe {
+            // The shift to the right copies the sign above the exponent; the mask leaves one copy (`scheme::widen_e4m3`).
+            let high = _mm256_sll_epi32(words, _mm_cvtsi32_si128(24 - 8 * index as i32));
+            let bits = _mm256_and_si256(_mm256_srai_epi32::<4>(high), _mm256_set1_epi32(0x87f0_0000_u32 as i32));
+            _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(f32::from_bits((127 + 120) << 23)))
         }
     }
 

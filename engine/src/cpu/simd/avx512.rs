@@ -32,6 +32,7 @@ impl<const BF16: bool> Avx512<BF16> {
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl<const BF16: bool> Simd for Avx512<BF16> {
     type F = __m512;
+    type W = __m512i;
     const LANES: usize = 16;
     const SCORE_ROWS: usize = 4;
 
@@ -150,6 +151,21 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
 
     #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_e4m3(self, from: *const u8) -> __m512 {
+        unsafe {
+            // As f16 the exponent is too small by 8; widening the sign leaves two copies of it, of which the mask keeps one.
+            let wide = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(from.cast())));
+            let halves = _mm256_and_si256(wide, _mm256_set1_epi16(0xbf80_u16 as i16));
+            _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(256.0))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn load_bf16_pairs(self, from: *const u32) -> (__m512, __m512) {
         unsafe {
             let pairs = _mm512_loadu_si512(from.cast());
@@ -169,6 +185,38 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
             let kept = _mm512_and_si512(rounded, _mm512_set1_epi32(0xffff_0000_u32 as i32));
             let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
             _mm512_mask_blend_ps(nan, _mm512_castsi512_ps(kept), _mm512_set1_ps(f32::NAN))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_words(self, from: *const u32) -> __m512i {
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+
+    #[inline(always)]
+    fn nibble(self, words: __m512i, index: usize) -> __m512 {
+        unsafe {
+            // A look-up heeds the lowest four bits of a word and no others: mask and conversion in one instruction.
+            let numbers = _mm512_setr_ps(0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.);
+            _mm512_permutexvar_ps(_mm512_srl_epi32(words, _mm_cvtsi32_si128(4 * index as i32)), numbers)
+        }
+    }
+
+    #[inline(always)]
+    fn byte(self, words: __m512i, index: usize) -> __m512 {
+        unsafe {
+            let low = _mm512_srl_epi32(words, _mm_cvtsi32_si128(8 * index as i32));
+            _mm512_cvtepi32_ps(_mm512_and_si512(low, _mm512_set1_epi32(255)))
+        }
+    }
+
+    #[inline(always)]
+    fn e4m3(self, words: __m512i, index: usize) -> __m512 {
+        unsafe {
+            // The shift to the right copies the sign above the exponent; the mask leaves one copy (`scheme::widen_e4m3`).
+            let high = _mm512_sll_epi32(words, _mm_cvtsi32_si128(24 - 8 * index as i32));
+            let bits = _mm512_and_si512(_mm512_srai_epi32::<4>(high), _mm512_set1_epi32(0x87f0_0000_u32 as i32));
+            _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(f32::from_bits((127 + 120) << 23)))
         }
     }
 

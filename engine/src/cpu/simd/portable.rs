@@ -1,6 +1,7 @@
 //! Any machine: arrays of eight that the compiler turns into whatever vectors it may use (NEON on arm64, SSE2 on x86-64).
 
 use super::Simd;
+use crate::cpu::scheme::widen_e4m3;
 use half::{bf16, f16};
 
 /// Plain Rust; every machine has it.
@@ -32,6 +33,7 @@ fn widen_f16(bits: u16) -> f32 {
 
 impl Simd for Portable {
     type F = F;
+    type W = [u32; LANES];
     const LANES: usize = LANES;
     const SCORE_ROWS: usize = 1;
 
@@ -148,6 +150,20 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> F {
+        // SAFETY: the caller vouches for LANES elements.
+        let numbers = unsafe { from.cast::<[i8; LANES]>().read_unaligned() };
+        numbers.map(f32::from)
+    }
+
+    #[inline(always)]
+    unsafe fn load_e4m3(self, from: *const u8) -> F {
+        // SAFETY: the caller vouches for LANES elements.
+        let bits = unsafe { from.cast::<[u8; LANES]>().read_unaligned() };
+        bits.map(widen_e4m3)
+    }
+
+    #[inline(always)]
     unsafe fn load_bf16_pairs(self, from: *const u32) -> (F, F) {
         // SAFETY: the caller vouches for LANES pairs.
         let bits = unsafe { from.cast::<[u32; LANES]>().read_unaligned() };
@@ -159,6 +175,27 @@ impl Simd for Portable {
     #[inline(always)]
     fn round_bf16(self, value: F) -> F {
         map(value, |value| bf16::from_f32(value).to_f32())
+    }
+
+    #[inline(always)]
+    unsafe fn load_words(self, from: *const u32) -> [u32; LANES] {
+        // SAFETY: the caller vouches for LANES words.
+        unsafe { from.cast::<[u32; LANES]>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    fn nibble(self, words: [u32; LANES], index: usize) -> F {
+        words.map(|word| (word >> (4 * index) & 15) as f32)
+    }
+
+    #[inline(always)]
+    fn byte(self, words: [u32; LANES], index: usize) -> F {
+        words.map(|word| (word >> (8 * index) & 255) as f32)
+    }
+
+    #[inline(always)]
+    fn e4m3(self, words: [u32; LANES], index: usize) -> F {
+        words.map(|word| widen_e4m3((word >> (8 * index)) as u8))
     }
 
     #[inline(always)]
