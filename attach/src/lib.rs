@@ -13,6 +13,7 @@
 //! gRPC takes from there whatever has gathered since the last frame. A router that reads too slowly loses its stream.
 #![forbid(unsafe_code)]
 
+mod adapters;
 mod address;
 mod inbox;
 mod legs;
@@ -30,7 +31,7 @@ pub use inbox::{Inbox, Input};
 pub use legs::{Duplicate, Legs};
 pub use life::{Parts, Slot, live};
 pub use load::{Load, Rate};
-pub use meters::Meters;
+pub use meters::{Meters, StepTokens};
 pub use outbox::Router;
 pub use routers::{End, Routers};
 pub use rpc::{Profile, serve};

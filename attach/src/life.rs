@@ -6,12 +6,14 @@ use crate::{Inbox, Load, Profile, Stepper, advertised, serve, start_thread};
 use anyhow::{Context, anyhow, bail, ensure};
 use cluster::{Capacity, Directory, LoadSummary, Member, ModelCard, Registration, Role, State};
 use engine::{
-    Engine,
+    Adapters, Engine,
     scheduler::{self, Scheduler},
 };
 use kv_transfer::{Identity, Transfer};
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
+    path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -49,6 +51,10 @@ pub struct Slot {
     pub transfer: kv_transfer::Config,
     /// Most sequences in the scheduler's line.
     pub max_waiting: usize,
+    /// Adapters to begin with: name and PEFT directory.
+    pub adapters: BTreeMap<String, PathBuf>,
+    /// Largest rank of an adapter.
+    pub max_lora_rank: usize,
     /// Longest that running sequences may take to finish at the end.
     pub drain_timeout: Duration,
 }
@@ -59,6 +65,8 @@ impl Slot {
         ensure!(self.name.as_deref() != Some(""), "name: must not be empty");
         ensure!(!self.model_name.is_empty(), "model_name: must not be empty");
         ensure!(self.max_waiting > 0, "max_waiting: must be at least 1");
+        ensure!(!self.adapters.contains_key(""), "adapters: a name must not be empty");
+        ensure!(self.max_lora_rank > 0, "max_lora_rank: must be at least 1");
         Ok(())
     }
 
@@ -161,6 +169,7 @@ impl Worker {
         let (drain, stop, close) = (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
         let guard = stop.clone().drop_guard();
         let listener = TcpListener::bind(slot.listen).await.with_context(|| format!("listen: bind {}", slot.listen))?;
+        let adapters = load_adapters(slot, &engine).await?;
         let scheduler = Scheduler::new(limits(slot, &engine))?;
         let mut member = describe_member(slot, &engine, &scheduler);
         member.address = advertised(slot.advertise.as_deref(), listener.local_addr()?);
@@ -170,7 +179,7 @@ impl Worker {
         let identity = Identity {
             worker: member.id.clone(),
             incarnation: member.incarnation,
-            fingerprint: engine.model().info().fingerprint.clone(),
+            fingerprint: engine.fingerprint().to_owned(),
             layout: engine.memory().layout().clone(),
         };
         let profile = Profile {
@@ -179,6 +188,8 @@ impl Worker {
             vocab_size: engine.model().info().vocab_size,
             page_tokens: engine.memory().layout().page_tokens as usize,
             eos: engine.model().info().eos.clone(),
+            adapters: Some(adapters),
+            model: Some(engine.model().clone()),
         };
         let memory = engine.memory().clone();
         let transfer =
@@ -251,6 +262,19 @@ async fn publish_load(registration: &Registration, load: watch::Receiver<Load>) 
     }
 }
 
+/// Reads the adapters that the worker begins with.
+async fn load_adapters(slot: &Slot, engine: &Engine) -> anyhow::Result<Arc<Adapters>> {
+    let adapters = Arc::new(Adapters::new(engine.model().clone(), slot.max_lora_rank));
+    let (named, loading) = (slot.adapters.clone(), adapters.clone());
+    let load = move || {
+        named.iter().try_for_each(|(name, dir)| {
+            loading.load(name, dir).map(drop).with_context(|| format!("load adapter {name}"))
+        })
+    };
+    tokio::task::spawn_blocking(load).await.context("load adapters")??;
+    Ok(adapters)
+}
+
 fn limits(slot: &Slot, engine: &Engine) -> scheduler::Limits {
     let layout = engine.memory().layout();
     scheduler::Limits {
@@ -276,7 +300,7 @@ fn describe_member(slot: &Slot, engine: &Engine, scheduler: &Scheduler) -> Membe
         link: String::new(),
         model: Some(ModelCard {
             name: slot.model_name.clone(),
-            fingerprint: info.fingerprint.clone(),
+            fingerprint: engine.fingerprint().to_owned(),
             max_model_len: scheduler.max_len() as u32,
             vocab_size: info.vocab_size,
             page_tokens: layout.page_tokens,

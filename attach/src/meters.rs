@@ -5,7 +5,7 @@ use engine::scheduler::{Scheduler, Usage};
 use metrics::{
     Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
 };
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Handles of one worker's metrics, made once, and the rates that its load reports.
 pub struct Meters {
@@ -24,8 +24,29 @@ pub struct Meters {
     cache_query: Counter,
     prefill_tokens: Counter,
     decode_tokens: Counter,
+    drafts: Counter,
+    accepted: Counter,
+    /// Drafts and those that were right, since the log was told.
+    untold: (usize, usize),
+    told: Option<Instant>,
     prefill: Rate,
     decode_steps: Rate,
+}
+
+/// How often the log hears what became of drafts.
+const TELL_EVERY: Duration = Duration::from_secs(30);
+
+/// What a step computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepTokens {
+    /// Tokens of chunks.
+    pub prompt: usize,
+    /// Sequences that took one token each, drafts aside.
+    pub single: usize,
+    /// Tokens guessed after those.
+    pub drafts: usize,
+    /// Drafts that were right.
+    pub accepted: usize,
 }
 
 impl std::fmt::Debug for Meters {
@@ -59,6 +80,10 @@ impl Meters {
             cache_query: counter!("baton_prefix_cache_query_tokens_total", "worker" => worker.clone()),
             prefill_tokens: tokens("prefill"),
             decode_tokens: tokens("decode"),
+            drafts: counter!("baton_speculation_drafts_total", "worker" => worker.clone()),
+            accepted: counter!("baton_speculation_accepted_total", "worker" => worker.clone()),
+            untold: (0, 0),
+            told: None,
             prefill: Rate::default(),
             decode_steps: Rate::default(),
         }
@@ -71,21 +96,38 @@ impl Meters {
         self.cache_hit.increment(usage.cached_tokens as u64);
     }
 
-    /// Counts a step over `prompt_tokens` tokens of chunks and `single_tokens` sequences that took one token each.
-    pub fn step(&mut self, prompt_tokens: usize, single_tokens: usize, took: Duration) {
-        let histogram = match (prompt_tokens, single_tokens) {
+    /// Counts a step.
+    pub fn step(&mut self, tokens: StepTokens, took: Duration) {
+        let StepTokens { prompt, single, drafts, accepted } = tokens;
+        let histogram = match (prompt, single) {
             (_, 0) => &self.prefill_step,
             (0, _) => &self.decode_step,
             _ => &self.mixed_step,
         };
         histogram.record(took);
-        self.step_tokens.record((prompt_tokens + single_tokens) as f64);
-        self.prefill_tokens.increment(prompt_tokens as u64);
-        self.decode_tokens.increment(single_tokens as u64);
-        if prompt_tokens > 0 {
-            self.prefill.add(prompt_tokens as f64, took);
-        } else {
-            self.decode_steps.add(1.0, took);
+        self.step_tokens.record((prompt + single + drafts) as f64);
+        self.prefill_tokens.increment(prompt as u64);
+        self.decode_tokens.increment((single + accepted) as u64);
+        if prompt > 0 {
+            self.prefill.add(prompt as f64, took);
+        } else if single > 0 {
+            // What matters to whoever waits is the time of a token: a step that yields two counts as two.
+            self.decode_steps.add((single + accepted) as f64 / single as f64, took);
+        }
+        if drafts > 0 {
+            self.speculated(drafts, accepted);
+        }
+    }
+
+    fn speculated(&mut self, drafts: usize, accepted: usize) {
+        self.drafts.increment(drafts as u64);
+        self.accepted.increment(accepted as u64);
+        self.untold = (self.untold.0 + drafts, self.untold.1 + accepted);
+        let now = Instant::now();
+        if self.told.is_none_or(|told| now >= told + TELL_EVERY) {
+            let (drafts, accepted) = std::mem::take(&mut self.untold);
+            tracing::info!(drafts, accepted, acceptance = accepted as f64 / drafts as f64, "speculation");
+            self.told = Some(now);
         }
     }
 
@@ -125,5 +167,7 @@ fn describe() {
     describe_histogram!("baton_worker_queue_seconds", "From a leg's arrival to the first step that held it");
     describe_counter!("baton_prefix_cache_hit_tokens_total", "Tokens found in the prefix cache");
     describe_counter!("baton_prefix_cache_query_tokens_total", "Tokens looked up in the prefix cache");
-    describe_counter!("baton_worker_tokens_total", "Tokens computed: of prompts (prefill), one at a time (decode)");
+    describe_counter!("baton_speculation_drafts_total", "Tokens guessed and verified");
+    describe_counter!("baton_speculation_accepted_total", "Tokens guessed that turned out right");
+    describe_counter!("baton_worker_tokens_total", "Tokens computed: of prompts (prefill), after them (decode)");
 }

@@ -8,7 +8,7 @@
 
 use crate::StreamId;
 use futures::{Stream, task::AtomicWaker};
-use proto::{Ended, Load, PageEvents, Token, Welcome, WorkerFrame};
+use proto::{AdapterAnswer, Adapters, Ended, Load, PageEvents, Token, Welcome, WorkerFrame};
 use std::{
     collections::VecDeque,
     pin::Pin,
@@ -57,6 +57,8 @@ struct State {
     page_sequence: u64,
     load: Option<Load>,
     pong: u64,
+    adapters: Option<Adapters>,
+    answers: Vec<AdapterAnswer>,
     /// Set once: how the stream ends after what is still here.
     end: Option<Result<(), Status>>,
 }
@@ -81,8 +83,11 @@ impl Router {
         &self.shared.closed
     }
 
-    pub(crate) fn welcome(&self, welcome: Welcome) {
-        self.with(|state| state.welcome = Some(welcome));
+    pub(crate) fn welcome(&self, welcome: Welcome, adapters: Adapters) {
+        self.with(|state| {
+            state.welcome = Some(welcome);
+            state.adapters = Some(adapters);
+        });
     }
 
     pub(crate) fn pong(&self, ping: u64) {
@@ -127,6 +132,16 @@ impl Router {
 
     pub(crate) fn load(&self, load: Load) {
         self.with(|state| state.load = Some(load));
+    }
+
+    /// Says which adapters there are; the newest list replaces what waits.
+    pub(crate) fn adapters(&self, adapters: Adapters) {
+        self.with(|state| state.adapters = Some(adapters));
+    }
+
+    /// Answers a command about adapters.
+    pub(crate) fn answer(&self, answer: AdapterAnswer) {
+        self.with(|state| state.answers.push(answer));
     }
 
     /// Ends the stream at once; what waits is lost.
@@ -191,6 +206,8 @@ impl State {
         }
         frame.load = self.load.take();
         frame.pong = std::mem::take(&mut self.pong);
+        frame.adapters = self.adapters.take();
+        frame.adapter_answers = std::mem::take(&mut self.answers);
         (frame != WorkerFrame::default()).then_some(frame)
     }
 

@@ -2,7 +2,10 @@
 
 use crate::{LegId, Load, Router, StreamId};
 use bytes::Bytes;
-use engine::{Sampled, TokenId, scheduler::Usage};
+use engine::{
+    Sampled, TokenId,
+    scheduler::{Reported, Usage},
+};
 use kv_cache::{CacheDelta, PageHash, PagePool};
 use proto::ended::Reason;
 use std::{
@@ -82,13 +85,24 @@ impl Routers {
 
     /// Stages a token.
     pub fn token(&mut self, leg: LegId, index: usize, sampled: Sampled) {
+        self.stage(leg, index, sampled, false);
+    }
+
+    /// Stages what was asked about tokens of a leg's prompt.
+    pub fn reported(&mut self, leg: LegId, reported: Reported) {
+        for (position, token) in (reported.position..).zip(reported.tokens) {
+            self.stage(leg, position, token, true);
+        }
+    }
+
+    fn stage(&mut self, leg: LegId, index: usize, sampled: Sampled, prompt: bool) {
         if let Some(staged) = self.streams.get_mut(&leg.stream) {
             let logprobs = sampled.logprobs.map(|logprobs| {
                 let (top_tokens, top_logprobs) = logprobs.top.into_iter().unzip();
                 proto::Logprobs { logprob: logprobs.logprob, rank: logprobs.rank, top_tokens, top_logprobs }
             });
             let (attempt, index, token) = (leg.attempt, index as u32, sampled.token);
-            staged.tokens.push(proto::Token { attempt, index, token, logprobs });
+            staged.tokens.push(proto::Token { attempt, index, token, logprobs, prompt });
         }
     }
 

@@ -1,11 +1,16 @@
 //! What a router submits, checked: nothing in a [`Submission`] can hurt a step.
 
-use crate::LegId;
+use crate::{End, LegId};
 use engine::{
-    Sampling, TokenId,
+    Adapter, Adapters, Sampling, TokenId,
     scheduler::{History, Request, Stop, Until},
 };
-use std::time::{Duration, Instant};
+use grammar::{Kind, Spec};
+use kv_cache::root_salt;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 /// Most alternatives reported beside a token. Bounds the size of frames.
 pub(crate) const MAX_LOGPROBS: u32 = 64;
@@ -56,6 +61,19 @@ pub enum Leg {
     },
 }
 
+/// Reads a grammar off the wire. It is compiled elsewhere: that takes a while.
+pub(crate) fn decode_grammar(grammar: proto::Grammar) -> Result<Spec, String> {
+    use proto::grammar::Kind as Wire;
+    let kind = match grammar.kind() {
+        Wire::JsonSchema => Kind::JsonSchema,
+        Wire::Regex => Kind::Regex,
+        Wire::Lark => Kind::Lark,
+        Wire::Choice => Kind::Choice,
+        Wire::Unspecified => return Err(format!("grammar: kind {} is not known here", grammar.kind)),
+    };
+    Ok(Spec { kind, text: grammar.text, whitespace: grammar.whitespace })
+}
+
 /// What the checks need to know of the model.
 #[derive(Clone, Debug)]
 pub(crate) struct Model {
@@ -63,11 +81,27 @@ pub(crate) struct Model {
     pub(crate) page_tokens: usize,
     /// Tokens that end a sequence unless the request ignores them.
     pub(crate) eos: Vec<TokenId>,
+    /// What can be added to it.
+    pub(crate) adapters: Option<Arc<Adapters>>,
+}
+
+impl Model {
+    /// Looks up what a submission adds to the model. Another worker may have what this one lacks.
+    fn adapter(&self, named: Option<&proto::AdapterRef>) -> Result<Option<Arc<Adapter>>, End> {
+        let Some(proto::AdapterRef { name, id }) = named else { return Ok(None) };
+        let found = self.adapters.as_ref().and_then(|adapters| adapters.get(id));
+        found.map(Some).ok_or_else(|| End::Refused(format!("adapter `{name}` ({id}) is not loaded here")))
+    }
 }
 
 impl Submission {
     /// Reads a submission off the wire. Errors name the field and the value.
-    pub(crate) fn decode(id: LegId, submit: proto::Submit, model: &Model) -> Result<Self, String> {
+    pub(crate) fn decode(id: LegId, submit: proto::Submit, model: &Model) -> Result<Self, End> {
+        let adapter = model.adapter(submit.adapter.as_ref())?;
+        Self::check(id, submit, adapter, model).map_err(End::Invalid)
+    }
+
+    fn check(id: LegId, submit: proto::Submit, adapter: Option<Arc<Adapter>>, model: &Model) -> Result<Self, String> {
         let leg = decode_leg(submit.leg.ok_or("leg is missing")?)?;
         let tokens = submit.tokens.len();
         let prompt_tokens = submit.prompt_tokens as usize;
@@ -77,16 +111,23 @@ impl Submission {
         for (position, &token) in submit.tokens.iter().enumerate() {
             check_token(token, model, || format!("token {position}"))?;
         }
+        if let Some(count) = submit.prompt_logprobs.filter(|&count| count > MAX_LOGPROBS) {
+            return Err(format!("prompt_logprobs is {count}, more than {MAX_LOGPROBS}"));
+        }
         let stop = decode_stop(submit.stop.unwrap_or_default(), model)?;
         let emitted = tokens - prompt_tokens;
         if stop.max_tokens <= emitted {
             return Err(format!("max_tokens {} leaves nothing after {emitted} emitted tokens", stop.max_tokens));
         }
+        let root = root_salt(&submit.salt, adapter.as_ref().map(|adapter| adapter.id()));
         let sequence = Request {
-            history: History::new(&submit.salt, submit.tokens, model.page_tokens),
+            history: History::new(&root, submit.tokens, model.page_tokens),
             prompt_tokens,
+            adapter,
             sampling: decode_sampling(submit.sampling.ok_or("sampling is missing")?, model)?,
             stop,
+            grammar: None,
+            prompt_logprobs: submit.prompt_logprobs,
             priority: submit.priority,
             until: if matches!(leg, Leg::Prefill { .. }) { Until::FirstToken } else { Until::End },
         };
@@ -144,6 +185,15 @@ fn decode_sampling(sampling: proto::Sampling, model: &Model) -> Result<Sampling,
     range("repetition_penalty", repetition_penalty, repetition_penalty > 0.0, "above 0")?;
     range("frequency_penalty", frequency_penalty, true, "finite")?;
     range("presence_penalty", presence_penalty, true, "finite")?;
+    for token in &sampling.allowed_tokens {
+        check_token(*token, model, || "allowed_tokens token".into())?;
+    }
+    for word in &sampling.bad_words {
+        if word.tokens.is_empty() {
+            return Err("bad_words holds an empty word".into());
+        }
+        word.tokens.iter().try_for_each(|token| check_token(*token, model, || "bad_words token".into()))?;
+    }
     for bias in &sampling.logit_bias {
         check_token(bias.token, model, || "logit_bias token".into())?;
         range("logit_bias", bias.bias, true, "finite")?;
@@ -162,6 +212,8 @@ fn decode_sampling(sampling: proto::Sampling, model: &Model) -> Result<Sampling,
         frequency_penalty,
         presence_penalty,
         logit_bias: sampling.logit_bias.into_iter().map(|bias| (bias.token, bias.bias)).collect(),
+        allowed_tokens: sampling.allowed_tokens,
+        bad_words: sampling.bad_words.into_iter().map(|word| word.tokens).collect(),
         logprobs,
     })
 }
@@ -172,7 +224,7 @@ mod tests {
     use crate::StreamId;
 
     fn model() -> Model {
-        Model { vocab_size: 100, page_tokens: 4, eos: vec![2] }
+        Model { vocab_size: 100, page_tokens: 4, eos: vec![2], adapters: None }
     }
 
     fn submit() -> proto::Submit {
@@ -187,7 +239,7 @@ mod tests {
         }
     }
 
-    fn decode(change: impl FnOnce(&mut proto::Submit)) -> Result<Submission, String> {
+    fn decode(change: impl FnOnce(&mut proto::Submit)) -> Result<Submission, End> {
         let mut submit = submit();
         change(&mut submit);
         Submission::decode(LegId { stream: StreamId(1), attempt: submit.attempt }, submit, &model())
@@ -211,9 +263,16 @@ mod tests {
     }
 
     #[test]
+    fn an_adapter_that_is_not_here_may_be_elsewhere() {
+        let adapter = proto::AdapterRef { name: "poet".into(), id: "12ab".into() };
+        let refused = decode(|submit| submit.adapter = Some(adapter)).unwrap_err();
+        assert_eq!(refused, End::Refused("adapter `poet` (12ab) is not loaded here".into()));
+    }
+
+    #[test]
     fn what_no_worker_could_do_is_named() {
         fn check(change: impl FnOnce(&mut proto::Submit), expected: &str) {
-            assert_eq!(decode(change).unwrap_err(), expected);
+            assert_eq!(decode(change).unwrap_err(), End::Invalid(expected.into()));
         }
         fn sampling(change: impl FnOnce(&mut proto::Sampling)) -> impl FnOnce(&mut proto::Submit) {
             |submit| change(submit.sampling.as_mut().unwrap())
@@ -231,8 +290,13 @@ mod tests {
         check(sampling(|s| s.repetition_penalty = 0.0), "repetition_penalty is 0, not above 0");
         check(sampling(|s| s.presence_penalty = f32::INFINITY), "presence_penalty is inf, not finite");
         check(sampling(|s| s.logprobs = Some(65)), "logprobs is 65, more than 64");
+        check(|submit| submit.prompt_logprobs = Some(65), "prompt_logprobs is 65, more than 64");
         let bias = vec![proto::LogitBias { token: 200, bias: 0.0 }];
         check(sampling(|s| s.logit_bias = bias), "logit_bias token is 200, outside the vocabulary of 100");
+        check(sampling(|s| s.allowed_tokens = vec![100]), "allowed_tokens token is 100, outside the vocabulary of 100");
+        let word = |tokens| vec![proto::TokenSequence { tokens }];
+        check(sampling(|s| s.bad_words = word(vec![1, 100])), "bad_words token is 100, outside the vocabulary of 100");
+        check(sampling(|s| s.bad_words = word(vec![])), "bad_words holds an empty word");
         let decode_leg = proto::DecodeLeg::default();
         check(|submit| submit.leg = Some(proto::submit::Leg::Decode(decode_leg)), "leg names no worker");
     }

@@ -34,7 +34,15 @@ impl Worker {
         let address = format!("http://{}", listener.local_addr().unwrap());
         let (sender, commands) = mpsc::channel(16);
         let shutdown = CancellationToken::new();
-        let profile = Profile { worker: "w".into(), incarnation: 5, vocab_size: 100, page_tokens: 4, eos: vec![2] };
+        let profile = Profile {
+            worker: "w".into(),
+            incarnation: 5,
+            vocab_size: 100,
+            page_tokens: 4,
+            eos: vec![2],
+            adapters: None,
+            model: None,
+        };
         let served = tokio::spawn(attach::serve(listener, profile, sender, shutdown.clone()));
         Self { address, commands, routers: Routers::default(), pool: PagePool::new(8), shutdown, served }
     }

@@ -4,7 +4,7 @@ use crate::reservation;
 use attach::Slot;
 use cluster::Role;
 use serde::{Deserialize, Serialize};
-use std::{net::SocketAddr, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
 /// Settings of a decode worker. What its engine may use is the engine's `Config`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -31,6 +31,10 @@ pub struct Config {
     /// Longest a hand-off waits for pages, in milliseconds. With `begun_wait_ms` less than the `open_timeout_ms` of the sources, so that
     /// they are told why.
     pub landing_wait_ms: u64,
+    /// Adapters to begin with: name and PEFT directory.
+    pub adapters: BTreeMap<String, PathBuf>,
+    /// Largest rank of an adapter; larger ones are refused.
+    pub max_lora_rank: usize,
     /// Longest that running sequences may take to finish when the worker is asked to stop, in milliseconds.
     pub drain_timeout_ms: u64,
 }
@@ -47,6 +51,8 @@ impl Default for Config {
             begun_wait_ms: 3_000,
             expected_wait_ms: 120_000,
             landing_wait_ms: 6_000,
+            adapters: BTreeMap::new(),
+            max_lora_rank: 64,
             drain_timeout_ms: 30_000,
         }
     }
@@ -68,6 +74,8 @@ impl Config {
             advertise: self.advertise,
             transfer: self.transfer,
             max_waiting: self.max_waiting,
+            adapters: self.adapters,
+            max_lora_rank: self.max_lora_rank,
             drain_timeout: Duration::from_millis(self.drain_timeout_ms),
         }
     }

@@ -18,24 +18,27 @@ mod runner;
 pub use config::Config;
 
 use cluster::Directory;
-use engine::Engine;
+use engine::{Engine, speculation::Speculator};
 use runner::Runner;
 use std::sync::Arc;
 use telemetry::Health;
 use tokio_util::sync::CancellationToken;
 
-/// Serves sequences until `shutdown`, then finishes those it has, for at most the drain timeout.
+/// Serves sequences until `shutdown`, guessing their tokens by `speculator` where there is one, then finishes those it has, for at most the drain timeout.
 ///
 /// # Errors
 /// When a setting makes no sense, an address cannot be bound, the directory refuses the name, or the step thread dies.
 pub async fn run(
     config: Config,
     engine: Engine,
+    speculator: Option<Speculator>,
     directory: Arc<dyn Directory>,
     health: Health,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     let reservations = config.reservations();
-    attach::live(config.into_slot(), engine, directory, health, shutdown, |parts| Runner::new(parts, reservations))
-        .await
+    attach::live(config.into_slot(), engine, directory, health, shutdown, |parts| {
+        Runner::new(parts, reservations, speculator)
+    })
+    .await
 }

@@ -1,11 +1,17 @@
 //! The step thread: it owns the engine, the scheduler and every leg, and is the only one that decides.
 //!
 //! A leg is either on its way from a prefill worker, and then the [`reservation`](crate::reservation)s know where, or a sequence in the
-//! scheduler: landed, or computed here from its prompt on (a local leg). After each step its routers get what was drawn.
+//! scheduler: landed, or computed here from its prompt on (a local leg). Before each step the speculator, if there is one, guesses
+//! tokens, and after it the routers get what was drawn.
 
 use crate::reservation::{self, Action, Awaited, Reservations};
-use attach::{Command, End, Input, Leg, LegId, Legs, Load, Meters, Parts, Routers, Stepper, StreamId, Submission};
-use engine::scheduler::{Drawn, Ended, Fault, Finish, Plan, Request, SequenceId, Usage};
+use attach::{
+    Command, End, Input, Leg, LegId, Legs, Load, Meters, Parts, Routers, StepTokens, Stepper, StreamId, Submission,
+};
+use engine::{
+    scheduler::{Drawn, Ended, Fault, Finish, Plan, Request, SequenceId, Usage},
+    speculation::Speculator,
+};
 use kv_cache::CacheDelta;
 use kv_transfer::{Event, HandoffId};
 use std::{
@@ -20,6 +26,7 @@ pub(crate) struct Runner {
     parts: Parts,
     /// Moment from which the scheduler's time counts.
     epoch: Instant,
+    speculator: Option<Speculator>,
     legs: Legs<Part>,
     sequences: HashMap<SequenceId, LegId>,
     reservations: Reservations,
@@ -54,10 +61,14 @@ impl Stepper for Runner {
             }
             self.reservations.open(&mut self.parts.scheduler);
             self.act();
+            let began = Instant::now();
+            if let Some(speculator) = &mut self.speculator {
+                speculator.propose(&mut self.parts.scheduler);
+            }
             let plan = self.parts.scheduler.schedule(self.now());
             self.meters.preempted(plan.preempted().len());
             if !plan.is_empty() {
-                self.step(plan);
+                self.step(plan, began);
                 self.flush();
                 self.parts.health.progressed(false);
             } else if plan.preempted().is_empty() {
@@ -85,9 +96,10 @@ impl Stepper for Runner {
 }
 
 impl Runner {
-    pub(crate) fn new(parts: Parts, reservations: reservation::Limits) -> Self {
+    pub(crate) fn new(parts: Parts, reservations: reservation::Limits, speculator: Option<Speculator>) -> Self {
         Self {
             epoch: Instant::now(),
+            speculator,
             legs: Legs::default(),
             sequences: HashMap::new(),
             reservations: Reservations::new(reservations),
@@ -246,8 +258,9 @@ impl Runner {
 
     // ---- a step ----
 
-    fn step(&mut self, plan: Plan) {
-        let (prompt_tokens, tokens) = (plan.prompt_tokens(), plan.tokens());
+    /// Carries out `plan`, the making of which, drafts included, began at `began`.
+    fn step(&mut self, plan: Plan, began: Instant) {
+        let (prompt, drafts, tokens) = (plan.prompt_tokens(), plan.draft_tokens(), plan.tokens());
         let now = self.now();
         let Self { parts: Parts { engine, scheduler, .. }, epoch, meters, .. } = self;
         for &sequence in plan.started() {
@@ -258,7 +271,14 @@ impl Runner {
         let computed =
             scheduler
                 .compute(plan, &mut |rows, on_layer| engine.step(rows, on_layer), &mut |_, _| {}, &|| epoch.elapsed());
-        meters.step(prompt_tokens, tokens - prompt_tokens, started.elapsed());
+        let accepted = computed.verified.iter().map(|verified| verified.accepted).sum();
+        meters.step(StepTokens { prompt, single: tokens - prompt - drafts, drafts, accepted }, began.elapsed());
+        if let Some(speculator) = &mut self.speculator {
+            speculator.observe(&computed, tokens, prompt, started.elapsed());
+        }
+        for reported in computed.reported {
+            self.routers.reported(self.sequences[&reported.id], reported);
+        }
         computed.drawn.into_iter().for_each(|drawn| self.drawn(drawn));
         computed.faults.into_iter().for_each(|fault| self.fault(fault));
     }
@@ -279,8 +299,9 @@ impl Runner {
 
     fn fault(&mut self, fault: Fault) {
         let id = self.sequences.remove(&fault.id).expect("a faulty sequence has a live leg");
-        tracing::error!(leg = %id, error = fault.error, "a sequence could not be computed");
-        self.close_leg(id, End::Failed(fault.error), fault.ended.usage);
+        let Fault { error, hopeless, ended, .. } = fault;
+        tracing::error!(leg = %id, error, "a sequence could not be computed");
+        self.close_leg(id, if hopeless { End::Invalid(error) } else { End::Failed(error) }, ended.usage);
     }
 
     // ---- the end of a leg ----

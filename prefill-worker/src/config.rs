@@ -3,7 +3,7 @@
 use attach::Slot;
 use cluster::Role;
 use serde::{Deserialize, Serialize};
-use std::{net::SocketAddr, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
 /// Settings of a prefill worker. What its engine may use is the engine's `Config`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -21,6 +21,10 @@ pub struct Config {
     pub transfer: kv_transfer::Config,
     /// Most prompts in the line; further ones are refused, and another worker may take them.
     pub max_waiting: usize,
+    /// Adapters to begin with: name and PEFT directory.
+    pub adapters: BTreeMap<String, PathBuf>,
+    /// Largest rank of an adapter; larger ones are refused.
+    pub max_lora_rank: usize,
     /// Longest that running prompts may take to finish when the worker is asked to stop, in milliseconds.
     pub drain_timeout_ms: u64,
 }
@@ -34,6 +38,8 @@ impl Default for Config {
             advertise: None,
             transfer: kv_transfer::Config::default(),
             max_waiting: 1024,
+            adapters: BTreeMap::new(),
+            max_lora_rank: 64,
             drain_timeout_ms: 30_000,
         }
     }
@@ -55,6 +61,8 @@ impl Config {
             advertise: self.advertise,
             transfer: self.transfer,
             max_waiting: self.max_waiting,
+            adapters: self.adapters,
+            max_lora_rank: self.max_lora_rank,
             drain_timeout: Duration::from_millis(self.drain_timeout_ms),
         }
     }

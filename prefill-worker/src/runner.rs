@@ -5,7 +5,9 @@
 //! given back when kv-transfer says that nobody reads them, which may be later than the leg's end (a cancel) but never
 //! before.
 
-use attach::{Command, End, Input, Leg, LegId, Legs, Load, Meters, Parts, Routers, Stepper, StreamId, Submission};
+use attach::{
+    Command, End, Input, Leg, LegId, Legs, Load, Meters, Parts, Routers, StepTokens, Stepper, StreamId, Submission,
+};
 use engine::{
     TokenId,
     scheduler::{Chunk, Computed, Drawn, Ended, Fault, Finish, Hold, Plan, SequenceId, Usage},
@@ -212,10 +214,14 @@ impl Runner {
 
     fn step(&mut self, plan: Plan) {
         plan.started().iter().for_each(|&sequence| self.begin(sequence));
-        let (prompt_tokens, tokens) = (plan.prompt_tokens(), plan.tokens());
+        let prompt = plan.prompt_tokens();
+        let tokens = StepTokens { prompt, single: plan.tokens() - prompt, ..StepTokens::default() };
         let started = Instant::now();
         let computed = self.compute(plan);
-        self.meters.step(prompt_tokens, tokens - prompt_tokens, started.elapsed());
+        self.meters.step(tokens, started.elapsed());
+        for reported in computed.reported {
+            self.routers.reported(self.sequences[&reported.id], reported);
+        }
         computed.drawn.into_iter().for_each(|drawn| self.drawn(drawn));
         computed.faults.into_iter().for_each(|fault| self.fault(fault));
     }
@@ -274,7 +280,7 @@ impl Runner {
     }
 
     fn fault(&mut self, fault: Fault) {
-        let Fault { id: sequence, error, ended } = fault;
+        let Fault { id: sequence, error, hopeless, ended } = fault;
         let id = self.sequences.remove(&sequence).expect("a faulty sequence has a live leg");
         tracing::error!(leg = %id, error, "a sequence could not be computed");
         let prompt = self.legs.get_mut(id).expect("a faulty sequence has a live leg");
@@ -282,7 +288,7 @@ impl Runner {
         prompt.usage = ended.usage;
         let handoff = prompt.handoff;
         self.hold(handoff, ended.hold);
-        self.end_leg(id, End::Failed(error));
+        self.end_leg(id, if hopeless { End::Invalid(error) } else { End::Failed(error) });
     }
 
     // ---- hand-offs ----

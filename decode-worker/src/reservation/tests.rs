@@ -29,8 +29,11 @@ fn awaited(attempt: u64, tokens: u32) -> Awaited {
     let request = Request {
         history: History::new(b"", (0..tokens).map(|token| token + attempt as u32 * 1000).collect(), 4),
         prompt_tokens: tokens as usize,
+        adapter: None,
         sampling: Sampling::default(),
         stop: Stop { max_tokens: 9, ..Default::default() },
+        grammar: None,
+        prompt_logprobs: None,
         priority: 0,
         until: Until::End,
     };

@@ -50,7 +50,7 @@ async fn runner(stop: &CancellationToken) -> (Runner, mpsc::Sender<Command>, Hea
         load: watch::Sender::new(Load::default()),
         health: health.clone(),
     };
-    (Runner::new(parts, crate::Config::default().reservations()), commands_sender, health)
+    (Runner::new(parts, crate::Config::default().reservations(), None), commands_sender, health)
 }
 
 fn submit(attempt: u64) -> proto::Submit {
@@ -78,7 +78,15 @@ async fn a_panic_ends_every_leg_as_failed_and_the_thread_with_its_message() {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
     let address = format!("http://{}", listener.local_addr().expect("it is bound"));
     let (sender, mut asked) = mpsc::channel(16);
-    let profile = Profile { worker: "w".into(), incarnation: 1, vocab_size: 1000, page_tokens: 16, eos: vec![] };
+    let profile = Profile {
+        worker: "w".into(),
+        incarnation: 1,
+        vocab_size: 1000,
+        page_tokens: 16,
+        eos: vec![],
+        adapters: None,
+        model: None,
+    };
     tokio::spawn(attach::serve(listener, profile, sender, stop.clone()));
     let (to, frames) = mpsc::channel(4);
     let hello = Some(proto::Hello { protocol: proto::PROTOCOL, router: "r".into() });
