@@ -26,10 +26,15 @@ pub(crate) struct Attempt {
     next: u32,
     /// Tokens ahead of their turn.
     early: BTreeMap<u32, Token>,
+    /// Tokens of the prompt, by their position there.
+    prompt: BTreeMap<u32, Token>,
     /// Whether any token has come.
     spoke: bool,
     ended: Option<Ending>,
     failure: Option<Failure>,
+    /// The decode leg failed before any token came and while the prefill leg was under way. If that ended with its first token, it
+    /// called the hand-off off and its word is just later: the failure counts once the prefill leg has said how it ended.
+    suspected: Option<Failure>,
     /// Prompt tokens that were not computed, once that is known.
     cached_tokens: Option<u32>,
 }
@@ -40,6 +45,7 @@ struct Leg {
     part: Part,
     worker: String,
     spoke: bool,
+    ended: bool,
 }
 
 /// How a sequence came to its natural end.
@@ -93,10 +99,13 @@ impl Attempt {
         };
         let mut legs = Vec::with_capacity(parts.len());
         for (part, target, role) in parts {
-            let submission = Submission { attempt: fleet.next_attempt(), role, ..submission.clone() };
+            let mut submission = Submission { attempt: fleet.next_attempt(), role, ..submission.clone() };
+            if part == Part::Decode {
+                submission.prompt_logprobs = None;
+            }
             let worker = target.worker.id.clone();
             match target.session.submit(submission, target.missing_tokens, &sender) {
-                Ok(guard) => legs.push(Leg { guard, part, worker, spoke: false }),
+                Ok(guard) => legs.push(Leg { guard, part, worker, spoke: false, ended: false }),
                 // The other leg, if it is under way, is called off as its guard drops.
                 Err(unsent) => {
                     return Err(Failure {
@@ -115,9 +124,11 @@ impl Attempt {
             events,
             next,
             early: BTreeMap::new(),
+            prompt: BTreeMap::new(),
             spoke: false,
             ended: None,
             failure: None,
+            suspected: None,
             cached_tokens: None,
         })
     }
@@ -136,10 +147,16 @@ impl Attempt {
             self.next += 1;
             return Some(News::Token(token));
         }
-        if let Some(ending) = self.ended.filter(|_| self.spoke && self.early.is_empty()) {
+        // Without a token of its own an attempt only finds that the last one before it was the last.
+        if let Some(ending) = self.ended.filter(|_| (self.spoke || self.next > 0) && self.early.is_empty()) {
             return Some(News::Ended(ending));
         }
         self.failure.take().map(News::Failed)
+    }
+
+    /// Takes what was said about the prompt's tokens, in order. All of it is there when the first token is.
+    pub(crate) fn take_prompt(&mut self) -> Vec<Token> {
+        std::mem::take(&mut self.prompt).into_values().collect()
     }
 
     /// The failure of an attempt from which nothing came for too long.
@@ -162,6 +179,7 @@ impl Attempt {
     fn hear(&mut self, event: LegEvent) {
         let Some(at) = self.legs.iter().position(|leg| leg.guard.attempt() == event.attempt) else { return };
         match event.said {
+            Said::Prompt(tokens) => self.prompt.extend(tokens.into_iter().map(|token| (token.index, token))),
             Said::Token(token) => {
                 self.spoke = true;
                 self.legs[at].spoke = true;
@@ -175,6 +193,14 @@ impl Attempt {
     }
 
     fn hear_ended(&mut self, at: usize, ended: Ended) {
+        self.legs[at].ended = true;
+        self.take_ended(at, ended);
+        if self.legs[at].part == Part::Prefill && self.ended.is_none() && self.failure.is_none() {
+            self.failure = self.suspected.take();
+        }
+    }
+
+    fn take_ended(&mut self, at: usize, ended: Ended) {
         // What the decode worker already held saved a transfer, not compute.
         if self.legs[at].part != Part::Decode {
             self.cached_tokens = Some(ended.cached_tokens);
@@ -192,8 +218,15 @@ impl Attempt {
         // Once the decode worker decodes, it owns the sequence, whatever becomes of the prefill leg.
         let superseded =
             self.legs[at].part == Part::Prefill && self.legs.iter().any(|l| l.part == Part::Decode && l.spoke);
-        if !superseded && self.failure.is_none() {
-            self.failure = Some(self.failure_of(at, kind, message));
+        if superseded || self.failure.is_some() {
+            return;
+        }
+        let failure = self.failure_of(at, kind, message);
+        let prefilling = self.legs.iter().any(|leg| leg.part == Part::Prefill && !leg.ended);
+        if kind == FailureKind::Failed && failure.part == Part::Decode && !self.spoke && prefilling {
+            self.suspected = Some(failure);
+        } else {
+            self.failure = Some(failure);
         }
     }
 

@@ -9,13 +9,17 @@ use std::{path::PathBuf, time::Duration};
 pub struct Config {
     /// Member id in the directory; unset = drawn at random.
     pub name: Option<String>,
-    /// HF directory of the model: `config.json`, `tokenizer.json`, `tokenizer_config.json`, `generation_config.json` and,
-    /// where the template is not in the tokenizer's config, `chat_template.jinja`. Weights are not read.
+    /// GGUF file, or HF directory of the model: `config.json`, `tokenizer.json`, `tokenizer_config.json`,
+    /// `generation_config.json` and, where the template is not in the tokenizer's config, `chat_template.jinja`. Weights are
+    /// not read.
     pub model_dir: PathBuf,
     /// Name clients ask for. Workers that serve another name are ignored.
     pub model_name: String,
     /// Other names that mean the same model.
     pub aliases: Vec<String>,
+    /// Lets clients load and unload adapters (`/v1/load_lora_adapter`). Off, because a client then names paths on the workers'
+    /// machines.
+    pub runtime_lora: bool,
     /// `host:port` the directory is told; unset = the listener's address.
     pub advertise: Option<String>,
     /// Where prompts are computed.
@@ -38,6 +42,7 @@ impl Default for Config {
             model_dir: PathBuf::new(),
             model_name: String::new(),
             aliases: Vec::new(),
+            runtime_lora: false,
             advertise: None,
             placement: Policy::Auto,
             weights: Weights::default(),
@@ -114,6 +119,8 @@ pub struct Limits {
     pub queue_timeout_ms: u64,
     /// Longest wait for a path (a prefill and a decode worker) to take a request whose workers died.
     pub recovery_timeout_ms: u64,
+    /// Longest wait for all workers to load or unload an adapter: a large one on a slow disk.
+    pub adapter_timeout_ms: u64,
     /// Longest wait for the first token of an attempt.
     pub first_token_timeout_ms: u64,
     /// Longest silence between two tokens of a choice.
@@ -147,6 +154,7 @@ impl Default for Limits {
             max_queued: 1_024,
             queue_timeout_ms: 10_000,
             recovery_timeout_ms: 5_000,
+            adapter_timeout_ms: 60_000,
             first_token_timeout_ms: 120_000,
             stall_timeout_ms: 30_000,
             request_timeout_ms: 600_000,
@@ -170,6 +178,10 @@ impl Limits {
 
     pub(crate) fn recovery_timeout(&self) -> Duration {
         Duration::from_millis(self.recovery_timeout_ms)
+    }
+
+    pub(crate) fn adapter_timeout(&self) -> Duration {
+        Duration::from_millis(self.adapter_timeout_ms)
     }
 
     pub(crate) fn first_token_timeout(&self) -> Duration {
@@ -202,6 +214,11 @@ impl Limits {
 }
 
 impl Config {
+    /// Returns all names of the base model, the first one first.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &String> {
+        std::iter::once(&self.model_name).chain(&self.aliases)
+    }
+
     /// Checks what types cannot. The error names the field.
     pub fn validate(&self) -> Result<(), String> {
         let positive = |field: &str, value: f64| {
@@ -235,6 +252,7 @@ impl Config {
             ("limits.max_concurrent", l.max_concurrent as u64),
             ("limits.request_timeout_ms", l.request_timeout_ms),
             ("limits.first_token_timeout_ms", l.first_token_timeout_ms),
+            ("limits.adapter_timeout_ms", l.adapter_timeout_ms),
             ("limits.stall_timeout_ms", l.stall_timeout_ms),
             ("limits.max_attempts", u64::from(l.max_attempts)),
             ("limits.max_choices", u64::from(l.max_choices)),

@@ -15,6 +15,9 @@ pub(crate) enum Error {
     /// There is no such model.
     #[error("the model {0:?} does not exist")]
     UnknownModel(String),
+    /// What is named is not there.
+    #[error("{0}")]
+    NotFound(String),
     /// The body is larger than is taken.
     #[error("the request body is larger than {limit} bytes")]
     TooLarge { limit: usize },

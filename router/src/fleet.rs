@@ -3,6 +3,7 @@
 //! The fleet follows the directory, keeps one stream to every worker that serves our model ([`link`]), and knows of each what a placement
 //! asks: load, speeds, cached prefixes. Wire types stop here.
 
+pub(crate) mod adapters;
 pub(crate) mod leg;
 mod link;
 pub(crate) mod session;
@@ -50,7 +51,7 @@ pub(crate) struct Inner {
     fingerprints: Mutex<Vec<String>>,
     index: Mutex<PrefixIndex>,
     next_attempt: AtomicU64,
-    /// Grows when a worker comes, goes or drains.
+    /// Grows when a worker comes, goes, drains or changes its adapters.
     version: watch::Sender<u64>,
     metrics: Metrics,
     tasks: TaskTracker,
@@ -118,6 +119,8 @@ pub(crate) struct Wanted<'a> {
     pub(crate) pages: &'a [PageHash],
     /// Workers that failed it before.
     pub(crate) excluded: &'a [String],
+    /// Id of the adapter it needs.
+    pub(crate) adapter: Option<&'a str>,
 }
 
 impl Deref for Fleet {
@@ -205,18 +208,19 @@ impl Fleet {
         Ok(Path { prefill, decode, cost: decision.cost })
     }
 
-    /// Whether a request could be placed now.
-    pub(crate) fn has_path(&self) -> bool {
-        let wanted = Wanted { demand: Demand { tokens: 1, max_output: 1 }, pages: &[], excluded: &[] };
+    /// Whether a request, for the adapter with this id if there is one, could be placed now.
+    pub(crate) fn has_path(&self, adapter: Option<&str>) -> bool {
+        let demand = Demand { tokens: 1, max_output: 1 };
+        let wanted = Wanted { demand, pages: &[], excluded: &[], adapter };
         let candidates: Vec<Candidate> =
             self.workers().iter().enumerate().filter_map(|(id, w)| Some(w.candidate(id, &wanted, &[])?.0)).collect();
         placement::has_path(&candidates, self.policy)
     }
 
-    /// Waits until a request could be placed.
-    pub(crate) async fn wait_for_path(&self) {
+    /// Waits until [`Fleet::has_path`].
+    pub(crate) async fn wait_for_path(&self, adapter: Option<&str>) {
         let mut version = self.version.subscribe();
-        while !self.has_path() {
+        while !self.has_path(adapter) {
             if version.changed().await.is_err() {
                 return;
             }
@@ -402,6 +406,7 @@ impl Worker {
             fingerprint: state.fingerprint,
             draining: state.draining || load.draining,
             excluded: wanted.excluded.contains(&self.id),
+            lacks_adapter: wanted.adapter.is_some_and(|id| !connection.session.has_adapter(id)),
             max_tokens: card.max_model_len,
             cost,
         };

@@ -1,5 +1,7 @@
 //! Text against recorded references: every family's tokenizer, template and stream (`tests/golden/README.md`).
 
+mod gguf;
+
 use crate::text::{TextModel, detokenizer::Detokenizer, template::ChatInput};
 use proptest::test_runner::{Config, TestRunner};
 use serde::Deserialize;
@@ -44,20 +46,29 @@ struct Chat {
     error: Option<String>,
 }
 
-/// Calls `check` with every directory that has recorded text.
+/// Calls `check` with every directory that has recorded text, and with the same tokenizer and template out of a GGUF file.
 fn for_each_family(mut check: impl FnMut(&str, &TextModel, Expected)) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let golden =
         std::fs::read_dir(root.join("tests/golden")).expect("golden vectors").map(|entry| entry.unwrap().path());
     let directories: Vec<PathBuf> =
         golden.chain([root.join("models/demo")]).filter(|d| d.join("expected_text.json").exists()).collect();
+    let scratch = tempfile::tempdir().unwrap();
     assert!(directories.len() >= 16, "only {} families found", directories.len());
+    let mut converted = 0;
     for directory in directories {
         let expected = std::fs::read_to_string(directory.join("expected_text.json")).unwrap();
         let model = TextModel::load(&directory).unwrap();
         let family = directory.file_name().unwrap().to_string_lossy().into_owned();
         check(&family, &model, serde_json::from_str(&expected).unwrap());
+        let Some(file) = gguf::convert(&directory) else { continue };
+        let path = scratch.path().join(format!("{family}.gguf"));
+        std::fs::write(&path, file).unwrap();
+        let model = TextModel::load(&path).unwrap_or_else(|error| panic!("{family}: {error:#}"));
+        check(&format!("{family}.gguf"), &model, serde_json::from_str(&expected).unwrap());
+        converted += 1;
     }
+    assert!(converted >= 12, "only {converted} families as GGUF");
 }
 
 #[test]

@@ -2,9 +2,10 @@
 
 use crate::{
     error::Error,
+    fleet::adapters::Change,
     metrics::{Endpoint, Outcome},
     openai::{
-        self, Head,
+        self, Head, adapters,
         chat::{ChatRequest, ChatShape},
         completions::{CompletionRequest, CompletionShape},
         error,
@@ -50,6 +51,8 @@ pub(crate) fn routes(service: Service) -> axum::Router {
     axum::Router::new()
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(completions))
+        .route("/v1/load_lora_adapter", post(load_adapter))
+        .route("/v1/unload_lora_adapter", post(unload_adapter))
         .route("/v1/models", get(list_models))
         .route("/v1/models/{*name}", get(find_model))
         .route("/health", get(health))
@@ -113,7 +116,7 @@ async fn completions(
     let answered = match accepted {
         Ok(mut accepted) => {
             let mut shape = CompletionShape::new(router, head, &accepted.params, accepted.prompts.clone());
-            if accepted.params.max_tokens == Some(0) {
+            if accepted.params.prompt_only() && accepted.params.reported_prompt().is_none() {
                 accepted.guard.ended(Outcome::Ok);
                 Ok(shape.prompts_only(&accepted.params))
             } else {
@@ -211,6 +214,41 @@ fn name(origin: &Origin, response: &mut Response) {
     if let Ok(id) = HeaderValue::from_str(&origin.request) {
         response.headers_mut().insert("x-request-id", id);
     }
+}
+
+async fn load_adapter(
+    State(service): State<Service>,
+    headers: HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+) -> Response {
+    change_adapters(&service.router, &headers, body, adapters::load).await
+}
+
+async fn unload_adapter(
+    State(service): State<Service>,
+    headers: HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+) -> Response {
+    change_adapters(&service.router, &headers, body, adapters::unload).await
+}
+
+async fn change_adapters(
+    router: &Arc<Router>,
+    headers: &HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+    parse: fn(Fields, &Router) -> Result<Change, Error>,
+) -> Response {
+    if !router.config.runtime_lora {
+        let message = "adapters cannot be changed here; the router was started without --runtime-lora";
+        return error::not_served(StatusCode::NOT_FOUND, message);
+    }
+    let changed = async {
+        let change = read(router, headers, body, parse).await?;
+        tracing::info!(?change, "adapters change");
+        router.fleet.change_adapters(change.clone(), router.config.limits.adapter_timeout()).await?;
+        Ok(adapters::done(&change))
+    };
+    changed.await.map_or_else(|error| error::response(&error), IntoResponse::into_response)
 }
 
 async fn list_models(State(service): State<Service>) -> Json<models::ModelList> {

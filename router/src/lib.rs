@@ -47,6 +47,26 @@ use text::{TextModel, TextPool};
 use tokio::{net::TcpListener, time::timeout};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
+/// Reads the text of a model as [`run`] does, encodes and renders a little with it, and forgets it: what fuzzing calls.
+#[cfg(fuzzing)]
+pub fn fuzz_model(path: &std::path::Path) {
+    let Ok(model) = TextModel::load(path) else { return };
+    for text in ["", "Hello, w\u{f6}rld 12\n", "<s>\u{2581}\u{1f600}</s>"] {
+        if let Ok(ids) = model.tokenizer.encode(text, true) {
+            model.tokenizer.decode(&ids, true);
+            ids.iter().for_each(|id| drop(model.tokenizer.bytes(*id).to_vec()));
+        }
+    }
+    if let Some(template) = &model.template {
+        let input = text::template::ChatInput {
+            messages: vec![serde_json::json!({"role": "user", "content": "Hi"})],
+            add_generation_prompt: true,
+            ..Default::default()
+        };
+        let _ = template.render(&input);
+    }
+}
+
 /// Serves requests on `listener` until `shutdown`, then drains: takes nothing new, lets streams finish for a while, leaves the directory.
 ///
 /// `health` becomes ready when a whole path exists: workers that could take a request from prompt to last token.
@@ -169,7 +189,7 @@ async fn report_readiness(fleet: Fleet, health: Health, shutdown: CancellationTo
             health.not_ready("draining");
             return;
         }
-        match fleet.has_path() {
+        match fleet.has_path(None) {
             true => health.ready(),
             false => health.not_ready("no worker can take a request: waiting for workers"),
         }

@@ -3,8 +3,10 @@
 //! Each endpoint's request and response stand beside each other; what both endpoints share is in [`params`]. Fields nobody knows
 //! are ignored, as clients expect; fields that would change the answer and are not served yet are refused by name.
 
+pub(crate) mod adapters;
 pub(crate) mod chat;
 pub(crate) mod completions;
+pub(crate) mod constraint;
 pub(crate) mod error;
 pub(crate) mod fields;
 mod logprobs;
@@ -121,7 +123,11 @@ pub(crate) async fn accept(
     }
     let prepared = async {
         let turn = router.admission.admit(prompts * params.n as usize).await?;
-        let prompts = router.prepare(render, params.salt.clone(), params.echo, params.prompt_field).await?;
+        if let Some(constraint) = &params.constraint {
+            constraint.check(&router).await?;
+        }
+        let root = (params.salt.clone(), params.adapter.clone());
+        let prompts = router.prepare(render, root, params.echo, params.prompt_field).await?;
         Ok((turn, prompts))
     };
     match prepared.await {
@@ -140,12 +146,14 @@ impl Accepted {
                 origin: self.origin.clone(),
                 prompt: prompt.clone(),
                 sampling: self.params.sampling.clone(),
+                grammar: self.params.constraint.as_ref().map(|constraint| constraint.spec.clone()),
                 choice,
                 stop: stop.clone(),
                 stop_strings: self.params.stop_strings.clone(),
                 include_stop: self.params.include_stop,
                 skip_special: self.params.skip_special,
                 report_ids: self.params.token_ids,
+                prompt_logprobs: self.params.reported_prompt(),
                 priority: self.params.priority,
             })
         });

@@ -1,8 +1,8 @@
 //! Where a request goes. Pure.
 //!
 //! Candidates are all (prefill, decode) pairs of equal fingerprint, and every decode worker by itself. The cheapest wins; among
-//! equals the random number decides, so that load spreads. Workers that are draining, too small or excluded by an earlier
-//! attempt are no candidates.
+//! equals the random number decides, so that load spreads. Workers that are draining, too small, without the adapter or
+//! excluded by an earlier attempt are no candidates.
 
 use crate::{
     config::{Policy, Weights},
@@ -32,6 +32,8 @@ pub(crate) struct Candidate {
     pub(crate) draining: bool,
     /// Failed this request before.
     pub(crate) excluded: bool,
+    /// Does not have the adapter that the request needs.
+    pub(crate) lacks_adapter: bool,
     /// Longest sequence it can hold, in tokens.
     pub(crate) max_tokens: u32,
     pub(crate) cost: cost::Worker,
@@ -85,7 +87,7 @@ pub(crate) fn has_path(candidates: &[Candidate], policy: Policy) -> bool {
 
 impl Candidate {
     fn is_usable(&self, demand: &Demand) -> bool {
-        !self.draining && !self.excluded && demand.tokens < self.max_tokens
+        !self.draining && !self.excluded && !self.lacks_adapter && demand.tokens < self.max_tokens
     }
 }
 
@@ -161,7 +163,16 @@ mod tests {
     use proptest::prelude::*;
 
     fn candidate(id: usize, kind: Kind) -> Candidate {
-        Candidate { id, kind, fingerprint: 0, draining: false, excluded: false, max_tokens: 100_000, cost: idle() }
+        Candidate {
+            id,
+            kind,
+            fingerprint: 0,
+            draining: false,
+            excluded: false,
+            lacks_adapter: false,
+            max_tokens: 100_000,
+            cost: idle(),
+        }
     }
 
     fn pool(prefill: usize, decode: usize) -> Vec<Candidate> {
@@ -184,7 +195,9 @@ mod tests {
 
     #[test]
     fn draining_excluded_and_small_workers_are_no_candidates() {
-        for change in [(|c| c.draining = true) as fn(&mut Candidate), |c| c.excluded = true, |c| c.max_tokens = 500] {
+        let changes: [fn(&mut Candidate); 4] =
+            [|c| c.draining = true, |c| c.excluded = true, |c| c.lacks_adapter = true, |c| c.max_tokens = 500];
+        for change in changes {
             let mut pool = pool(0, 2);
             change(&mut pool[0]);
             for random in 0..4 {

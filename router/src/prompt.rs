@@ -1,17 +1,20 @@
 //! A prompt: what the client gave, and the tokens it became.
 
-use crate::{error::Error, text::TextModel};
+use crate::{error::Error, fleet::adapters::Adapter, text::TextModel};
 use bytes::Bytes;
-use kv_cache::{PageHash, TokenId, page_hashes};
+use kv_cache::{PageHash, TokenId, page_hashes, root_salt};
+use std::sync::Arc;
 
 /// A prompt as tokens.
 #[derive(Debug)]
 pub(crate) struct Prompt {
     pub(crate) tokens: Vec<TokenId>,
-    /// Names of its full pages.
+    /// Names of its full pages: their root holds both of the following.
     pub(crate) pages: Vec<PageHash>,
-    /// Root of the hash chain.
+    /// What the request sets itself apart by.
     pub(crate) salt: Bytes,
+    /// What is added to the base model.
+    pub(crate) adapter: Option<Arc<Adapter>>,
     /// Its text, where the answer repeats it.
     pub(crate) echo: Option<String>,
 }
@@ -32,7 +35,7 @@ impl Prompt {
     pub(crate) fn new(
         model: &TextModel,
         source: PromptSource,
-        salt: Bytes,
+        (salt, adapter): (Bytes, Option<Arc<Adapter>>),
         echo: bool,
         name: &str,
         page_tokens: usize,
@@ -50,8 +53,9 @@ impl Prompt {
         if tokens.is_empty() {
             return Err(Error::invalid(name, "the prompt is empty"));
         }
-        let pages = page_hashes(&salt, &tokens, page_tokens);
-        Ok(Self { tokens, pages, salt, echo: text })
+        let root = root_salt(&salt, adapter.as_ref().map(|adapter| adapter.id.as_str()));
+        let pages = page_hashes(&root, &tokens, page_tokens);
+        Ok(Self { tokens, pages, salt, adapter, echo: text })
     }
 
     /// A prompt must leave room for at least one token.

@@ -19,6 +19,7 @@ use crate::{
     error::Error,
     fleet::{
         Fleet, Path, Wanted,
+        adapters::Adapter,
         leg::{LegEvent, LegRole, Sampling, Stop, Submission, Token},
     },
     metrics::Metrics,
@@ -32,6 +33,7 @@ use crate::{
     },
 };
 use bytes::Bytes;
+use grammar::Spec;
 use kv_cache::TokenId;
 use std::{pin::Pin, sync::Arc, time::Duration};
 use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
@@ -70,6 +72,8 @@ pub(crate) struct Work {
     pub(crate) origin: Origin,
     pub(crate) prompt: Arc<Prompt>,
     pub(crate) sampling: Arc<Sampling>,
+    /// What the answer must fit.
+    pub(crate) grammar: Option<Arc<Spec>>,
     /// Which of `n`: part of the random counter.
     pub(crate) choice: u32,
     pub(crate) stop: Arc<Stop>,
@@ -79,6 +83,8 @@ pub(crate) struct Work {
     pub(crate) skip_special: bool,
     /// Whether steps carry the ids of their tokens.
     pub(crate) report_ids: bool,
+    /// Alternatives reported beside each token of the prompt; `None` = nothing is reported of it.
+    pub(crate) prompt_logprobs: Option<u32>,
     /// Lower runs first.
     pub(crate) priority: i32,
 }
@@ -91,6 +97,8 @@ pub(crate) struct Step {
     pub(crate) tokens: Vec<Token>,
     /// Every token's id, the one that stopped the choice included, where ids were asked for. They run ahead of the text, too.
     pub(crate) ids: Vec<TokenId>,
+    /// The prompt's tokens but for the first, where log-probabilities of them were asked for: with the first step.
+    pub(crate) prompt: Option<Vec<Token>>,
     pub(crate) finish: Option<Finish>,
 }
 
@@ -119,7 +127,7 @@ impl Router {
     pub(crate) async fn prepare(
         self: &Arc<Self>,
         render: impl FnOnce(&Self) -> Result<Vec<PromptSource>, Error> + Send + 'static,
-        salt: Bytes,
+        root: (Bytes, Option<Arc<Adapter>>),
         echo: bool,
         name: &'static str,
     ) -> Result<Vec<Arc<Prompt>>, Error> {
@@ -128,7 +136,7 @@ impl Router {
             let (page_tokens, context) = (router.fleet.page_tokens(), router.context_tokens());
             let sources = render(&router)?.into_iter();
             let prompts = sources.map(|source| {
-                let prompt = Prompt::new(&router.model, source, salt.clone(), echo, name, page_tokens)?;
+                let prompt = Prompt::new(&router.model, source, root.clone(), echo, name, page_tokens)?;
                 prompt.check_length(context, name)?;
                 Ok(Arc::new(prompt))
             });
@@ -206,6 +214,7 @@ impl Generation {
         step.text.clear();
         step.tokens.clear();
         step.ids.clear();
+        step.prompt = None;
         let first = self.output.is_empty();
         while !(step.finish.is_some() || step.says_something() || (first && !self.output.is_empty())) {
             if let Some(failure) = self.failure.take() {
@@ -277,7 +286,7 @@ impl Generation {
             Err(no_path) => no_path,
         };
         let patience = self.router.config.limits.recovery_timeout();
-        if self.attempts > 0 && timeout(patience, fleet.wait_for_path()).await.is_ok() {
+        if self.attempts > 0 && timeout(patience, fleet.wait_for_path(self.adapter_id())).await.is_ok() {
             return self.try_place(&[]).map_err(unavailable);
         }
         Err(unavailable(no_path))
@@ -286,8 +295,19 @@ impl Generation {
     fn try_place(&self, excluded: &[String]) -> Result<Path, NoPath> {
         let known = self.work.prompt.tokens.len() + self.output.len();
         let demand = Demand { tokens: known as u32, max_output: self.work.stop.max_tokens - self.output_tokens() };
-        let wanted = Wanted { demand, pages: &self.work.prompt.pages, excluded };
+        // A prompt that is reported is computed whole, whatever is cached of it.
+        let pages = if self.wanted_prompt().is_some() { &[][..] } else { &self.work.prompt.pages };
+        let wanted = Wanted { demand, pages, excluded, adapter: self.adapter_id() };
         self.router.fleet.place(&wanted, rand::random())
+    }
+
+    fn adapter_id(&self) -> Option<&str> {
+        self.work.prompt.adapter.as_ref().map(|adapter| adapter.id.as_str())
+    }
+
+    /// Returns how many alternatives are to be reported beside the prompt's tokens, as long as they have not been.
+    fn wanted_prompt(&self) -> Option<u32> {
+        self.work.prompt_logprobs.filter(|_| self.output.is_empty())
     }
 
     fn submit(&self, path: &Path) -> Result<Attempt, Failure> {
@@ -299,9 +319,12 @@ impl Generation {
             tokens: [&work.prompt.tokens[..], &self.output].concat(),
             prompt_tokens: self.prompt_tokens(),
             salt: work.prompt.salt.clone(),
+            adapter: work.prompt.adapter.clone(),
             sampling: work.sampling.clone(),
+            grammar: work.grammar.clone(),
             choice: work.choice,
             stop: work.stop.clone(),
+            prompt_logprobs: self.wanted_prompt(),
             priority: work.priority,
             deadline: self.ends_at().saturating_duration_since(Instant::now()),
             role: LegRole::Local,
@@ -362,6 +385,9 @@ impl Generation {
         }
         if step.finish.is_some() {
             return;
+        }
+        if self.wanted_prompt().is_some() {
+            step.prompt = self.attempt.as_mut().map(Attempt::take_prompt);
         }
         self.output.push(token.id);
         if self.work.report_ids {

@@ -1,20 +1,28 @@
 //! Text: the one place in the cluster that knows it.
 //!
-//! A [`TextModel`] is what the router reads of a model's directory: tokenizer, chat template, generation defaults. Rendering
+//! A [`TextModel`] is what the router reads of a model's directory or GGUF file: tokenizer, chat template, generation defaults. Rendering
 //! and tokenising run on a small bounded pool of blocking threads ([`TextPool`]), because a long prompt costs milliseconds; detokenising one
 //! token costs less than handing it to another thread and happens where the token is.
 
 pub(crate) mod detokenizer;
+mod gguf;
+#[cfg(test)]
+mod hostile;
 mod python;
 pub(crate) mod stop;
 pub(crate) mod template;
 pub(crate) mod tokenizer;
 
 use anyhow::Context;
+use grammar::{Grammars, Limits, TokenTable};
 use kv_cache::TokenId;
 use serde::Deserialize;
 use serde_json::{Map, Value as Json};
-use std::{collections::BTreeSet, path::Path, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    path::Path,
+    sync::{Arc, OnceLock},
+};
 use template::ChatTemplate;
 use tokenizer::Tokenizer;
 use tokio::sync::Semaphore;
@@ -33,6 +41,8 @@ pub(crate) struct TextModel {
     pub(crate) vocab_size: u32,
     /// Names the configuration to clients.
     pub(crate) fingerprint: String,
+    /// What compiles grammars, once one was asked for.
+    grammars: OnceLock<Result<Arc<Grammars>, grammar::Error>>,
 }
 
 /// Sampling settings the model's authors recommend, used where a request says nothing.
@@ -73,11 +83,18 @@ struct ModelConfig {
 }
 
 impl TextModel {
-    /// Reads an HF directory. Errors name the file.
-    pub(crate) fn load(dir: &Path) -> anyhow::Result<Self> {
-        if !dir.is_dir() {
-            anyhow::bail!("model directory {} does not exist", dir.display());
+    /// Reads an HF directory or a GGUF file. Errors name the file.
+    pub(crate) fn load(path: &Path) -> anyhow::Result<Self> {
+        if path.is_file() {
+            return gguf::load(path).with_context(|| format!("read {}", path.display()));
         }
+        if !path.is_dir() {
+            anyhow::bail!("model {} does not exist", path.display());
+        }
+        Self::load_directory(path)
+    }
+
+    fn load_directory(dir: &Path) -> anyhow::Result<Self> {
         let config_json = read(&dir.join("config.json"))?;
         let config: ModelConfig = parse(&dir.join("config.json"), &config_json)?;
         let config =
@@ -97,7 +114,29 @@ impl TextModel {
         let vocab_size = config.vocab_size.unwrap_or(tokenizer.vocab_size() as u32);
         let fingerprint = format!("fp_{}", &blake3::hash(config_json.as_bytes()).to_hex()[..12]);
         let context_tokens = config.max_position_embeddings.unwrap_or(u32::MAX);
-        Ok(Self { tokenizer, template, defaults, eos, context_tokens, vocab_size, fingerprint })
+        Ok(Self {
+            tokenizer,
+            template,
+            defaults,
+            eos,
+            context_tokens,
+            vocab_size,
+            fingerprint,
+            grammars: OnceLock::new(),
+        })
+    }
+
+    /// Returns what compiles grammars for this model. The first call takes a while: it is for the text threads.
+    pub(crate) fn grammars(&self) -> Result<Arc<Grammars>, grammar::Error> {
+        let make = || {
+            let eos: Vec<TokenId> = self.eos.iter().copied().filter(|token| *token < self.vocab_size).collect();
+            let known = 0..self.tokenizer.vocab_size() as TokenId;
+            let pieces = known.map(|id| (id, self.tokenizer.bytes(id).to_vec(), self.tokenizer.is_special(id)));
+            let table = TokenTable::from_parts(self.vocab_size as usize, &eos, pieces)?;
+            // Nothing is sampled here, so no masks are worked out.
+            Grammars::new(Arc::new(table), Limits::default(), 1).map(Arc::new)
+        };
+        self.grammars.get_or_init(make).clone()
     }
 }
 

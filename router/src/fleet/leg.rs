@@ -1,6 +1,8 @@
 //! What a worker is asked to do for a request, and what it says about it.
 
+use super::adapters::Adapter;
 use bytes::Bytes;
+use grammar::Spec;
 use kv_cache::TokenId;
 use std::{sync::Arc, time::Duration};
 
@@ -17,12 +19,18 @@ pub(crate) struct Submission {
     pub(crate) tokens: Vec<TokenId>,
     /// How many of `tokens` are the prompt.
     pub(crate) prompt_tokens: u32,
-    /// Root of the page hash chain.
+    /// With the adapter's id the root of the page hash chain.
     pub(crate) salt: Bytes,
+    pub(crate) adapter: Option<Arc<Adapter>>,
     pub(crate) sampling: Arc<Sampling>,
+    /// What the output must fit.
+    pub(crate) grammar: Option<Arc<Spec>>,
     /// Which of the request's choices.
     pub(crate) choice: u32,
     pub(crate) stop: Arc<Stop>,
+    /// Alternatives reported beside each token of the prompt; `None` = nothing is reported of it. Only the leg that computes the
+    /// prompt is asked.
+    pub(crate) prompt_logprobs: Option<u32>,
     /// Lower runs first.
     pub(crate) priority: i32,
     /// Until the leg must have ended.
@@ -58,6 +66,10 @@ pub(crate) struct Sampling {
     pub(crate) frequency_penalty: f32,
     pub(crate) presence_penalty: f32,
     pub(crate) logit_bias: Vec<(TokenId, f32)>,
+    /// The only tokens that may be drawn; empty = all.
+    pub(crate) allowed_tokens: Vec<TokenId>,
+    /// Sequences of tokens whose last one is not drawn behind the others.
+    pub(crate) bad_words: Vec<Vec<TokenId>>,
     /// Alternatives reported beside the sampled token; `None` = no log-probabilities at all.
     pub(crate) logprobs: Option<u32>,
 }
@@ -89,6 +101,8 @@ pub(crate) struct LegEvent {
 
 #[derive(Debug)]
 pub(crate) enum Said {
+    /// Tokens of the prompt, `index` being their position there, with what was asked about them. They come before the first token.
+    Prompt(Vec<Token>),
     Token(Token),
     /// The last word.
     Ended(Box<Ended>),
@@ -107,6 +121,8 @@ pub(crate) struct Token {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Logprobs {
     pub(crate) logprob: f32,
+    /// 1 for the most likely token.
+    pub(crate) rank: u32,
     /// The most likely tokens, best first.
     pub(crate) top: Vec<(TokenId, f32)>,
 }
@@ -133,7 +149,7 @@ impl Ended {
 /// Why a leg ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum End {
-    /// This token ended the sequence. It was emitted too.
+    /// This token ended the sequence. It was emitted too, by this leg or before it.
     Stop(TokenId),
     /// `max_tokens` or the context length was reached.
     Length,
@@ -164,6 +180,7 @@ pub(crate) mod tests {
             tokens: vec![1; tokens],
             prompt_tokens: tokens as u32,
             salt: Bytes::new(),
+            adapter: None,
             sampling: Arc::new(Sampling {
                 temperature: 0.0,
                 top_p: 1.0,
@@ -174,10 +191,14 @@ pub(crate) mod tests {
                 frequency_penalty: 0.0,
                 presence_penalty: 0.0,
                 logit_bias: Vec::new(),
+                allowed_tokens: Vec::new(),
+                bad_words: Vec::new(),
                 logprobs: None,
             }),
+            grammar: None,
             choice: 0,
             stop: Arc::new(Stop { max_tokens: 16, min_tokens: 0, ignore_eos: false, token_ids: Vec::new() }),
+            prompt_logprobs: None,
             priority: 0,
             deadline: Duration::from_secs(1),
             role: LegRole::Local,

@@ -84,13 +84,16 @@ async fn greet(session: &Arc<Session>, at: &Member) -> Result<(u64, Streaming<Wo
     });
     let mut frames = client.attach(outgoing).await.map_err(|e| format!("attach: {}", e.message()))?.into_inner();
     let first = frames.message().await.map_err(|e| format!("welcome: {}", e.message()))?;
-    let welcome = first.and_then(|frame| frame.welcome).ok_or("the first frame holds no welcome")?;
+    let mut first = first.unwrap_or_default();
+    let welcome = first.welcome.take().ok_or("the first frame holds no welcome")?;
     if welcome.protocol != proto::PROTOCOL {
         return Err(format!("worker speaks protocol {}, this router {}", welcome.protocol, proto::PROTOCOL));
     }
     if welcome.worker != at.id {
         return Err(format!("{} answers as {:?}, not {:?}", at.address, welcome.worker, at.id));
     }
+    // It may hold more, the adapters above all: without them a worker that has just attached would lack them for a moment.
+    session.receive(&mut first, 0.0);
     Ok((welcome.incarnation, frames))
 }
 
@@ -172,11 +175,12 @@ impl<'a> Attached<'a> {
 
     fn take(&mut self, mut frame: WorkerFrame) {
         let draining = self.session.load().draining;
+        let adapters_changed = frame.adapters.is_some();
         self.session.receive(&mut frame, self.fleet.weights.step_growth);
         if let Some(events) = frame.pages {
             self.pages(&events);
         }
-        if frame.load.is_some_and(|load| load.draining != draining) {
+        if adapters_changed || frame.load.is_some_and(|load| load.draining != draining) {
             self.fleet.changed();
         }
     }

@@ -8,6 +8,7 @@
 //! a leg has a place reserved and always arrives.
 
 use super::{
+    adapters::{Adapter, Change, Refusal},
     leg::{End, Ended, LegEvent, Said, Submission},
     wire,
 };
@@ -18,7 +19,7 @@ use std::{
     fmt,
     sync::{Arc, Mutex, MutexGuard},
 };
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 /// Submissions that may wait for the stream's flow control.
 const MAX_UNSENT: usize = 4_096;
@@ -80,6 +81,12 @@ struct Inner {
     since_report: SinceReport,
     report: wire::Report,
     speed: Speed,
+    /// As the worker last said.
+    adapters: Arc<[Arc<Adapter>]>,
+    adapter_commands: Vec<proto::AdapterCommand>,
+    next_command: u64,
+    /// Who waits for the answer to a command.
+    answers: HashMap<u64, oneshot::Sender<Result<(), Refusal>>>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -144,6 +151,34 @@ impl Session {
         self.wake.notify_one();
     }
 
+    /// Asks the worker for a change of its adapters; `None` when the stream ends before its answer.
+    pub(super) async fn change_adapters(&self, change: &Change) -> Option<Result<(), Refusal>> {
+        let answer = {
+            let mut inner = self.lock();
+            if inner.closed {
+                return None;
+            }
+            inner.next_command += 1;
+            let (number, (sender, answer)) = (inner.next_command, oneshot::channel());
+            inner.answers.retain(|_, waiting| !waiting.is_closed());
+            inner.answers.insert(number, sender);
+            inner.adapter_commands.push(wire::adapter_command(number, change));
+            answer
+        };
+        self.wake.notify_one();
+        answer.await.ok()
+    }
+
+    /// Returns the adapters that the worker has.
+    pub(super) fn adapters(&self) -> Arc<[Arc<Adapter>]> {
+        self.lock().adapters.clone()
+    }
+
+    /// Says whether the worker has the adapter with this id.
+    pub(super) fn has_adapter(&self, id: &str) -> bool {
+        self.lock().adapters.iter().any(|adapter| adapter.id == id)
+    }
+
     /// Asks the worker for a fresh snapshot of its pages.
     pub(super) fn request_resync(&self) {
         self.lock().resync = true;
@@ -179,15 +214,38 @@ impl Session {
     /// step, to compare steps of different batches.
     pub(super) fn receive(&self, frame: &mut WorkerFrame, step_growth: f64) {
         let mut inner = self.lock();
-        for token in frame.tokens.drain(..) {
-            inner.token(token);
+        let mut tokens = frame.tokens.drain(..).peekable();
+        while let Some(token) = tokens.next() {
+            let attempt = token.attempt;
+            if !token.prompt {
+                inner.token(token);
+                continue;
+            }
+            // A chunk of a prompt is one event: as many as it has tokens would be more than a client's queue holds.
+            let mut prompt = vec![wire::token(token)];
+            while let Some(next) = tokens.next_if(|next| next.prompt && next.attempt == attempt) {
+                prompt.push(wire::token(next));
+            }
+            inner.say(attempt, Said::Prompt(prompt));
         }
+        drop(tokens);
         for ended in frame.ended.drain(..) {
             let (attempt, ended) = wire::ended(ended);
             inner.end(attempt, ended);
         }
         if let Some(load) = &frame.load {
             inner.report(wire::report(load), step_growth);
+        }
+        // The list first: an answer promises that its effect shows.
+        if let Some(adapters) = frame.adapters.take() {
+            inner.adapters = wire::adapters(adapters).into();
+        }
+        for answer in frame.adapter_answers.drain(..) {
+            let (command, said) = wire::adapter_answer(answer);
+            if let Some(waiting) = inner.answers.remove(&command) {
+                // Who asked may have given up.
+                let _ = waiting.send(said);
+            }
         }
         let overflowed = !inner.cancels.is_empty();
         drop(inner);
@@ -201,6 +259,7 @@ impl Session {
         let mut inner = self.lock();
         inner.closed = true;
         inner.submits.clear();
+        inner.answers.clear();
         let legs: Vec<u64> = inner.legs.keys().copied().collect();
         for attempt in legs {
             inner.end(attempt, Ended::without_numbers(End::Lost(reason.to_string())));
@@ -231,7 +290,8 @@ impl Session {
 impl Inner {
     /// Takes what waits, up to a frame's worth.
     fn gather(&mut self) -> Option<RouterFrame> {
-        if self.submits.is_empty() && self.cancels.is_empty() && !self.resync && self.ping == 0 {
+        let nothing_new = self.submits.is_empty() && self.cancels.is_empty() && self.adapter_commands.is_empty();
+        if nothing_new && !self.resync && self.ping == 0 {
             return None;
         }
         let (mut submit, mut tokens) = (Vec::new(), 0);
@@ -248,6 +308,7 @@ impl Inner {
             cancel: std::mem::take(&mut self.cancels),
             resync: std::mem::take(&mut self.resync),
             ping: std::mem::take(&mut self.ping),
+            adapters: std::mem::take(&mut self.adapter_commands),
         })
     }
 
@@ -255,7 +316,13 @@ impl Inner {
         let attempt = token.attempt;
         let Some(leg) = self.legs.get_mut(&attempt) else { return };
         self.pending_tokens -= u64::from(std::mem::take(&mut leg.pending_tokens));
-        let event = LegEvent { attempt, said: Said::Token(wire::token(token)) };
+        self.say(attempt, Said::Token(wire::token(token)));
+    }
+
+    /// Gives an event to its request, whose leg ends when it has no room left.
+    fn say(&mut self, attempt: u64, said: Said) {
+        let Some(leg) = self.legs.get_mut(&attempt) else { return };
+        let event = LegEvent { attempt, said };
         if let Err(mpsc::error::TrySendError::Full(_)) = leg.events.try_send(event) {
             self.end(attempt, Ended::without_numbers(End::Overflow));
             self.cancels.push(attempt);
@@ -326,7 +393,7 @@ mod tests {
     }
 
     fn token(attempt: u64, index: u32) -> proto::Token {
-        proto::Token { attempt, index, token: 7, logprobs: None }
+        proto::Token { attempt, index, token: 7, ..proto::Token::default() }
     }
 
     #[test]

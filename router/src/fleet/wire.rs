@@ -1,10 +1,14 @@
 //! Wire ⇄ domain, field by field.
 
-use super::leg::{End, Ended, LegRole, Logprobs, Submission, Token};
+use super::{
+    adapters::{Adapter, Change, Refusal},
+    leg::{End, Ended, LegRole, Logprobs, Submission, Token},
+};
 use crate::cost::Speed;
+use grammar::{Kind, Spec};
 use kv_cache::PageHash;
-use proto::ended::Reason;
-use std::time::Duration;
+use proto::{adapter_answer::Outcome, adapter_command::What, ended::Reason};
+use std::{sync::Arc, time::Duration};
 
 /// A worker's load report.
 #[derive(Clone, Copy, Debug, Default)]
@@ -37,6 +41,7 @@ pub(super) fn submit(from: Submission) -> proto::Submit {
         }
     };
     let bias = from.sampling.logit_bias.iter().map(|&(token, bias)| proto::LogitBias { token, bias });
+    let words = from.sampling.bad_words.iter().cloned();
     proto::Submit {
         attempt: from.attempt,
         request: from.request.to_string(),
@@ -44,6 +49,7 @@ pub(super) fn submit(from: Submission) -> proto::Submit {
         tokens: from.tokens,
         prompt_tokens: from.prompt_tokens,
         salt: from.salt,
+        adapter: from.adapter.map(|adapter| proto::AdapterRef { name: adapter.name.clone(), id: adapter.id.clone() }),
         sampling: Some(proto::Sampling {
             temperature: from.sampling.temperature,
             top_p: from.sampling.top_p,
@@ -55,14 +61,18 @@ pub(super) fn submit(from: Submission) -> proto::Submit {
             frequency_penalty: from.sampling.frequency_penalty,
             presence_penalty: from.sampling.presence_penalty,
             logit_bias: bias.collect(),
+            allowed_tokens: from.sampling.allowed_tokens.clone(),
+            bad_words: words.map(|tokens| proto::TokenSequence { tokens }).collect(),
             logprobs: from.sampling.logprobs,
         }),
+        grammar: from.grammar.as_deref().map(grammar),
         stop: Some(proto::Stop {
             max_tokens: from.stop.max_tokens,
             min_tokens: from.stop.min_tokens,
             ignore_eos: from.stop.ignore_eos,
             token_ids: from.stop.token_ids.clone(),
         }),
+        prompt_logprobs: from.prompt_logprobs,
         priority: from.priority,
         // Zero would mean no deadline at all.
         deadline_ms: u32::try_from(from.deadline.as_millis()).unwrap_or(u32::MAX).max(1),
@@ -70,9 +80,46 @@ pub(super) fn submit(from: Submission) -> proto::Submit {
     }
 }
 
+pub(super) fn adapters(from: proto::Adapters) -> Vec<Arc<Adapter>> {
+    let adapter = |proto::Adapter { name, id, path }| Arc::new(Adapter { name, id, path });
+    from.adapters.into_iter().map(adapter).collect()
+}
+
+pub(super) fn adapter_command(command: u64, change: &Change) -> proto::AdapterCommand {
+    let (name, what) = match change.clone() {
+        Change::Load { name, path } => (name, What::Load(path)),
+        Change::Unload { name } => (name, What::Unload(true)),
+    };
+    proto::AdapterCommand { command, name, what: Some(what) }
+}
+
+/// Returns the command's number and what the worker made of it.
+pub(super) fn adapter_answer(from: proto::AdapterAnswer) -> (u64, Result<(), Refusal>) {
+    let outcome = from.outcome();
+    let said = match outcome {
+        Outcome::Done => Ok(()),
+        Outcome::Exists => Err(Refusal::Exists(from.message)),
+        Outcome::Unknown => Err(Refusal::Unknown(from.message)),
+        Outcome::NotFound => Err(Refusal::NotFound(from.message)),
+        Outcome::Unusable | Outcome::Unspecified => Err(Refusal::Unusable(from.message)),
+    };
+    (from.command, said)
+}
+
+fn grammar(from: &Spec) -> proto::Grammar {
+    let kind = match from.kind {
+        Kind::JsonSchema => proto::grammar::Kind::JsonSchema,
+        Kind::Regex => proto::grammar::Kind::Regex,
+        Kind::Lark => proto::grammar::Kind::Lark,
+        Kind::Choice => proto::grammar::Kind::Choice,
+    };
+    proto::Grammar { kind: kind.into(), text: from.text.clone(), whitespace: from.whitespace.clone() }
+}
+
 pub(super) fn token(from: proto::Token) -> Token {
     let logprobs = from.logprobs.map(|l| {
-        Box::new(Logprobs { logprob: l.logprob, top: l.top_tokens.into_iter().zip(l.top_logprobs).collect() })
+        let top = l.top_tokens.into_iter().zip(l.top_logprobs).collect();
+        Box::new(Logprobs { logprob: l.logprob, rank: l.rank, top })
     });
     Token { index: from.index, id: from.token, logprobs }
 }

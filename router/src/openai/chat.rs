@@ -3,7 +3,7 @@
 use super::{
     Head, Shape, StopReason, Usage,
     fields::{Fields, shown, wrong},
-    logprobs::ChatLogprobs,
+    logprobs::{ChatLogprobs, PromptLogprobs},
     params::{Differences, Params},
     reasons,
     stream::event,
@@ -183,6 +183,9 @@ pub(crate) struct ChatShape {
     include_usage: bool,
     /// Ids of the prompt, where ids are asked for.
     prompt_token_ids: Option<Vec<TokenId>>,
+    /// Alternatives listed beside each token of the prompt; `None` = they are not listed.
+    prompt_logprobs: Option<u32>,
+    prompt: Option<PromptLogprobs>,
     choices: Vec<ChatChoice>,
 }
 
@@ -218,6 +221,7 @@ struct Answer<'a> {
     service_tier: Option<()>,
     system_fingerprint: &'a str,
     usage: Usage,
+    prompt_logprobs: Option<&'a PromptLogprobs>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<&'a [TokenId]>,
 }
@@ -275,6 +279,8 @@ impl ChatShape {
             logprobs,
             include_usage: params.include_usage,
             prompt_token_ids: params.token_ids.then(|| prompt.tokens.clone()),
+            prompt_logprobs: params.prompt_logprobs,
+            prompt: None,
             choices: (0..params.n).map(choice).collect(),
         }
     }
@@ -331,6 +337,9 @@ impl Shape for ChatShape {
     }
 
     fn collect(&mut self, index: usize, step: &Step) {
+        if let (Some(count), Some(others)) = (self.prompt_logprobs, &step.prompt) {
+            self.prompt = Some(PromptLogprobs::new(&self.router.model.tokenizer, others, count as usize));
+        }
         let choice = &mut self.choices[index];
         choice.message.content.push_str(&step.text);
         choice.token_ids.as_mut().into_iter().for_each(|ids| ids.extend(&step.ids));
@@ -355,6 +364,7 @@ impl Shape for ChatShape {
             service_tier: None,
             system_fingerprint: &head.fingerprint,
             usage,
+            prompt_logprobs: self.prompt.as_ref(),
             prompt_token_ids: self.prompt_token_ids.as_deref(),
         };
         write_json(&answer, &mut out);

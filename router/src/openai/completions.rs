@@ -4,7 +4,7 @@ use super::{
     Head, Shape, StopReason, Usage,
     fields::{Fields, integer, wrong},
     json,
-    logprobs::TextLogprobs,
+    logprobs::{PromptLogprobs, TextLogprobs},
     params::{Differences, Params},
     reasons,
     stream::{self, event},
@@ -40,9 +40,6 @@ impl CompletionRequest {
         let limits = &router.config.limits;
         let logprobs = fields.integer("logprobs", 0..=i64::from(limits.max_logprobs))?.map(|n| n as u32);
         let echo = fields.bool("echo")?.unwrap_or(false);
-        if echo && logprobs.is_some() {
-            return Err(Error::unsupported("logprobs", "logprobs of an echoed prompt"));
-        }
         let differences =
             Differences { prompt_field: "prompt", default_max_tokens: Some(DEFAULT_MAX_TOKENS), logprobs, echo };
         let params = Params::take(&mut fields, router, differences)?;
@@ -118,6 +115,10 @@ pub(crate) struct CompletionShape {
     n: usize,
     /// Alternatives per token; `None` = no log-probabilities.
     logprobs: Option<u32>,
+    /// Alternatives listed beside each token of the prompt; `None` = they are not listed.
+    prompt_logprobs: Option<u32>,
+    /// Whether the prompt is all that is shown.
+    prompt_only: bool,
     include_usage: bool,
     token_ids: bool,
     choices: Vec<TextChoice>,
@@ -132,6 +133,7 @@ struct TextChoice {
     logprobs: Option<TextLogprobs>,
     finish_reason: Option<&'static str>,
     stop_reason: Option<StopReason>,
+    prompt_logprobs: Option<PromptLogprobs>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<Vec<TokenId>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -176,13 +178,27 @@ impl CompletionShape {
             logprobs: logprobs.map(|_| TextLogprobs::default()),
             finish_reason: None,
             stop_reason: None,
+            prompt_logprobs: None,
             prompt_token_ids: params.token_ids.then(|| prompts[index / n].tokens.clone()),
             token_ids: params.token_ids.then(Vec::new),
         };
         let choices: Vec<TextChoice> = (0..prompts.len() * n).map(choice).collect();
         let offsets = vec![0; choices.len()];
         let (include_usage, token_ids) = (params.include_usage, params.token_ids);
-        Self { router, head, n, logprobs, include_usage, token_ids, choices, offsets, prompts }
+        let (prompt_logprobs, prompt_only) = (params.prompt_logprobs, params.prompt_only());
+        Self {
+            router,
+            head,
+            n,
+            logprobs,
+            prompt_logprobs,
+            prompt_only,
+            include_usage,
+            token_ids,
+            choices,
+            offsets,
+            prompts,
+        }
     }
 
     /// Answers `echo` with `max_tokens` 0: the prompts themselves, for which nobody needs to compute anything.
@@ -226,8 +242,16 @@ impl Shape for CompletionShape {
     fn chunk(&mut self, index: usize, first: bool, step: &Step, usage: Option<Usage>, out: &mut Vec<u8>) {
         let prompt = &self.prompts[index / self.n];
         if let Some(text) = prompt.echo.as_deref().filter(|_| first) {
-            self.write_chunk(Some(ChunkChoice { index, text, ..ChunkChoice::default() }), usage, out);
+            let logprobs = self.logprobs.zip(step.prompt.as_ref()).map(|(count, others)| {
+                let mut logprobs = TextLogprobs::default();
+                logprobs.echo(&self.router.model.tokenizer, prompt.tokens[0], others, count as usize);
+                self.offsets[index] = logprobs.offset();
+                logprobs
+            });
+            self.write_chunk(Some(ChunkChoice { index, text, logprobs, ..ChunkChoice::default() }), usage, out);
         }
+        let nothing = Step { finish: step.finish.clone(), ..Step::default() };
+        let step = if self.prompt_only { &nothing } else { step };
         let prompt_token_ids = (first && self.token_ids).then_some(&prompt.tokens[..]);
         let token_ids = (self.token_ids && !step.ids.is_empty()).then_some(&step.ids[..]);
         let logprobs = self.logprobs.filter(|_| !step.tokens.is_empty()).map(|count| {
@@ -251,6 +275,16 @@ impl Shape for CompletionShape {
 
     fn collect(&mut self, index: usize, step: &Step) {
         let choice = &mut self.choices[index];
+        let (tokenizer, prompt) = (&self.router.model.tokenizer, &self.prompts[index / self.n]);
+        if let Some(others) = &step.prompt {
+            let list = |count: u32| PromptLogprobs::new(tokenizer, others, count as usize);
+            choice.prompt_logprobs = self.prompt_logprobs.map(list);
+            if let (Some(logprobs), Some(count), true) = (&mut choice.logprobs, self.logprobs, prompt.echo.is_some()) {
+                logprobs.echo(tokenizer, prompt.tokens[0], others, count as usize);
+            }
+        }
+        let nothing = Step { finish: step.finish.clone(), ..Step::default() };
+        let step = if self.prompt_only { &nothing } else { step };
         choice.text.push_str(&step.text);
         choice.token_ids.as_mut().into_iter().for_each(|ids| ids.extend(&step.ids));
         if let (Some(logprobs), Some(count)) = (&mut choice.logprobs, self.logprobs) {

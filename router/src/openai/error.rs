@@ -64,7 +64,9 @@ pub(crate) fn not_served(status: StatusCode, message: &str) -> Response {
 /// How metrics count the error.
 pub(crate) fn outcome(error: &Error) -> Outcome {
     match error {
-        Error::Invalid { .. } | Error::UnknownModel(_) | Error::TooLarge { .. } => Outcome::Invalid,
+        Error::Invalid { .. } | Error::UnknownModel(_) | Error::NotFound(_) | Error::TooLarge { .. } => {
+            Outcome::Invalid
+        }
         Error::Overloaded { .. } | Error::Unavailable { .. } => Outcome::Rejected,
         Error::SlowClient(_) => Outcome::Cancelled,
         Error::Timeout(_) | Error::Failed(_) => Outcome::Failed,
@@ -74,7 +76,7 @@ pub(crate) fn outcome(error: &Error) -> Outcome {
 fn status(error: &Error) -> (StatusCode, &'static str) {
     match error {
         Error::Invalid { .. } => (StatusCode::BAD_REQUEST, "BadRequestError"),
-        Error::UnknownModel(_) => (StatusCode::NOT_FOUND, "NotFoundError"),
+        Error::UnknownModel(_) | Error::NotFound(_) => (StatusCode::NOT_FOUND, "NotFoundError"),
         Error::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "RequestTooLargeError"),
         Error::Overloaded { .. } => (StatusCode::TOO_MANY_REQUESTS, "RateLimitError"),
         Error::Unavailable { .. } => (StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailableError"),

@@ -1,9 +1,9 @@
 //! `/v1/models`.
 
-use crate::{error::Error, request::Router};
+use crate::{error::Error, fleet::adapters::Adapter, request::Router};
 use serde::Serialize;
 
-/// All models, which is one under one or more names.
+/// All models: one under one or more names, and what adapters make of it.
 #[derive(Debug, Serialize)]
 pub(crate) struct ModelList {
     object: &'static str,
@@ -24,13 +24,19 @@ pub(crate) struct Model {
 }
 
 pub(crate) fn list(router: &Router) -> ModelList {
-    let names = std::iter::once(&router.config.model_name).chain(&router.config.aliases);
-    ModelList { object: "list", data: names.map(|name| model(router, name)).collect() }
+    let base = router.config.names().map(|name| model(router, name));
+    let adapters = router.fleet.adapters();
+    let shadowed = |adapter: &Adapter| router.config.names().any(|name| *name == adapter.name);
+    let adapted = adapters.iter().filter(|adapter| !shadowed(adapter)).map(|adapter| adapted(router, adapter));
+    ModelList { object: "list", data: base.chain(adapted).collect() }
 }
 
 pub(crate) fn find(router: &Router, name: &str) -> Result<Model, Error> {
-    let known = std::iter::once(&router.config.model_name).chain(&router.config.aliases).find(|known| *known == name);
-    known.map(|name| model(router, name)).ok_or_else(|| Error::UnknownModel(name.to_string()))
+    if let Some(name) = router.config.names().find(|known| *known == name) {
+        return Ok(model(router, name));
+    }
+    let adapter = router.fleet.adapter(name).ok_or_else(|| Error::UnknownModel(name.to_string()))?;
+    Ok(adapted(router, &adapter))
 }
 
 fn model(router: &Router, name: &str) -> Model {
@@ -44,4 +50,9 @@ fn model(router: &Router, name: &str) -> Model {
         max_model_len: router.context_tokens(),
         permission: Vec::new(),
     }
+}
+
+fn adapted(router: &Router, adapter: &Adapter) -> Model {
+    let parent = Some(router.config.model_name.clone());
+    Model { root: adapter.path.clone(), parent, ..model(router, &adapter.name) }
 }

@@ -1,9 +1,15 @@
 //! Parameters that chat and text completions share.
 
-use super::fields::{Fields, integer, shown, wrong};
+use super::{
+    constraint::Constraint,
+    fields::{Fields, integer, shown, wrong},
+};
 use crate::{
     error::Error,
-    fleet::leg::{Sampling, Stop},
+    fleet::{
+        adapters::Adapter,
+        leg::{Sampling, Stop},
+    },
     request::Router,
 };
 use bytes::Bytes;
@@ -14,16 +20,15 @@ use std::sync::Arc;
 /// Most stop strings of a request.
 const MAX_STOP_STRINGS: usize = 4;
 
+/// Most bad words of a request.
+const MAX_BAD_WORDS: usize = 1024;
+
 /// Most characters of a cache salt.
 const MAX_SALT_CHARS: usize = 128;
 
 /// Fields of vLLM and OpenAI that would change the answer and are not served yet.
-const UNSUPPORTED: [&str; 16] = [
-    "structured_outputs",
-    "allowed_token_ids",
-    "bad_words",
+const UNSUPPORTED: [&str; 12] = [
     "logprob_token_ids",
-    "prompt_logprobs",
     "truncate_prompt_tokens",
     "use_beam_search",
     "thinking_token_budget",
@@ -42,7 +47,11 @@ const UNSUPPORTED: [&str; 16] = [
 pub(crate) struct Params {
     /// As the client named it, or the default.
     pub(crate) model: String,
+    /// What is added to the base model, where the name is an adapter's.
+    pub(crate) adapter: Option<Arc<Adapter>>,
     pub(crate) sampling: Arc<Sampling>,
+    /// What the answer must fit.
+    pub(crate) constraint: Option<Constraint>,
     pub(crate) n: u32,
     pub(crate) stop_strings: Vec<String>,
     pub(crate) include_stop: bool,
@@ -57,6 +66,8 @@ pub(crate) struct Params {
     pub(crate) token_ids: bool,
     /// Whether the prompt is repeated before the answer.
     pub(crate) echo: bool,
+    /// Alternatives listed beside each token of the prompt; `None` = the prompt is not listed.
+    pub(crate) prompt_logprobs: Option<u32>,
     /// The field that holds the prompt, for errors.
     pub(crate) prompt_field: &'static str,
     /// `None` = up to the context's end.
@@ -80,9 +91,9 @@ pub(crate) struct Differences {
 impl Params {
     /// Takes the shared fields.
     pub(crate) fn take(fields: &mut Fields, router: &Router, differences: Differences) -> Result<Self, Error> {
-        let model = model(fields, router)?;
+        let (model, adapter) = model(fields, router)?;
         fields.refuse(&UNSUPPORTED)?;
-        response_format(fields)?;
+        let constraint = Constraint::take(fields)?;
         let sampling = sampling(fields, router, differences.logprobs)?;
         let n = fields.integer("n", 1..=i64::from(router.config.limits.max_choices))?.unwrap_or(1) as u32;
         if n > 1 && sampling.is_greedy() {
@@ -92,6 +103,11 @@ impl Params {
             ));
         }
         let (stream, include_usage, continuous_usage) = stream(fields)?;
+        let most = i64::from(router.config.limits.max_logprobs);
+        let prompt_logprobs = fields.integer("prompt_logprobs", 0..=most)?.map(|n| n as u32);
+        if stream && prompt_logprobs.is_some_and(|count| count > 0) {
+            return Err(Error::invalid("prompt_logprobs", "only allowed when stream is false"));
+        }
         let least = if differences.echo { 0 } else { 1 };
         let max_tokens = max_tokens(fields, least)?.or(differences.default_max_tokens);
         let min_tokens = fields.integer("min_tokens", 0..=i64::from(u32::MAX))?.unwrap_or(0) as u32;
@@ -101,7 +117,9 @@ impl Params {
         }
         Ok(Self {
             model,
+            adapter,
             sampling: Arc::new(sampling),
+            constraint,
             n,
             stop_strings: stop_strings(fields)?,
             include_stop: fields.bool("include_stop_str_in_output")?.unwrap_or(false),
@@ -113,12 +131,25 @@ impl Params {
             continuous_usage,
             token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
             echo: differences.echo,
+            prompt_logprobs,
             prompt_field: differences.prompt_field,
             max_tokens,
             min_tokens,
             ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
             stop_token_ids: stop_token_ids(fields, router)?,
         })
+    }
+
+    /// Returns how many alternatives workers are to report beside each token of the prompt, to list them or to echo the prompt
+    /// with them.
+    pub(crate) fn reported_prompt(&self) -> Option<u32> {
+        let echoed = self.sampling.logprobs.filter(|_| self.echo);
+        self.prompt_logprobs.filter(|_| !self.stream).max(echoed)
+    }
+
+    /// Whether the prompt alone is asked for: what is generated so that it can be reported is not shown.
+    pub(crate) fn prompt_only(&self) -> bool {
+        self.echo && self.max_tokens == Some(0)
     }
 
     /// When a worker ends a choice behind a prompt of this length.
@@ -135,21 +166,17 @@ impl Params {
 }
 
 /// An empty or missing name means the default model.
-fn model(fields: &mut Fields, router: &Router) -> Result<String, Error> {
+fn model(fields: &mut Fields, router: &Router) -> Result<(String, Option<Arc<Adapter>>), Error> {
     let config = &router.config;
-    match fields.string("model")?.filter(|name| !name.is_empty()) {
-        None => Ok(config.model_name.clone()),
-        Some(name) if name == config.model_name || config.aliases.contains(&name) => Ok(name),
-        Some(name) => Err(Error::UnknownModel(name)),
+    let Some(name) = fields.string("model")?.filter(|name| !name.is_empty()) else {
+        return Ok((config.model_name.clone(), None));
+    };
+    if config.names().any(|known| *known == name) {
+        return Ok((name, None));
     }
-}
-
-fn response_format(fields: &mut Fields) -> Result<(), Error> {
-    let Some(format) = fields.object("response_format")? else { return Ok(()) };
-    match format.get("type").and_then(Value::as_str) {
-        Some("text") => Ok(()),
-        Some(kind) => Err(Error::unsupported("response_format", format_args!("type {kind:?}"))),
-        None => Err(Error::invalid("response_format.type", "must be a string")),
+    match router.fleet.adapter(&name) {
+        Some(adapter) => Ok((name, Some(adapter))),
+        None => Err(Error::UnknownModel(name)),
     }
 }
 
@@ -184,6 +211,8 @@ fn sampling(fields: &mut Fields, router: &Router, logprobs: Option<u32>) -> Resu
         frequency_penalty: penalty(fields, "frequency_penalty")?.unwrap_or(0.0),
         presence_penalty: penalty(fields, "presence_penalty")?.unwrap_or(0.0),
         logit_bias: logit_bias(fields, router.model.vocab_size)?,
+        allowed_tokens: allowed_tokens(fields, router.model.vocab_size)?,
+        bad_words: bad_words(fields, router)?,
         logprobs,
     })
 }
@@ -225,14 +254,55 @@ fn stop_strings(fields: &mut Fields) -> Result<Vec<String>, Error> {
 }
 
 fn stop_token_ids(fields: &mut Fields, router: &Router) -> Result<Vec<TokenId>, Error> {
-    let vocab_size = router.model.vocab_size;
-    let ids = fields.list("stop_token_ids")?.unwrap_or_default();
+    Ok(token_ids(fields, "stop_token_ids", router.model.vocab_size)?.unwrap_or_default())
+}
+
+/// An empty list would leave nothing to say.
+fn allowed_tokens(fields: &mut Fields, vocab_size: u32) -> Result<Vec<TokenId>, Error> {
+    let ids = token_ids(fields, "allowed_token_ids", vocab_size)?;
+    if ids.as_ref().is_some_and(Vec::is_empty) {
+        return Err(Error::invalid("allowed_token_ids", "must not be empty; leave it out instead"));
+    }
+    Ok(ids.unwrap_or_default())
+}
+
+fn token_ids(fields: &mut Fields, name: &str, vocab_size: u32) -> Result<Option<Vec<TokenId>>, Error> {
     let id = |value: &Value| {
-        integer(value).and_then(|id| u32::try_from(id).ok()).filter(|&id| id < vocab_size).ok_or_else(|| {
-            wrong("stop_token_ids", &format!("a list of token ids of this model (0 to {})", vocab_size - 1), value)
-        })
+        integer(value)
+            .and_then(|id| u32::try_from(id).ok())
+            .filter(|&id| id < vocab_size)
+            .ok_or_else(|| wrong(name, &format!("a list of token ids of this model (0 to {})", vocab_size - 1), value))
     };
-    ids.iter().map(id).collect()
+    fields.list(name)?.map(|ids| ids.iter().map(id).collect()).transpose()
+}
+
+/// Returns the tokens of words that must not be said, at the beginning of a text and after a space: the second only where it is as
+/// long and begins otherwise, as vLLM has it.
+fn bad_words(fields: &mut Fields, router: &Router) -> Result<Vec<Vec<TokenId>>, Error> {
+    let name = "bad_words";
+    let list = fields.list(name)?.unwrap_or_default();
+    if list.len() > MAX_BAD_WORDS {
+        return Err(Error::invalid(name, format_args!("{} words are more than {MAX_BAD_WORDS}", list.len())));
+    }
+    let encode = |text: &str| {
+        let tokens = router.model.tokenizer.encode(text, false).map_err(|problem| Error::invalid(name, problem))?;
+        match tokens.iter().find(|token| **token >= router.model.vocab_size) {
+            Some(token) => {
+                Err(Error::invalid(name, format_args!("{text:?} has token {token}, which this model never gives")))
+            }
+            None => Ok(tokens),
+        }
+    };
+    let mut words = Vec::new();
+    for value in &list {
+        let word = value.as_str().map(str::trim_start).filter(|word| !word.is_empty());
+        let word = word.ok_or_else(|| wrong(name, "a list of strings, none of them empty", value))?;
+        let (bare, spaced) = (encode(word)?, encode(&format!(" {word}"))?);
+        let other = spaced.len() == bare.len() && spaced.first() != bare.first();
+        words
+            .extend([Some(bare), Some(spaced).filter(|_| other)].into_iter().flatten().filter(|word| !word.is_empty()));
+    }
+    Ok(words)
 }
 
 /// Requests of different salts never share cached prefixes.

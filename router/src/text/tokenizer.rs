@@ -1,10 +1,11 @@
 //! Tokens of a text, and what each token stands for.
 
+use anyhow::{Context, ensure};
 use kv_cache::TokenId;
-use std::{fmt, path::Path};
+use std::{fmt, panic::AssertUnwindSafe, path::Path};
 use tokenizers::{DecoderWrapper, Tokenizer as Inner};
 
-/// A model's tokenizer, as `tokenizer.json` describes it.
+/// A model's tokenizer, as `tokenizer.json` or a GGUF file describes it.
 pub(crate) struct Tokenizer {
     inner: Inner,
     pieces: Pieces,
@@ -20,26 +21,42 @@ impl fmt::Debug for Tokenizer {
 impl Tokenizer {
     /// Reads `tokenizer.json`. Padding and truncation it may carry are training settings and are dropped.
     pub(crate) fn load(path: &Path) -> anyhow::Result<Self> {
-        let mut inner = Inner::from_file(path).map_err(|e| anyhow::anyhow!("read {}: {e}", path.display()))?;
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(|e| anyhow::anyhow!("read {}: {e}", path.display()))?;
+        let read = || {
+            // The library asserts that decoders are JSON, so that comes first.
+            let json: serde_json::Value = serde_json::from_slice(&std::fs::read(path)?)?;
+            let mut inner: Inner = serde_json::from_value(json)?;
+            inner.with_padding(None);
+            inner.with_truncation(None).map_err(|error| anyhow::anyhow!("{error}"))?;
+            Self::new(inner)
+        };
+        guarded(read).with_context(|| format!("read {}", path.display()))
+    }
+
+    /// Takes a tokenizer that neither pads nor truncates, if it works.
+    pub(crate) fn new(inner: Inner) -> anyhow::Result<Self> {
+        let last = inner.get_vocab(true).into_values().max().unwrap_or_default();
+        ensure!(last <= LAST_TOKEN, "token {last} is beyond any vocabulary; known are ids up to {LAST_TOKEN}");
         let byte_level = matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
         let pieces = Pieces::of(&inner, byte_level);
-        Ok(Self { inner, pieces, byte_level })
+        let tokenizer = Self { inner, pieces, byte_level };
+        // What its parts say of each other shows when they meet.
+        tokenizer.encode("a", true).map_err(|error| anyhow::anyhow!("encode a text: {error}"))?;
+        Ok(tokenizer)
     }
 
     /// Returns the tokens of `text`. `special` adds what the post-processor adds (BOS and such); special tokens spelled out
     /// in the text are recognised either way.
     pub(crate) fn encode(&self, text: &str, special: bool) -> Result<Vec<TokenId>, String> {
         // `encode_fast` skips the offsets, which nobody here asks for.
-        let encoding = self.inner.encode_fast(text, special).map_err(|e| e.to_string())?;
-        Ok(encoding.get_ids().to_vec())
+        let encode = || self.inner.encode_fast(text, special).map_err(|error| anyhow::anyhow!("{error}"));
+        Ok(guarded(encode).map_err(|error| error.to_string())?.get_ids().to_vec())
     }
 
     /// Returns the text of `tokens` taken as a whole.
     pub(crate) fn decode(&self, tokens: &[TokenId], skip_special: bool) -> String {
-        // The only error is a decoder pattern that does not compile, which loading has ruled out.
-        self.inner.decode(tokens, skip_special).unwrap_or_default()
+        // A decoder that its file makes impossible, such as one that strips more than there is, has no text to show.
+        let decode = || self.inner.decode(tokens, skip_special).map_err(|error| anyhow::anyhow!("{error}"));
+        guarded(decode).unwrap_or_default()
     }
 
     /// One more than the largest token id.
@@ -60,6 +77,18 @@ impl Tokenizer {
     pub(crate) fn is_byte_level(&self) -> bool {
         self.byte_level
     }
+}
+
+/// Largest vocabularies have a quarter of a million tokens; a table of all ids is made.
+const LAST_TOKEN: TokenId = (1 << 24) - 1;
+
+/// Runs what hands a file's contents to the library, which asserts much of what files say.
+pub(super) fn guarded<T>(work: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
+    // What a panic leaves half done is dropped with the stack.
+    std::panic::catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+        Err(anyhow::anyhow!("the tokenizer library gave up: {}", text.unwrap_or("no reason given")))
+    })
 }
 
 /// The bytes of every token, laid end to end.

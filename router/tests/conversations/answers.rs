@@ -61,6 +61,7 @@ async fn a_chat_is_answered_in_one_piece() {
                 "total_tokens": submit.prompt_tokens as usize + completion_tokens,
                 "prompt_tokens_details": {"cached_tokens": 16},
             },
+            "prompt_logprobs": null,
         })
     );
     assert!(body["system_fingerprint"].as_str().unwrap().starts_with("fp_"));
@@ -302,7 +303,8 @@ async fn parameters_reach_the_worker() {
         "temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "seed": -1, "repetition_penalty": 1.1,
         "frequency_penalty": 0.2, "presence_penalty": -0.3, "logit_bias": {"5": 200, "7": -1.5}, "max_tokens": 5, "min_tokens": 2,
         "ignore_eos": true, "stop_token_ids": [9], "priority": -3, "cache_salt": "tenant", "user": "u", "metadata": {"a": 1},
-        "chat_template_kwargs": {"x": 1}, "unheard_of": [1, 2]
+        "chat_template_kwargs": {"x": 1}, "unheard_of": [1, 2], "allowed_token_ids": [5, 6],
+        "structured_outputs": {"json": {"type": "object"}, "disable_any_whitespace": true}
     }));
     let (answer, submit) = tokio::join!(router.post(CHAT, &body), async {
         let submit = worker.submission().await;
@@ -315,6 +317,10 @@ async fn parameters_reach_the_worker() {
     assert_eq!((sampling.seed, sampling.repetition_penalty), (u64::MAX, 1.1));
     assert_eq!((sampling.frequency_penalty, sampling.presence_penalty, sampling.logprobs), (0.2, -0.3, None));
     assert_eq!(sampling.logit_bias.iter().map(|b| (b.token, b.bias)).collect::<Vec<_>>(), [(5, 100.0), (7, -1.5)]);
+    assert_eq!(sampling.allowed_tokens, [5, 6]);
+    let grammar = submit.grammar.unwrap();
+    assert_eq!((grammar.kind(), &grammar.text[..]), (proto::grammar::Kind::JsonSchema, r#"{"type":"object"}"#));
+    assert_eq!(grammar.whitespace.as_deref(), Some(""));
     let stop = submit.stop.unwrap();
     assert_eq!((stop.max_tokens, stop.min_tokens, stop.ignore_eos, stop.token_ids), (5, 2, true, vec![9]));
     assert_eq!((submit.priority, &submit.salt[..]), (-3, &b"tenant"[..]));

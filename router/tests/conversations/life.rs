@@ -6,7 +6,7 @@ use crate::{
 };
 use cluster::Role;
 use hyper::Method;
-use proto::{ended::Reason, submit::Leg};
+use proto::{PageEvents, ended::Reason, submit::Leg};
 use router::Policy;
 use serde_json::{Value, json};
 
@@ -161,6 +161,7 @@ async fn a_refused_hand_off_goes_to_another_decode_worker() {
     let (answer, _second) = tokio::join!(router.post(CHAT, chat(false)), async {
         let (at_prefill, at_decode) = (prefill.submission().await, first.submission().await);
         let mut second = MockWorker::start(&*router.directory, "decode-2", Role::Decode).await;
+        second.attached().await;
         prefill.emit(&at_prefill, 0, &out[..1], None);
         first.emit(&at_decode, 0, &[], Some(failed(Reason::Refused, "no room")));
         assert_eq!(prefill.cancel().await, at_prefill.attempt, "the leg that is left is called off");
@@ -172,6 +173,25 @@ async fn a_refused_hand_off_goes_to_another_decode_worker() {
         second
     });
     assert_eq!(answer.json()["choices"][0]["message"]["content"], "Second try.");
+}
+
+#[tokio::test]
+async fn a_hand_off_that_token_zero_made_needless_is_no_failure() {
+    let (router, mut prefill, mut decode) = pair().await;
+    let (answer, ()) = tokio::join!(router.post(CHAT, chat(false)), async {
+        let (at_prefill, at_decode) = (prefill.submission().await, decode.submission().await);
+        // The decode worker learns over the link that the hand-off is off, and is faster to say so.
+        decode.emit(&at_decode, 0, &[], Some(failed(Reason::Failed, "hand-off lost: the prefill leg ended: Length")));
+        // A gap in its page events: when the router asks for all of them, it has read what came before.
+        decode.pages(PageEvents { sequence: 1, snapshot: true, ..PageEvents::default() });
+        decode.pages(PageEvents { sequence: 9, ..PageEvents::default() });
+        decode.resync().await;
+        let out = output("One");
+        prefill.emit(&at_prefill, 0, &out[..1], Some(ended(Reason::Length, 0)));
+    });
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    assert_eq!(answer.json()["choices"][0]["finish_reason"], "length");
+    assert!(!prefill.has_submission() && !decode.has_submission(), "nothing is tried again");
 }
 
 #[tokio::test]

@@ -141,6 +141,16 @@ impl MockWorker {
         self.registration.as_ref().unwrap().set_state(state);
     }
 
+    /// Waits until a router has opened a stream.
+    pub(crate) async fn attached(&self) {
+        within("a router", async {
+            while self.stream.lock().unwrap().is_none() {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+    }
+
     /// Ends the stream.
     pub(crate) fn hang_up(&self) {
         self.stream.lock().unwrap().take();
@@ -162,6 +172,7 @@ impl MockWorker {
                 top_tokens: (0..count).map(|i| if i == 0 { token } else { token + i }).collect(),
                 top_logprobs: (0..count).map(|i| -0.5 - i as f32).collect(),
             }),
+            prompt: false,
         });
         let tokens: Vec<Token> = tokens.collect();
         let ended = ended.map(|ended| Ended { attempt: submit.attempt, ..ended });
@@ -172,7 +183,7 @@ impl MockWorker {
     pub(crate) async fn emit_slowly(&self, submit: &Submit, index: u32, tokens: &[u32]) {
         let sender = self.stream.lock().unwrap().clone().expect("attached");
         let tokens = tokens.iter().zip(index..);
-        let tokens = tokens.map(|(&token, index)| Token { attempt: submit.attempt, index, token, logprobs: None });
+        let tokens = tokens.map(|(&token, index)| Token { attempt: submit.attempt, index, token, ..Token::default() });
         let frame = WorkerFrame { tokens: tokens.collect(), ..WorkerFrame::default() };
         within("room for a frame", sender.send(Ok(frame))).await.unwrap();
     }

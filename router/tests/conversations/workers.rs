@@ -1,7 +1,7 @@
 //! Workers that come, go, and say what they hold.
 
 use crate::{
-    mock::{MODEL, MockWorker},
+    mock::{MODEL, MockWorker, failed},
     support::{TestRouter, output, tokens},
 };
 use bytes::Bytes;
@@ -91,6 +91,49 @@ async fn a_worker_that_comes_back_is_attached_again() {
         worker.answer(&submit, &output("back"), Reason::Stop);
     });
     assert_eq!(answer.json()["choices"][0]["text"], "back");
+}
+
+#[tokio::test]
+async fn an_adapter_is_served_by_those_who_have_it_also_after_one_fails() {
+    let router = TestRouter::start(Policy::Local).await;
+    let mut have = Vec::new();
+    for id in ["a", "b"] {
+        have.push(MockWorker::start(&*router.directory, id, Role::Decode).await);
+    }
+    let mut lacks = MockWorker::start(&*router.directory, "c", Role::Decode).await;
+    router.ready().await;
+    let request = json!({"model": "poet", "prompt": "x"});
+    let unknown = router.post(COMPLETIONS, request.clone()).await;
+    assert_eq!(unknown.status, 404, "{}", unknown.body);
+    for worker in &have {
+        worker.attached().await;
+        let poet = proto::Adapter { name: "poet".into(), id: "12ab".into(), path: "/poet".into() };
+        let adapters = Some(proto::Adapters { adapters: vec![poet] });
+        worker.send(proto::WorkerFrame { adapters, ..Default::default() });
+    }
+    crate::support::within("the model", async { while router.get("/v1/models/poet").await.status != 200 {} }).await;
+    let text = output("verse");
+    let (answer, ()) = tokio::join!(router.post(COMPLETIONS, request), async {
+        let first = loop {
+            match have.iter_mut().position(MockWorker::has_submission) {
+                Some(first) => break first,
+                None => tokio::task::yield_now().await,
+            }
+        };
+        let submit = have[first].submission().await;
+        assert_eq!(submit.adapter.as_ref().map(|adapter| adapter.id.as_str()), Some("12ab"));
+        have[first].emit(&submit, 0, &text[..1], Some(failed(Reason::Failed, "boom")));
+        let again = have[1 - first].submission().await;
+        assert_eq!((&again.adapter, again.tokens.len()), (&submit.adapter, submit.tokens.len() + 1));
+        have[1 - first].answer(&again, &text, Reason::Stop);
+    });
+    assert_eq!(
+        (answer.json()["choices"][0]["text"].as_str(), answer.json()["model"].as_str()),
+        (Some("verse"), Some("poet"))
+    );
+    assert!(!lacks.has_submission());
+    let base = router.get("/v1/models").await.json();
+    assert_eq!(base["data"][1]["root"], "/poet", "{base}");
 }
 
 /// Hashes of the full pages of a prompt, as page events carry them.
