@@ -2,11 +2,11 @@
 
 use crate::{
     model::Located,
-    settings::{Common, Compute, LogFormat, Membership, Placement, Tables, Transport, Worker},
+    settings::{Adapters, Common, Compute, KvDtype, LogFormat, Membership, Placement, Tables, Transport, Worker},
 };
 use anyhow::{Context, anyhow, bail};
 use cluster::EtcdDirectory;
-use std::net::SocketAddr;
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 /// Returns what telemetry needs; `default_log` is the filter when none is given.
 pub(crate) fn telemetry(common: &Common, default_log: &str) -> telemetry::Config {
@@ -27,6 +27,15 @@ pub(crate) fn engine(compute: &Compute, tables: &Tables) -> anyhow::Result<engin
         config.kv_bytes = memory.0;
     }
     config.threads = compute.threads.or(config.threads);
+    config.kv_dtype = match compute.kv_dtype {
+        None => config.kv_dtype,
+        Some(KvDtype::Auto) => None,
+        Some(KvDtype::F32) => Some(kv_cache::KvDtype::F32),
+        Some(KvDtype::Bf16) => Some(kv_cache::KvDtype::Bf16),
+        Some(KvDtype::F16) => Some(kv_cache::KvDtype::F16),
+        Some(KvDtype::Fp8) => Some(kv_cache::KvDtype::Fp8),
+        Some(KvDtype::Int8) => Some(kv_cache::KvDtype::Int8),
+    };
     Ok(config)
 }
 
@@ -43,10 +52,13 @@ pub(crate) fn worker_engine(worker: &Worker, tables: &Tables) -> anyhow::Result<
 pub(crate) fn prefill(
     tables: &Tables,
     located: &Located,
+    adapters: &Adapters,
     name: Option<String>,
 ) -> anyhow::Result<prefill_worker::Config> {
     let table: prefill_worker::Config = tables.config("prefill-worker")?;
-    let config = prefill_worker::Config { name, model_name: located.name.clone(), ..table };
+    let mut config = prefill_worker::Config { name, model_name: located.name.clone(), ..table };
+    config.adapters.extend(named(adapters, located)?);
+    config.max_lora_rank = adapters.max_lora_rank.unwrap_or(config.max_lora_rank);
     config.validate().context("[prefill-worker]")?;
     Ok(config)
 }
@@ -55,12 +67,26 @@ pub(crate) fn prefill(
 pub(crate) fn decode(
     tables: &Tables,
     located: &Located,
+    adapters: &Adapters,
     name: Option<String>,
 ) -> anyhow::Result<decode_worker::Config> {
     let table: decode_worker::Config = tables.config("decode-worker")?;
-    let config = decode_worker::Config { name, model_name: located.name.clone(), ..table };
+    let mut config = decode_worker::Config { name, model_name: located.name.clone(), ..table };
+    config.adapters.extend(named(adapters, located)?);
+    config.max_lora_rank = adapters.max_lora_rank.unwrap_or(config.max_lora_rank);
     config.validate().context("[decode-worker]")?;
     Ok(config)
+}
+
+/// Returns the adapters to begin with; every name must mean one thing.
+fn named(adapters: &Adapters, located: &Located) -> anyhow::Result<BTreeMap<String, PathBuf>> {
+    let mut named = BTreeMap::new();
+    for (name, dir) in &adapters.lora {
+        if *name == located.name || named.insert(name.clone(), dir.clone()).is_some() {
+            bail!("--lora {name}={}: the name {name} is taken", dir.display());
+        }
+    }
+    Ok(named)
 }
 
 /// Returns the settings of a prefill worker process.
@@ -70,7 +96,7 @@ pub(crate) fn prefill_process(
     located: &Located,
 ) -> anyhow::Result<prefill_worker::Config> {
     check_advertised(worker)?;
-    let mut config = prefill(tables, located, worker.membership.name.clone())?;
+    let mut config = prefill(tables, located, &worker.adapters, worker.membership.name.clone())?;
     config.listen = worker.listen;
     config.advertise = worker.membership.advertise.clone();
     config.drain_timeout_ms = worker.drain_timeout.as_millis() as u64;
@@ -85,7 +111,7 @@ pub(crate) fn decode_process(
     located: &Located,
 ) -> anyhow::Result<decode_worker::Config> {
     check_advertised(worker)?;
-    let mut config = decode(tables, located, worker.membership.name.clone())?;
+    let mut config = decode(tables, located, &worker.adapters, worker.membership.name.clone())?;
     config.listen = worker.listen;
     config.advertise = worker.membership.advertise.clone();
     config.drain_timeout_ms = worker.drain_timeout.as_millis() as u64;
@@ -117,9 +143,15 @@ fn check_advertised(worker: &Worker) -> anyhow::Result<()> {
 }
 
 /// Returns the settings of a router that listens on `address`.
-pub(crate) fn router(tables: &Tables, located: &Located, placement: Placement) -> anyhow::Result<router::Config> {
+pub(crate) fn router(
+    tables: &Tables,
+    located: &Located,
+    placement: Placement,
+    runtime_lora: bool,
+) -> anyhow::Result<router::Config> {
     let mut config: router::Config = tables.config("router")?;
-    config.model_dir = located.dir.clone();
+    config.runtime_lora |= runtime_lora;
+    config.model_dir = located.path.clone();
     config.model_name = located.name.clone();
     config.placement = match placement {
         Placement::Auto => router::Policy::Auto,

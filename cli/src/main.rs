@@ -11,6 +11,7 @@ mod model;
 mod router;
 mod settings;
 mod shutdown;
+mod speculation;
 mod up;
 mod worker;
 
@@ -57,8 +58,9 @@ fn serve(command: &Command, common: &Common, settings: &Settings) -> anyhow::Res
             Command::PrefillWorker(worker) => {
                 worker::run(worker::Role::Prefill, worker, &settings.tables, shutdown).await
             }
-            Command::DecodeWorker(worker) => {
-                worker::run(worker::Role::Decode, worker, &settings.tables, shutdown).await
+            Command::DecodeWorker(decode) => {
+                let role = worker::Role::Decode(&decode.speculation);
+                worker::run(role, &decode.worker, &settings.tables, shutdown).await
             }
             Command::Chat(_) | Command::Bench(_) => unreachable!("clients are not served"),
         }

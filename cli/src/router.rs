@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 /// Runs until `shutdown`, then drains.
 pub(crate) async fn run(router: &Router, tables: &Tables, shutdown: CancellationToken) -> anyhow::Result<()> {
     let located = model::locate(&router.model)?;
-    let mut config = config::router(tables, &located, router.placement)?;
+    let mut config = config::router(tables, &located, router.placement, router.runtime.runtime_lora)?;
     let directory: Arc<dyn Directory> = Arc::new(config::directory(&router.membership)?);
     let listener = listen::bind("--listen", router.listen).await?;
     let address = listener.local_addr().context("read the bound address")?;

@@ -36,7 +36,7 @@ pub(crate) enum Command {
     /// Run a prefill worker: turns prompts into KV pages
     PrefillWorker(Worker),
     /// Run a decode worker: turns KV pages into tokens
-    DecodeWorker(Worker),
+    DecodeWorker(DecodeWorker),
     /// Talk to a running Baton
     Chat(Chat),
     /// Measure this machine and Baton on it
@@ -63,10 +63,10 @@ pub(crate) struct Common {
 /// Which model is served, and as what.
 #[derive(Debug, Args)]
 pub(crate) struct ModelChoice {
-    /// Hugging Face model directory [default: the bundled demo model]
-    #[arg(long, value_name = "DIR", env = "BATON_MODEL")]
+    /// Hugging Face model directory or GGUF file [default: the bundled demo model]
+    #[arg(long, value_name = "PATH", env = "BATON_MODEL")]
     pub(crate) model: Option<PathBuf>,
-    /// Name that clients ask for [default: the directory's name]
+    /// Name that clients ask for [default: the directory's or file's name]
     #[arg(long, value_name = "NAME", env = "BATON_MODEL_NAME", value_parser = name)]
     pub(crate) model_name: Option<String>,
 }
@@ -77,9 +77,43 @@ pub(crate) struct Compute {
     /// Memory for KV pages of one worker
     #[arg(long, value_name = "SIZE", env = "BATON_KV_MEMORY")]
     pub(crate) kv_memory: Option<Bytes>,
+    /// Element type of keys and values; all workers of a model need the same one [default: auto]
+    #[arg(long, value_name = "TYPE", env = "BATON_KV_DTYPE")]
+    pub(crate) kv_dtype: Option<KvDtype>,
     /// Threads that compute, per worker [default: the cores of this machine; with `up`, shared out]
     #[arg(long, value_name = "N", env = "BATON_THREADS", value_parser = at_least_one::<usize>)]
     pub(crate) threads: Option<usize>,
+    /// Quantise the weights while they load; every worker of a cluster alike [default: as stored]
+    #[arg(long, value_name = "TYPE", env = "BATON_QUANTIZE")]
+    pub(crate) quantize: Option<Quantize>,
+}
+
+/// What workers can add to their model.
+#[derive(Debug, Args)]
+pub(crate) struct Adapters {
+    /// LoRA adapter to serve as model NAME: a PEFT directory. Can be given several times
+    #[arg(long, value_name = "NAME=DIR", env = "BATON_LORA", value_delimiter = ',', value_parser = adapter)]
+    pub(crate) lora: Vec<(String, PathBuf)>,
+    /// Largest rank of an adapter [default: 64]
+    #[arg(long, value_name = "N", env = "BATON_MAX_LORA_RANK", value_parser = at_least_one::<usize>)]
+    pub(crate) max_lora_rank: Option<usize>,
+}
+
+/// Whether clients can change what workers add to their model.
+#[derive(Debug, Args)]
+pub(crate) struct RuntimeLora {
+    /// Let clients load and unload adapters (/v1/load_lora_adapter): they name paths on the workers' machines
+    #[arg(
+        long,
+        env = "BATON_RUNTIME_LORA",
+        action = clap::ArgAction::Set,
+        num_args = 0..=1,
+        require_equals = true,
+        default_value = "false",
+        default_missing_value = "true",
+        hide_possible_values = true
+    )]
+    pub(crate) runtime_lora: bool,
 }
 
 /// Where processes find each other.
@@ -117,6 +151,12 @@ pub(crate) struct Up {
     pub(crate) model: ModelChoice,
     #[command(flatten)]
     pub(crate) compute: Compute,
+    #[command(flatten)]
+    pub(crate) adapters: Adapters,
+    #[command(flatten)]
+    pub(crate) runtime: RuntimeLora,
+    #[command(flatten)]
+    pub(crate) speculation: Speculation,
     /// Where prompts are computed
     #[arg(long, value_name = "WHERE", env = "BATON_PLACEMENT", default_value = "auto")]
     pub(crate) placement: Placement,
@@ -134,6 +174,8 @@ pub(crate) struct Router {
     pub(crate) membership: Membership,
     #[command(flatten)]
     pub(crate) model: ModelChoice,
+    #[command(flatten)]
+    pub(crate) runtime: RuntimeLora,
     /// Where prompts are computed
     #[arg(long, value_name = "WHERE", env = "BATON_PLACEMENT", default_value = "auto")]
     pub(crate) placement: Placement,
@@ -159,6 +201,8 @@ pub(crate) struct Worker {
     pub(crate) model: ModelChoice,
     #[command(flatten)]
     pub(crate) compute: Compute,
+    #[command(flatten)]
+    pub(crate) adapters: Adapters,
     /// Longest sequence, prompt and output, in tokens [default: the checkpoint's]
     #[arg(long, value_name = "TOKENS", env = "BATON_MAX_MODEL_LEN", value_parser = at_least_one::<u32>)]
     pub(crate) max_model_len: Option<u32>,
@@ -174,6 +218,40 @@ pub(crate) struct Worker {
     /// Refuse hand-offs over any other transport than this [default: the best both ends have]
     #[arg(long, value_name = "KIND", env = "BATON_TRANSPORT")]
     pub(crate) transport: Option<Transport>,
+}
+
+/// Settings of `baton decode-worker` alone.
+#[derive(Debug, Args)]
+pub(crate) struct DecodeWorker {
+    #[command(flatten)]
+    pub(crate) worker: Worker,
+    #[command(flatten)]
+    pub(crate) speculation: Speculation,
+}
+
+/// How a decode worker guesses tokens ahead, to verify several in one step. What is emitted does not depend on it.
+#[derive(Debug, Args)]
+pub(crate) struct Speculation {
+    /// What guesses the next tokens
+    #[arg(long, value_name = "HOW", env = "BATON_SPECULATE", default_value = "off")]
+    pub(crate) speculate: Speculate,
+    /// Directory of the model that guesses, with the same vocabulary [default: for the bundled model the bundled one]
+    #[arg(long, value_name = "DIR", env = "BATON_DRAFT_MODEL")]
+    pub(crate) draft_model: Option<PathBuf>,
+    /// Most tokens guessed at a time, up to 16; how many it is follows what they turn out to be worth
+    #[arg(long, value_name = "N", env = "BATON_MAX_DRAFTS", default_value = "4", value_parser = at_least_one::<usize>)]
+    pub(crate) max_drafts: usize,
+}
+
+/// What guesses tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Speculate {
+    /// Nothing
+    Off,
+    /// The sequence itself: what followed its last tokens before
+    Ngram,
+    /// A smaller model
+    Draft,
 }
 
 /// Settings of `baton chat`.
@@ -219,6 +297,27 @@ pub(crate) enum LogFormat {
     Json,
 }
 
+/// What weights become when they are loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Quantize {
+    /// 8-bit integers, a scale for each output
+    Int8,
+    /// 4-bit integers, a scale for each 32 inputs
+    Int4,
+    /// 8-bit floats (e4m3), a scale for each output
+    Fp8,
+}
+
+impl From<Quantize> for engine::Quantize {
+    fn from(quantize: Quantize) -> Self {
+        match quantize {
+            Quantize::Int8 => Self::Int8,
+            Quantize::Int4 => Self::Int4,
+            Quantize::Fp8 => Self::Fp8,
+        }
+    }
+}
+
 /// Where prompts are computed.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Placement {
@@ -228,6 +327,23 @@ pub(crate) enum Placement {
     Remote,
     /// Always on the decode worker itself
     Local,
+}
+
+/// Element type of keys and values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KvDtype {
+    /// The checkpoint's own
+    Auto,
+    /// 32-bit float
+    F32,
+    /// 16-bit brain float
+    Bf16,
+    /// 16-bit float
+    F16,
+    /// 8-bit float (e4m3) with a scale for each token and head
+    Fp8,
+    /// 8-bit integer with a scale for each token and head
+    Int8,
 }
 
 /// A transport of hand-offs.
@@ -345,7 +461,8 @@ impl Command {
         match self {
             Self::Up(up) => Some(&up.common),
             Self::Router(router) => Some(&router.common),
-            Self::PrefillWorker(worker) | Self::DecodeWorker(worker) => Some(&worker.common),
+            Self::PrefillWorker(worker) => Some(&worker.common),
+            Self::DecodeWorker(decode) => Some(&decode.worker.common),
             Self::Chat(_) | Self::Bench(_) => None,
         }
     }
@@ -419,6 +536,14 @@ fn name(text: &str) -> Result<String, String> {
         Ok(text.to_owned())
     } else {
         Err("expected 1 to 128 letters, digits, '-', '_', '.' or ':'".into())
+    }
+}
+
+/// Reads a name and where its adapter lies.
+fn adapter(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((name, dir)) if !name.is_empty() && !dir.is_empty() => Ok((name.to_owned(), dir.into())),
+        _ => Err("expected NAME=DIR".into()),
     }
 }
 

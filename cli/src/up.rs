@@ -7,11 +7,13 @@ use crate::{
     config, listen, model,
     model::Located,
     settings::{Bytes, Tables, Up},
+    speculation::{self, Guesser},
     worker::STALL,
 };
 use anyhow::{Context, bail};
 use cluster::{Directory, MemoryDirectory};
 use engine::{Engine, Model};
+use kv_cache::PageLayout;
 use kv_transfer::TransportKind;
 use std::{
     net::SocketAddr,
@@ -32,14 +34,19 @@ pub(crate) async fn run(up: &Up, tables: &Tables, shutdown: CancellationToken) -
     let plan = Plan::new(up, tables, &located)?;
     let listener = listen::bind("--listen", up.listen).await?;
     let address = listener.local_addr().context("read the bound address")?;
-    let Some(model) = shutdown.run_until_cancelled(model::load(&located)).await.transpose()? else { return Ok(()) };
+    let loading = async {
+        let model = model::load(&located, up.compute.quantize).await?;
+        anyhow::Ok((model, speculation::load(&up.speculation, &located).await?))
+    };
+    let Some(loaded) = shutdown.run_until_cancelled(loading).await.transpose()? else { return Ok(()) };
+    let (model, guesser) = loaded;
 
-    let mut cluster = Cluster::start(plan.clone(), model.clone(), listener)?;
+    let mut cluster = Cluster::start(plan.clone(), model.clone(), &guesser, listener)?;
     let parts = cluster.healths.clone();
     tokio::select! {
         // All arms are cancel safe: the first polls, the second keeps what has ended in the set.
         () = ready(&parts) => {
-            let welcome = Welcome { address, located: &located, model: &model, plan: &plan, pages: cluster.pages };
+            let welcome = Welcome { address, located: &located, model: &model, plan: &plan, layout: &cluster.layout };
             println!("{}", welcome.text(began.elapsed()));
         }
         ended = cluster.part_ended() => return cluster.stop(ended).await,
@@ -65,13 +72,14 @@ impl Plan {
         let mut engine = config::engine(&up.compute, tables)?;
         let workers = up.prefill + up.decode;
         engine.threads.get_or_insert_with(|| (model::cores() / workers).max(1));
-        let prefill = (0..up.prefill).map(|i| config::prefill(tables, located, Some(format!("prefill-{i}"))));
-        let decode = (0..up.decode).map(|i| config::decode(tables, located, Some(format!("decode-{i}"))));
+        let prefill =
+            (0..up.prefill).map(|i| config::prefill(tables, located, &up.adapters, Some(format!("prefill-{i}"))));
+        let decode = (0..up.decode).map(|i| config::decode(tables, located, &up.adapters, Some(format!("decode-{i}"))));
         Ok(Self {
             engine,
             prefill: prefill.collect::<anyhow::Result<_>>()?,
             decode: decode.collect::<anyhow::Result<_>>()?,
-            router: config::router(tables, located, up.placement)?,
+            router: config::router(tables, located, up.placement, up.runtime.runtime_lora)?,
         })
     }
 }
@@ -81,8 +89,8 @@ impl Plan {
 struct Cluster {
     /// Of the workers and the router.
     healths: Vec<Health>,
-    /// In the pool of each worker.
-    pages: u32,
+    /// Of each worker's pool.
+    layout: PageLayout,
     parts: JoinSet<anyhow::Result<()>>,
     workers: usize,
     stop_router: CancellationToken,
@@ -90,7 +98,7 @@ struct Cluster {
 }
 
 impl Cluster {
-    fn start(plan: Plan, model: Arc<Model>, listener: TcpListener) -> anyhow::Result<Self> {
+    fn start(plan: Plan, model: Arc<Model>, guesser: &Guesser, listener: TcpListener) -> anyhow::Result<Self> {
         let directory: Arc<dyn Directory> = Arc::new(MemoryDirectory::default());
         let (stop_router, stop_workers) = (CancellationToken::new(), CancellationToken::new());
         let mut healths = Vec::new();
@@ -98,11 +106,11 @@ impl Cluster {
             healths.push(Health::new("starting", STALL));
             healths[healths.len() - 1].clone()
         };
-        let mut pages = 0;
+        let mut layout = None;
         let mut engine = || {
             let engine =
                 Engine::new(model.clone(), &plan.engine).context("reserve memory for a worker (--kv-memory)")?;
-            pages = engine.memory().layout().pages;
+            layout = Some(engine.memory().layout().clone());
             anyhow::Ok(engine)
         };
         let mut parts = JoinSet::new();
@@ -112,11 +120,14 @@ impl Cluster {
         }
         for config in plan.decode {
             let (directory, stop) = (directory.clone(), stop_workers.clone());
-            parts.spawn(decode_worker::run(config, engine()?, directory, health(), stop));
+            let engine = engine()?;
+            let speculator = guesser.speculator(&engine)?;
+            parts.spawn(decode_worker::run(config, engine, speculator, directory, health(), stop));
         }
         let workers = parts.len();
         parts.spawn(router::run(plan.router, listener, directory, health(), stop_router.clone()));
-        Ok(Self { healths, pages, parts, workers, stop_router, stop_workers })
+        let layout = layout.context("there are no workers")?;
+        Ok(Self { healths, layout, parts, workers, stop_router, stop_workers })
     }
 
     /// Waits until some part has ended.
@@ -168,7 +179,7 @@ struct Welcome<'a> {
     located: &'a Located,
     model: &'a Model,
     plan: &'a Plan,
-    pages: u32,
+    layout: &'a PageLayout,
 }
 
 impl Welcome<'_> {
@@ -183,7 +194,7 @@ impl Welcome<'_> {
 
   model    {name}: {architecture}, {parameters} parameters, {dtype}, {weights} in memory
   workers  {prefill} prefill + {decode} decode, {threads} {unit} each
-  pages    {pages} of {tokens} tokens per worker ({kv}), handed off {transport}
+  pages    {pages} of {tokens} tokens per worker ({kv}, {kv_dtype}), handed off {transport}
 
 Ask it something:
 
@@ -199,8 +210,9 @@ Ctrl-C drains and stops."#,
             prefill = self.plan.prefill.len(),
             decode = self.plan.decode.len(),
             unit = if threads == 1 { "thread" } else { "threads" },
-            pages = self.pages,
-            tokens = self.plan.engine.page_tokens,
+            pages = self.layout.pages,
+            tokens = self.layout.page_tokens,
+            kv_dtype = self.layout.dtype,
             kv = Bytes(self.plan.engine.kv_bytes),
             transport = self.transport(),
             chat = if self.address.port() == 8000 { String::new() } else { format!(" --url {url}") },

@@ -2,7 +2,8 @@
 
 use crate::{
     config, listen, model,
-    settings::{Tables, Worker},
+    settings::{Speculation, Tables, Worker},
+    speculation::{self, Guesser},
 };
 use anyhow::Context;
 use cluster::Directory;
@@ -16,17 +17,17 @@ use tokio_util::sync::CancellationToken;
 pub(crate) const STALL: Duration = Duration::from_secs(120);
 
 /// Which of the two.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Role {
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Role<'a> {
     /// Prompts to pages.
     Prefill,
-    /// Pages to tokens.
-    Decode,
+    /// Pages to tokens, guessed ahead like this.
+    Decode(&'a Speculation),
 }
 
 /// Runs until `shutdown`, then drains. Probes and metrics answer before the weights load.
 pub(crate) async fn run(
-    role: Role,
+    role: Role<'_>,
     worker: &Worker,
     tables: &Tables,
     shutdown: CancellationToken,
@@ -43,15 +44,23 @@ pub(crate) async fn run(
     let admin = tokio::spawn(telemetry::serve_admin(admin, health.clone(), admin_stop.clone()));
 
     let loading = async {
-        let model = model::load(&located).await?;
-        let engine = tokio::task::spawn_blocking(move || Engine::new(model, &engine_config)).await;
-        engine.context("reserve memory")?.context("reserve memory (--kv-memory)")
+        let model = model::load(&located, worker.compute.quantize).await?;
+        let guesser = match role {
+            Role::Prefill => Guesser::Nothing,
+            Role::Decode(choice) => speculation::load(choice, &located).await?,
+        };
+        let engine = tokio::task::spawn_blocking(move || {
+            let engine = Engine::new(model, &engine_config).context("reserve memory (--kv-memory)")?;
+            let speculator = guesser.speculator(&engine)?;
+            anyhow::Ok((engine, speculator))
+        });
+        engine.await.context("reserve memory")?
     };
-    let Some(engine) = shutdown.run_until_cancelled(loading).await.transpose()? else { return Ok(()) };
+    let Some((engine, speculator)) = shutdown.run_until_cancelled(loading).await.transpose()? else { return Ok(()) };
     health.not_ready("joining the cluster");
     let outcome = match start {
         Start::Prefill(config) => prefill_worker::run(config, engine, directory, health, shutdown).await,
-        Start::Decode(config) => decode_worker::run(config, engine, directory, health, shutdown).await,
+        Start::Decode(config) => decode_worker::run(config, engine, speculator, directory, health, shutdown).await,
     };
     // Probes are answered to the end of the drain.
     admin_stop.cancel();
@@ -66,10 +75,10 @@ enum Start {
 }
 
 impl Start {
-    fn new(role: Role, worker: &Worker, tables: &Tables, located: &model::Located) -> anyhow::Result<Self> {
+    fn new(role: Role<'_>, worker: &Worker, tables: &Tables, located: &model::Located) -> anyhow::Result<Self> {
         Ok(match role {
             Role::Prefill => Self::Prefill(config::prefill_process(worker, tables, located)?),
-            Role::Decode => Self::Decode(config::decode_process(worker, tables, located)?),
+            Role::Decode(_) => Self::Decode(config::decode_process(worker, tables, located)?),
         })
     }
 }

@@ -88,7 +88,13 @@ impl Bench {
         let mut rounds = Samples::default();
         for _ in 0..PREFILLS {
             let prompt = &self.tokens[..PROMPT];
-            let row = Row { tokens: prompt, start: 0, pages: &pages, sample: Some(sample(&self.sampling, prompt)) };
+            let row = Row {
+                tokens: prompt,
+                start: 0,
+                pages: &pages,
+                sample: Some(sample(&self.sampling, prompt)),
+                ..Row::default()
+            };
             let began = Instant::now();
             self.engine.step(&[row], &mut |_| {})?;
             rounds.extend([PROMPT as f64 / began.elapsed().as_secs_f64()]);
@@ -112,6 +118,7 @@ impl Bench {
                     start: at,
                     pages,
                     sample: Some(sample(&self.sampling, &self.tokens[..at + 1])),
+                    ..Row::default()
                 })
                 .collect();
             let began = Instant::now();
@@ -135,5 +142,5 @@ impl Bench {
 }
 
 fn sample<'a>(sampling: &'a Sampling, history: &'a [TokenId]) -> Sample<'a> {
-    Sample { sampling, history, prompt_tokens: history.len(), forbidden: &[] }
+    Sample { sampling, history, prompt_tokens: history.len(), forbidden: &[], min_tokens: 0, grammar: None }
 }

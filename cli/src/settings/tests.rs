@@ -65,6 +65,21 @@ fn a_list_in_the_file_is_a_list() {
 }
 
 #[test]
+fn adapters_are_named_directories() {
+    let settings = read(&["--lora", "poet=/a", "--lora", "cook=/b=c", "--runtime-lora"]).expect("good settings");
+    let named = |name: &str, dir: &str| (name.to_owned(), dir.into());
+    assert_eq!(up(&settings).adapters.lora, [named("poet", "/a"), named("cook", "/b=c")]);
+    assert!(up(&settings).runtime.runtime_lora);
+    let file = "lora = [\"poet=/a\", \"cook=/b\"]\nmax-lora-rank = 16\nruntime-lora = true";
+    let settings = with_file(file, &["up"]).expect("good settings");
+    assert_eq!(up(&settings).adapters.lora, [named("poet", "/a"), named("cook", "/b")]);
+    assert_eq!((up(&settings).adapters.max_lora_rank, up(&settings).runtime.runtime_lora), (Some(16), true));
+    assert!(!up(&read(&[]).expect("good settings")).runtime.runtime_lora);
+    check_refused(read(&["decode-worker", "--lora", "poet"]), &["'poet'", "--lora", "NAME=DIR"]);
+    check_refused(with_file("lora = \"poet\"", &["up"]), &["lora = \"poet\"", "NAME=DIR"]);
+}
+
+#[test]
 fn unknown_settings_name_file_and_field_and_list_the_known_ones() {
     check_refused(
         with_file("prefil = 2", &["up"]),
@@ -81,6 +96,7 @@ fn wrong_values_name_the_field_the_value_and_what_is_right() {
     check_refused(with_file("placement = \"moon\"", &["up"]), &["placement = \"moon\"", "auto, remote, local"]);
     check_refused(with_file("listen = 1979-05-27", &["up"]), &["listen = 1979-05-27", "expected a string"]);
     check_refused(with_file("prefill = ", &["up"]), &["config ", "line 1"]);
+    check_refused(read(&["--kv-dtype", "fp4"]), &["'fp4'", "--kv-dtype", "auto, f32, bf16, f16, fp8, int8"]);
     check_refused(read(&["--kv-memory", "big"]), &["'big'", "--kv-memory", "512MiB"]);
     check_refused(read(&["prefill-worker", "--drain-timeout", "30"]), &["'30'", "--drain-timeout", "30s"]);
     check_refused(read(&["router", "--otlp", "127.0.0.1:4317"]), &["--otlp", "http://127.0.0.1:4317"]);
@@ -96,6 +112,22 @@ fn library_tables_are_typed_by_the_library() {
     let settings = with_file("[engine]\nwarp = 9", &["prefill-worker"]).expect("a table known by name");
     let message = settings.tables.config::<engine::Config>("engine").expect_err("an unknown field").to_string();
     assert!(message.contains("table [engine]") && message.contains("warp"), "{message}");
+}
+
+#[test]
+fn the_element_type_of_pages_is_a_flag_over_the_library_s_table() {
+    use kv_cache::KvDtype;
+    let dtype = |file: &str, args: &[&str]| {
+        let settings = with_file(file, args).expect("good settings");
+        crate::config::engine(&up(&settings).compute, &settings.tables).expect("a good table").kv_dtype
+    };
+    let table = "[engine]\nkv_dtype = \"int8\"";
+    assert_eq!(dtype("", &["up"]), None);
+    assert_eq!(dtype(table, &["up"]), Some(KvDtype::Int8));
+    assert_eq!(dtype(table, &["up", "--kv-dtype", "auto"]), None);
+    for each in KvDtype::ALL {
+        assert_eq!(dtype(table, &["up", "--kv-dtype", &each.to_string()]), Some(each));
+    }
 }
 
 #[test]

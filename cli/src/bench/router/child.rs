@@ -75,7 +75,7 @@ pub(super) fn router(workers: &[SocketAddr]) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
     runtime.block_on(async {
         let located = model::locate(&ModelChoice { model: None, model_name: Some("bench".into()) })?;
-        let config = config::router(&Tables::default(), &located, Placement::Remote)?;
+        let config = config::router(&Tables::default(), &located, Placement::Remote, false)?;
         let directory = Arc::new(MemoryDirectory::default());
         let mut registrations = Vec::new();
         for (role, name, address) in [(Role::Prefill, "prefill-0", workers[0]), (Role::Decode, "decode-0", workers[1])]

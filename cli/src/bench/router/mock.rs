@@ -41,6 +41,8 @@ impl Mock {
             vocab_size: VOCAB,
             page_tokens: PAGE_TOKENS as usize,
             eos: vec![2],
+            adapters: None,
+            model: None,
         };
         let stop = CancellationToken::new();
         let (commands, inbox) = mpsc::channel(1024);
