@@ -1,6 +1,6 @@
 # Everything a contributor runs. One target directory serves all of it.
 
-.PHONY: test bench lint fmt servers
+.PHONY: test bench lint fmt servers fuzz
 
 # All tests: the binary that the system tests start, the servers and clients they talk to, then every crate.
 test: servers
@@ -14,6 +14,15 @@ servers:
 # The figures of this machine and of Baton on it: a table, and target/bench.jsonl. `make bench ONLY=engine` measures a part.
 bench:
 	cargo run --locked --release -p baton -- bench $(if $(ONLY),--only $(ONLY))
+
+# What reads models from disk, each for ten minutes; wants `cargo install cargo-fuzz`. Stable Rust does: coverage guides without a sanitizer.
+FUZZ_SECONDS ?= 600
+fuzz:
+	for target in $(or $(ONLY),safetensors_index gguf tokenizer); do \
+		mkdir -p fuzz/corpus/$$target && \
+		cargo fuzz run --sanitizer none $$target fuzz/corpus/$$target fuzz/seeds/$$target -- \
+			-max_total_time=$(FUZZ_SECONDS) -timeout=20 -rss_limit_mb=4096 -max_len=65536 || exit 1; \
+	done
 
 lint:
 	cargo fmt --all --check
