@@ -2,7 +2,8 @@
 
 use crate::{Client, demo_model};
 use cluster::{Directory, MemoryDirectory};
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use engine::speculation::Speculator;
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 use tokio::{
     sync::{Mutex, MutexGuard},
     task::JoinSet,
@@ -21,6 +22,21 @@ pub struct TestCluster {
     engine: engine::Config,
     transport: Option<kv_transfer::TransportKind>,
     placement: router::Policy,
+    adapters: BTreeMap<String, PathBuf>,
+    runtime_lora: bool,
+    speculation: Speculation,
+}
+
+/// What guesses tokens on the decode workers.
+#[derive(Clone, Debug, Default)]
+pub enum Speculation {
+    /// Nothing.
+    #[default]
+    Off,
+    /// What the sequence said before.
+    Ngrams,
+    /// The model in this directory.
+    Draft(PathBuf),
 }
 
 impl TestCluster {
@@ -33,6 +49,9 @@ impl TestCluster {
             engine: engine::Config { threads: Some(1), kv_bytes: 64 << 20, ..Default::default() },
             transport: None,
             placement: router::Policy::Auto,
+            adapters: BTreeMap::new(),
+            runtime_lora: false,
+            speculation: Speculation::Off,
         }
     }
 
@@ -66,6 +85,24 @@ impl TestCluster {
         self
     }
 
+    /// Serves the adapter in `dir` as `name`, from the start.
+    pub fn adapter(mut self, name: &str, dir: PathBuf) -> Self {
+        self.adapters.insert(name.into(), dir);
+        self
+    }
+
+    /// Lets clients load and unload adapters.
+    pub fn runtime_lora(mut self) -> Self {
+        self.runtime_lora = true;
+        self
+    }
+
+    /// Guesses tokens on the decode workers.
+    pub fn speculation(mut self, speculation: Speculation) -> Self {
+        self.speculation = speculation;
+        self
+    }
+
     /// Starts everything and waits until a whole path exists.
     pub async fn start(self) -> anyhow::Result<Running> {
         let turn = TURN.lock().await;
@@ -81,6 +118,7 @@ impl TestCluster {
                 name: Some(format!("prefill-{i}")),
                 model_name: "test".into(),
                 transfer: self.transfer(),
+                adapters: self.adapters.clone(),
                 ..Default::default()
             };
             tasks.spawn(prefill_worker::run(config, engine, directory.clone(), health(), shutdown.clone()));
@@ -91,9 +129,11 @@ impl TestCluster {
                 name: Some(format!("decode-{i}")),
                 model_name: "test".into(),
                 transfer: self.transfer(),
+                adapters: self.adapters.clone(),
                 ..Default::default()
             };
-            tasks.spawn(decode_worker::run(config, engine, directory.clone(), health(), shutdown.clone()));
+            let speculator = self.speculator(&engine)?;
+            tasks.spawn(decode_worker::run(config, engine, speculator, directory.clone(), health(), shutdown.clone()));
         }
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
         let client = Client::new(format!("http://{}", listener.local_addr()?));
@@ -101,6 +141,7 @@ impl TestCluster {
             model_dir: self.model.clone(),
             model_name: "test".into(),
             placement: self.placement,
+            runtime_lora: self.runtime_lora,
             ..Default::default()
         };
         tasks.spawn(router::run(config, listener, directory.clone(), health(), shutdown.clone()));
@@ -108,6 +149,14 @@ impl TestCluster {
         let running = Running { client, directory, tasks, shutdown, _telemetry: telemetry, _turn: turn };
         running.until_ready(self.prefill + self.decode).await?;
         Ok(running)
+    }
+
+    fn speculator(&self, engine: &engine::Engine) -> anyhow::Result<Option<Speculator>> {
+        Ok(match &self.speculation {
+            Speculation::Off => None,
+            Speculation::Ngrams => Some(Speculator::ngrams(4)),
+            Speculation::Draft(dir) => Some(Speculator::draft(engine::Model::load(dir, &mut |_| {})?, engine, 4)?),
+        })
     }
 
     fn transfer(&self) -> kv_transfer::Config {

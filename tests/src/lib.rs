@@ -9,7 +9,7 @@ pub mod process;
 mod cluster;
 
 pub use client::Client;
-pub use cluster::TestCluster;
+pub use cluster::{Speculation, TestCluster};
 
 use std::path::PathBuf;
 

@@ -114,6 +114,12 @@ fn kv_cache_is_pure() {
     assert_eq!(direct, ["blake3", "serde"].map(str::to_owned).into());
 }
 
+#[test]
+fn gguf_is_a_container_and_nothing_else() {
+    let direct = Workspace::read().direct("gguf");
+    assert_eq!(direct, ["thiserror"].map(str::to_owned).into());
+}
+
 /// Checks that of our crates only `allowed` list `dependency` in their manifest.
 fn check_only(workspace: &Workspace, allowed: &str, dependency: &str) {
     let users: Vec<&str> = workspace.members().into_iter().map(|package| package.name.as_str()).collect();
@@ -131,6 +137,12 @@ fn text_exists_only_in_the_router() {
     for dependency in ["tokenizers", "minijinja", "minijinja-contrib"] {
         check_only(&Workspace::read(), "router", dependency);
     }
+}
+
+#[test]
+fn grammars_have_one_home() {
+    check_only(&Workspace::read(), "grammar", "llguidance");
+    check_absent(&Workspace::read(), "grammar", &["tokio*", "hyper*", "reqwest*", "tokenizers", "engine", "router"]);
 }
 
 #[test]

@@ -5,6 +5,7 @@ use crate::{
     workers::{Golden, Source, Worker, golden, kv_bytes, longest, named, small, wait_for},
 };
 use cluster::{MemoryDirectory, State};
+use kv_cache::KvDtype;
 use kv_transfer::{Outcome, TransportKind};
 use proto::{Submit, ended::Reason};
 use std::time::{Duration, Instant};
@@ -28,6 +29,20 @@ impl Pair {
         let directory = MemoryDirectory::default();
         let prefill = Worker::prefill(&directory, &format!("{name}-p"), prefill).await;
         let decode = Worker::decode(&directory, &format!("{name}-d"), decode).await;
+        let to_prefill = Router::attach(&prefill.member).await;
+        let to_decode = Router::attach(&decode.member).await;
+        Self { directory, prefill, decode, to_prefill, to_decode }
+    }
+
+    /// Both workers alike, and hand-offs travel by `kind`.
+    async fn over(name: &str, kind: TransportKind, engine: engine::Config) -> Self {
+        let directory = MemoryDirectory::default();
+        let transfer = || kv_transfer::Config { require: Some(kind), ..Default::default() };
+        let named = |side: &str| Some(format!("{name}-{side}"));
+        let prefill = prefill_worker::Config { name: named("p"), transfer: transfer(), ..Default::default() };
+        let prefill = Worker::prefill_with(&directory, prefill, engine.clone()).await;
+        let decode = decode_worker::Config { name: named("d"), transfer: transfer(), ..Default::default() };
+        let decode = Worker::decode_with(&directory, decode, engine).await;
         let to_prefill = Router::attach(&prefill.member).await;
         let to_decode = Router::attach(&decode.member).await;
         Self { directory, prefill, decode, to_prefill, to_decode }
@@ -229,15 +244,7 @@ async fn handed_off_equals_recorded_whatever_comes_first() {
 
 #[tokio::test]
 async fn handed_off_equals_recorded_over_tcp() {
-    let directory = MemoryDirectory::default();
-    let tcp = || kv_transfer::Config { require: Some(TransportKind::Tcp), ..Default::default() };
-    let prefill = prefill_worker::Config { name: Some("tcp-p".into()), transfer: tcp(), ..Default::default() };
-    let prefill = Worker::prefill_with(&directory, prefill, small()).await;
-    let decode = decode_worker::Config { name: Some("tcp-d".into()), transfer: tcp(), ..Default::default() };
-    let decode = Worker::decode_with(&directory, decode, small()).await;
-    let to_prefill = Router::attach(&prefill.member).await;
-    let to_decode = Router::attach(&decode.member).await;
-    let mut pair = Pair { directory, prefill, decode, to_prefill, to_decode };
+    let mut pair = Pair::over("tcp", TransportKind::Tcp, small()).await;
     let prompts = golden();
     for (attempt, prompt) in prompts.iter().enumerate() {
         pair.submit(attempt as u64, prompt).await;
@@ -246,6 +253,49 @@ async fn handed_off_equals_recorded_over_tcp() {
         pair.check(attempt as u64, prompt).await;
     }
     pair.all_pages_back().await;
+}
+
+/// Pages of 8 bits change the numbers, and a hand-off changes nothing more.
+#[tokio::test]
+async fn pages_of_every_element_type_are_handed_off_as_they_are() {
+    for dtype in KvDtype::ALL {
+        // Chunks of less than two pages, so that pages travel half done.
+        let engine = engine::Config { kv_dtype: Some(dtype), token_budget: 21, max_sequences: 4, ..small() };
+        let (_worker, mut alone) =
+            local_worker(&format!("{dtype}-alone"), engine::Config { kv_dtype: Some(dtype), ..small() }).await;
+        let mut prompts = golden();
+        for (attempt, prompt) in prompts.iter().enumerate() {
+            alone.submit(request(attempt as u64, &prompt.ids, prompt.greedy.len(), local())).await;
+        }
+        for (attempt, prompt) in prompts.iter_mut().enumerate() {
+            prompt.greedy = alone.ended(attempt as u64).await.tokens.into_iter().map(|(_, token)| token).collect();
+        }
+        for kind in [TransportKind::Memory, TransportKind::Tcp] {
+            let mut pair = Pair::over(&format!("{dtype}-{kind:?}"), kind, engine.clone()).await;
+            // The second time the prefixes are cached on both sides.
+            for attempt in [0, 100] {
+                for (index, prompt) in prompts.iter().enumerate() {
+                    pair.submit(attempt + index as u64, prompt).await;
+                }
+                for (index, prompt) in prompts.iter().enumerate() {
+                    pair.check(attempt + index as u64, prompt).await;
+                }
+                pair.all_pages_back().await;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn workers_with_other_element_types_do_not_link() {
+    let other = engine::Config { kv_dtype: Some(KvDtype::Int8), ..small() };
+    let fp8 = engine::Config { kv_dtype: Some(KvDtype::Fp8), ..small() };
+    let mut pair = Pair::with("dtypes", other, fp8).await;
+    let prompt = longest();
+    pair.submit(1, &prompt).await;
+    let said = pair.to_prefill.ended(1).await;
+    assert_eq!(said.reason(), Some(Reason::Refused), "{said:?}");
+    assert!(said.message().contains("page layout: dtype: yours int8, ours fp8"), "{said:?}");
 }
 
 #[tokio::test]

@@ -112,7 +112,7 @@ impl Worker {
         let engine = Engine::new(model(), &engine).expect("the engine starts");
         let (health, shutdown) = (health(), CancellationToken::new());
         let shared: Arc<dyn Directory> = Arc::new(directory.clone());
-        let running = tokio::spawn(decode_worker::run(config, engine, shared, health.clone(), shutdown.clone()));
+        let running = tokio::spawn(decode_worker::run(config, engine, None, shared, health.clone(), shutdown.clone()));
         Self { member: registered(directory, &name).await, health, shutdown, running }
     }
 

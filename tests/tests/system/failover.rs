@@ -30,21 +30,30 @@ async fn streams_survive_the_death_of_a_decode_worker() -> anyhow::Result<()> {
     let whole = client.stream("/v1/chat/completions", &request).await?.collect().await?.0;
     let reference = chat_text(&whole);
 
+    // What is drawn at random and must fit an expression goes on, too.
+    let fitting = json!({
+        "messages": [{"role": "user", "content": "Tell me a story about a fox."}], "temperature": 1, "seed": 3,
+        "structured_outputs": {"regex": "([a-z]{1,8} ){300}end"}, "max_tokens": 1500, "stream": true,
+    });
+    let fitting_reference = chat_text(&client.stream("/v1/chat/completions", &fitting).await?.collect().await?.0);
+    assert!(fitting_reference.ends_with(" end"), "{fitting_reference:?}");
+
     // Eight streams over both decode workers; one worker dies while all of them run.
     let mut streams = Vec::new();
-    for _ in 0..8 {
-        let mut events = client.stream("/v1/chat/completions", &request).await?;
+    for index in 0..8 {
+        let (request, reference) = if index < 5 { (&request, &reference) } else { (&fitting, &fitting_reference) };
+        let mut events = client.stream("/v1/chat/completions", request).await?;
         events.next().await?;
-        streams.push(events);
+        streams.push((events, reference));
     }
     drop(decodes.next()); // SIGKILL
-    for events in streams {
+    for (events, reference) in streams {
         let (chunks, done) = events.collect().await?;
         assert!(done, "every stream ends with [DONE]");
         let text = chat_text(&chunks);
         let error = chunks.iter().find_map(|chunk| chunk["error"]["message"].as_str());
         assert!(error.is_none(), "one decode worker is left, so no stream may fail: {error:?}");
-        assert!(text == reference || reference.ends_with(&text), "the continuation is the same one: {text:?}");
+        assert!(text == *reference || reference.ends_with(&text), "the continuation is the same one: {text:?}");
     }
     let last = decodes.next().expect("two were started");
     super::cancel::pages_come_back(&last.admin).await?;
