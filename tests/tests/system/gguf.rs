@@ -7,7 +7,7 @@ use cluster_tests::{
 };
 use router::Policy;
 use serde_json::{Value, json};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What the two placements answer to a conversation, and to a prompt of tokens.
 async fn answers(file: &str, mode: Policy, ids: &Value) -> anyhow::Result<(String, Vec<u64>)> {
@@ -58,6 +58,11 @@ async fn up_serves_a_file_under_its_name() -> anyhow::Result<()> {
     baton.ready(&client, "/readyz", Duration::from_secs(20)).await;
     let models = client.get("/v1/models").await?.json();
     assert_eq!(models["data"][0]["id"], "qwen2-q8_0", "{models}");
-    assert!(baton.output().contains("Q8_0 (gguf)"), "{}", baton.output());
+    // The lines are printed a moment after the first probe succeeds.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !baton.output().contains("Q8_0 (gguf)") {
+        anyhow::ensure!(Instant::now() < deadline, "the type of the weights is not printed: {}", baton.output());
+        tokio::task::yield_now().await;
+    }
     Ok(())
 }
