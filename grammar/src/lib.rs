@@ -16,12 +16,14 @@ mod ebnf;
 mod matcher;
 mod schema;
 mod spec;
+mod spelling;
 mod tokens;
 
 pub use compile::{Grammar, Grammars, Limits};
 pub use kv_cache::TokenId;
 pub use matcher::{Mask, Masks, Matcher};
 pub use spec::{Kind, Spec};
+pub use spelling::token_bytes;
 pub use tokens::TokenTable;
 
 /// Why there is no grammar, or no way on in one.

@@ -1,6 +1,6 @@
 //! The bytes of a model's tokens.
 
-use crate::{Error, TokenId, guarded};
+use crate::{Error, TokenId, guarded, token_bytes};
 use llguidance::toktrie::{TokRxInfo, TokTrie};
 use serde::Deserialize;
 use serde_json::Value;
@@ -111,8 +111,12 @@ impl TokenTable {
         plain: impl IntoIterator<Item = (TokenId, &'a str)>,
         added: impl IntoIterator<Item = (TokenId, &'a str, bool)>,
     ) -> Result<Self, Error> {
-        let decode = if byte_level { byte_level_bytes } else { sentence_piece_bytes };
-        let plain = plain.into_iter().map(|(id, token)| (id, decode(token), false));
+        let spelled = |token| {
+            let mut bytes = Vec::new();
+            token_bytes(token, byte_level, &mut bytes);
+            bytes
+        };
+        let plain = plain.into_iter().map(|(id, token)| (id, spelled(token), false));
         let added = added.into_iter().map(|(id, token, special)| (id, token.as_bytes().to_vec(), special));
         Self::from_parts(vocab_size, eos, plain.chain(added))
     }
@@ -173,32 +177,6 @@ fn word(piece: Piece) -> Vec<u8> {
 fn is_byte_level(decoder: &Value) -> bool {
     let kind = |decoder: &Value| decoder["type"] == "ByteLevel";
     kind(decoder) || decoder["decoders"].as_array().is_some_and(|decoders| decoders.iter().any(kind))
-}
-
-/// Undoes GPT-2's printable spelling of bytes. A token with a character outside that alphabet stands for itself.
-fn byte_level_bytes(token: &str) -> Vec<u8> {
-    let bytes: Option<Vec<u8>> = token.chars().map(byte_of_char).collect();
-    bytes.unwrap_or_else(|| token.as_bytes().to_vec())
-}
-
-/// The byte-level alphabet: printable Latin-1 stands for itself, the 68 other bytes for U+0100 and up, in order.
-fn byte_of_char(c: char) -> Option<u8> {
-    match u32::from(c) {
-        c @ (0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff) => Some(c as u8),
-        c @ 0x100..=0x120 => Some((c - 0x100) as u8),
-        c @ 0x121..=0x142 => Some((c - 0x121) as u8 + 0x7f),
-        0x143 => Some(0xad),
-        _ => None,
-    }
-}
-
-/// `▁` is a space, `<0x0A>` is a byte, all else stands for itself.
-fn sentence_piece_bytes(token: &str) -> Vec<u8> {
-    let byte = token.strip_prefix("<0x").and_then(|t| t.strip_suffix('>')).filter(|hex| hex.len() == 2);
-    match byte.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
-        Some(byte) => vec![byte],
-        None => token.replace('▁', " ").into_bytes(),
-    }
 }
 
 #[cfg(test)]

@@ -181,6 +181,28 @@ impl<'a> Part<'a, '_> {
         Ok(scales)
     }
 
+    /// Says whether the linear is kept as floats, because the method leaves it out or because it is stored so.
+    fn is_left_out(&self, excluded: &[String]) -> bool {
+        let stored_as_floats = self.dtype("qweight").is_none() && self.dtype("weight").is_some();
+        stored_as_floats || is_listed(excluded, self.name)
+    }
+
+    /// Reads `scales`, `[groups][outputs]`, and returns them by output and group, with the offsets that `zero` of an output and a
+    /// group makes of them: how GPTQ and AWQ keep both.
+    fn scales_and_offsets(
+        &self,
+        code: Code,
+        (group, groups): (usize, usize),
+        zero: impl Fn(usize, usize) -> f32,
+    ) -> Result<(Scheme, Vec<f32>, Vec<f32>), Error> {
+        let scales = by_output(&self.scales("scales", &[groups, self.outputs])?, self.outputs);
+        let zeros: Vec<f32> = (0..scales.len()).map(|at| zero(at / groups, at % groups)).collect();
+        let offsets = offsets(code, &scales, &zeros);
+        let narrow = self.dtype("scales") == Some(Dtype::F16);
+        let scheme = Scheme { code, group: group.next_multiple_of(8), narrow, offsets: !offsets.is_empty() };
+        Ok((scheme, scales, offsets))
+    }
+
     /// Returns the scales of `tensor` whatever its shape, which must be one of `shapes`; the scalar and `[1]` are one.
     fn scales_of_shape(&self, tensor: &str, shapes: &[Vec<usize>]) -> Result<(usize, Vec<f32>), Error> {
         let stored = self.shape(tensor);

@@ -1,13 +1,7 @@
 //! AWQ as AutoAWQ's `gemm` kernels want it: int4 by groups of inputs, words across eight outputs in an order of their own.
 
-use super::{
-    Codes, Grouped, Part, bits, by_output, describe_group, field, group_size, is_listed, offsets, unsupported,
-};
-use crate::{
-    Error,
-    cpu::scheme::{Code, Scheme},
-};
-use safetensors::Dtype;
+use super::{Codes, Grouped, Part, bits, describe_group, field, group_size, unsupported};
+use crate::{Error, cpu::scheme::Code};
 use serde_json::Value;
 
 /// Where in a word each of eight neighbouring outputs lies: a word holds outputs 0 2 4 6 1 3 5 7, the lowest bits first.
@@ -38,25 +32,17 @@ impl Awq {
     }
 
     pub(super) fn matrix<'a>(&self, part: &Part<'a, '_>) -> Result<Option<Grouped<'a>>, Error> {
-        let stored_as_floats = part.dtype("qweight").is_none() && part.dtype("weight").is_some();
-        if stored_as_floats || is_listed(&self.excluded, part.name) {
+        if part.is_left_out(&self.excluded) {
             return Ok(None);
         }
         let (outputs, inputs, code) = (part.outputs, part.inputs, Code::Int4);
         part.check_whole_words("outputs", outputs, 8)?;
-        let (group, groups) = part.groups(self.group)?;
+        let groups = part.groups(self.group)?;
         let words = part.words("qweight", inputs, outputs / 8)?;
-        let packed_zeros = part.words("qzeros", groups, outputs / 8)?;
-        let scales = by_output(&part.scales("scales", &[groups, outputs])?, outputs);
+        let packed_zeros = part.words("qzeros", groups.1, outputs / 8)?;
         let zero =
             |output: usize, index: usize| f32::from(packed_zeros.code(index, output / 8, code, NIBBLE[output % 8]));
-        let zeros: Vec<f32> = (0..outputs)
-            .flat_map(|output| (0..groups).map(move |index| (output, index)))
-            .map(|(o, i)| zero(o, i))
-            .collect();
-        let offsets = offsets(code, &scales, &zeros);
-        let narrow = part.dtype("scales") == Some(Dtype::F16);
-        let scheme = Scheme { code, group: group.next_multiple_of(8), narrow, offsets: !offsets.is_empty() };
+        let (scheme, scales, offsets) = part.scales_and_offsets(code, groups, zero)?;
         let stored_bytes = part.stored_bytes(&["qweight", "qzeros", "scales"]);
         Ok(Some(Grouped {
             scheme,

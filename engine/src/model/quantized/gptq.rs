@@ -3,15 +3,8 @@
 //! `qweight` holds codes along the inputs, `qzeros` codes along the outputs, `g_idx` the group of each input, which act-order
 //! (`desc_act`) scatters. The first version of the format stores `zero - 1`, `gptq_v2` stores `zero`.
 
-use super::{
-    Codes, Grouped, Part, bits, by_output, describe_group, field, group_size, is_listed, offsets, stored_order,
-    unsupported,
-};
-use crate::{
-    Error,
-    cpu::scheme::{Code, Scheme},
-};
-use safetensors::Dtype;
+use super::{Codes, Grouped, Part, bits, describe_group, field, group_size, stored_order, unsupported};
+use crate::{Error, cpu::scheme::Code};
 use serde_json::Value;
 
 #[derive(Debug)]
@@ -47,29 +40,21 @@ impl Gptq {
     }
 
     pub(super) fn matrix<'a>(&self, part: &Part<'a, '_>) -> Result<Option<Grouped<'a>>, Error> {
-        let stored_as_floats = part.dtype("qweight").is_none() && part.dtype("weight").is_some();
-        if stored_as_floats || is_listed(&self.excluded, part.name) {
+        if part.is_left_out(&self.excluded) {
             return Ok(None);
         }
         let (outputs, inputs, code) = (part.outputs, part.inputs, self.code);
         let per_word = code.per_word();
         part.check_whole_words("inputs", inputs, per_word)?;
         part.check_whole_words("outputs", outputs, per_word)?;
-        let (group, groups) = part.groups(self.group)?;
+        let groups = part.groups(self.group)?;
         let words = part.words("qweight", inputs / per_word, outputs)?;
-        let packed_zeros = part.words("qzeros", groups, outputs / per_word)?;
-        let scales = by_output(&part.scales("scales", &[groups, outputs])?, outputs);
+        let packed_zeros = part.words("qzeros", groups.1, outputs / per_word)?;
         let zero = |output: usize, index: usize| {
             f32::from(packed_zeros.code(index, output / per_word, code, output % per_word)) + self.zero_shift
         };
-        let zeros: Vec<f32> = (0..outputs)
-            .flat_map(|output| (0..groups).map(move |index| (output, index)))
-            .map(|(o, i)| zero(o, i))
-            .collect();
-        let offsets = offsets(code, &scales, &zeros);
-        let narrow = part.dtype("scales") == Some(Dtype::F16);
-        let scheme = Scheme { code, group: group.next_multiple_of(8), narrow, offsets: !offsets.is_empty() };
-        let order = stored_order(part, "g_idx", group)?;
+        let (scheme, scales, offsets) = part.scales_and_offsets(code, groups, zero)?;
+        let order = stored_order(part, "g_idx", groups.0)?;
         let stored_bytes = part.stored_bytes(&["qweight", "qzeros", "scales", "g_idx"]);
         Ok(Some(Grouped { scheme, inputs, scales, offsets, order, codes: Codes::DownInputs(words), stored_bytes }))
     }
