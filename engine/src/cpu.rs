@@ -20,6 +20,7 @@
 pub(crate) mod adapter;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
+mod attend;
 pub(crate) mod attention;
 pub(crate) mod buffer;
 mod experts;
@@ -31,32 +32,32 @@ pub(crate) mod norm;
 pub(crate) mod packed;
 pub(crate) mod pages;
 pub(crate) mod pool;
+mod products;
 pub(crate) mod rotary;
 pub(crate) mod scheme;
 pub(crate) mod simd;
 
 use crate::{
     Adapter, Error, KvMemory,
-    lora::LayerDeltas,
     model::{
         decoder::{Activation, Decoder, NormKind, QkNorm},
         rope::{Rope, Turns},
         weights::{HeadAttention, Linear, Norm, Weights},
     },
 };
-use adapter::{Adapted, Delta, RANK_STEP, ShrinkTask};
-use attention::{AttentionShape, AttentionTask};
+use attention::AttentionShape;
 use buffer::Buffer;
 use experts::ExpertBuffers;
 use format::Format;
 use kernels::Kernels;
 use kv_cache::{PageId, TokenId};
 use latent::LatentBuffers;
-use linear::{AdaptedRows, FEW_ROWS, LinearTask, Output, TASK_PANELS, TASK_ROWS};
+use linear::Output;
 use norm::{NormOutput, NormTask};
 use packed::PANEL;
 use pages::{LayerPages, Slot};
 use pool::Pool;
+use products::{DeltaRows, Operand, SharedOutput, deltas};
 use rotary::{HeadNorms, RotaryTask};
 use simd::portable::Portable;
 use std::{
@@ -84,26 +85,6 @@ pub(crate) struct Span<'a> {
     pub(crate) pages: &'a [PageId],
     /// What is added to the model for it.
     pub(crate) adapter: Option<&'a Adapter>,
-}
-
-/// Rows of one linear, and the delta that is theirs.
-#[derive(Clone, Debug)]
-struct DeltaRows<'a> {
-    rows: Range<usize>,
-    delta: &'a Delta,
-}
-
-/// Lists the rows of `spans` that have a delta where `place` looks in layer `layer`.
-fn deltas<'a>(
-    spans: &[Span<'a>],
-    layer: usize,
-    place: impl Fn(&'a LayerDeltas) -> &'a Option<Delta>,
-) -> Vec<DeltaRows<'a>> {
-    let of_span = |span: &Span<'a>| {
-        let delta = place(span.adapter?.layer(layer)).as_ref()?;
-        Some(DeltaRows { rows: span.first..span.first + span.tokens, delta })
-    };
-    spans.iter().filter_map(of_span).collect()
 }
 
 /// What the head made of the sampled rows.
@@ -357,90 +338,6 @@ impl Cpu {
         });
     }
 
-    /// Attends over the pages of layer `layer`; rows of `spans` are those of the step.
-    pub(crate) fn attend(&mut self, spans: &[Span<'_>], window: Option<usize>, memory: &KvMemory, layer: usize) {
-        let pages = LayerPages::new(memory, layer);
-        let q = Shared(self.qkv.as_mut_ptr().cast::<f32>());
-        let (attended, attended_stride) = match &mut self.latent {
-            Some(latent) => latent.output(),
-            None => (self.attended.as_mut_ptr(), self.sizes.attended),
-        };
-        let attended = Shared(attended);
-        let sizes = &self.sizes;
-        let shape = sizes.attention;
-        let groups = sizes.heads / shape.group;
-        let each = shape.task_tokens();
-        // Later tokens of a prompt see more: tasks go from the back so that the longest start first.
-        let tiles = |span: &Span<'_>| span.tokens.div_ceil(each);
-        let total: usize = spans.iter().map(tiles).sum::<usize>() * groups;
-        let task = |index: usize| {
-            let group = index % groups;
-            let mut tile = index / groups;
-            let span = spans.iter().find(|span| {
-                let here = tiles(span);
-                if tile >= here {
-                    tile -= here;
-                    return false;
-                }
-                true
-            });
-            let span = span.expect("the index is below the number of tiles");
-            let first = (tiles(span) - 1 - tile) * each;
-            let row = span.first + first;
-            AttentionTask {
-                shape,
-                q: q.at(row * sizes.qkv + group * shape.group * shape.head_dim),
-                q_stride: sizes.qkv,
-                tokens: each.min(span.tokens - first),
-                start: span.start + first,
-                window,
-                table: span.pages,
-                pages,
-                // Heads that share a key/value head are one group, unless they are too many.
-                kv_head: group * sizes.kv_heads / groups,
-                output: attended.at(row * attended_stride),
-                output_stride: attended_stride,
-                output_index: group * shape.group * shape.value_dim,
-                format: sizes.format,
-            }
-        };
-        let (scratch, kernels) = (&self.scratch, self.kernels);
-        let pieces = if total < 2 * self.pool.threads() { pieces(total, &task) } else { Vec::new() };
-        if pieces.len() <= total {
-            self.pool.run(total, &|index, thread| {
-                // SAFETY: rows lie in the buffers, pages were checked when the step began and their contents are final for
-                // this layer, and every task has its own outputs.
-                unsafe { (kernels.attention)(&task(index), lock(&scratch[thread]).floats_mut()) };
-            });
-            return;
-        }
-
-        // Fewer tasks than threads could take, and long sequences: their parts are computed apart.
-        let floats = pieces.iter().map(|piece| piece.floats.end).max().unwrap_or(0);
-        if self.parts.len() < floats {
-            self.parts.resize(floats, 0.0);
-        }
-        let parts = Shared(self.parts.as_mut_ptr());
-        self.pool.run(pieces.len(), &|index, thread| {
-            let piece = &pieces[index];
-            // SAFETY: as above, and every piece has its own floats.
-            unsafe {
-                let out = std::slice::from_raw_parts_mut(parts.at(piece.floats.start), piece.floats.len());
-                (kernels.attention_part)(&task(piece.task), piece.part, out, lock(&scratch[thread]).floats_mut());
-            }
-        });
-        self.pool.run(total, &|index, thread| {
-            let mut own = pieces.iter().filter(|piece| piece.task == index).map(|piece| &piece.floats);
-            let first = own.next().expect("a task has a part");
-            let last = own.next_back().unwrap_or(first);
-            // SAFETY: as above; the pieces of a task follow each other and are complete.
-            unsafe {
-                let states = std::slice::from_raw_parts_mut(parts.at(first.start), last.end - first.start);
-                (kernels.attention_merge)(&task(index), states, lock(&scratch[thread]).floats_mut());
-            }
-        });
-    }
-
     /// Adds the attention's output projection, normed by `norm`, to the residual.
     pub(crate) fn output(&mut self, linear: &Linear, norm: Option<&Norm>, spans: &[Span<'_>], layer: usize) {
         let deltas = deltas(spans, layer, |layer| &layer.output);
@@ -546,186 +443,6 @@ impl Cpu {
     pub(crate) fn pool_and_logits(&mut self) -> (&mut Pool, Logits<'_>) {
         (&mut self.pool, Logits { floats: self.logits.floats(), stride: self.sizes.logits })
     }
-
-    /// Multiplies all rows of an operand by `linear`, and adds `deltas`.
-    fn linear(&mut self, linear: &Linear, operand: Operand, output: Output, deltas: &[DeltaRows<'_>]) {
-        let latent = self.latent.as_ref();
-        let (buffer, input_stride) = match operand {
-            Operand::Narrow => latent.expect("only latent attention has a narrow input").narrow(),
-            Operand::Input => (&self.input, self.sizes.input),
-            Operand::Attended => (&self.attended, self.sizes.attended),
-            Operand::Gated => (&self.gated, self.sizes.gated),
-        };
-        // Adapters see the inputs in their own order, whatever that of the packed weights.
-        let input = Shared(buffer.as_ptr().cast_mut());
-        let adapted = adapt(
-            &mut self.pool,
-            self.kernels.shrink,
-            deltas,
-            self.rows,
-            (&input, input_stride, self.sizes.format),
-            &mut self.hidden,
-        );
-        let weights = &linear.packed;
-        let (rows, panels, depth) = (self.rows, weights.panels(), weights.depth());
-        let run = self.kernels.linear(weights.weights(), self.sizes.format);
-        let groups = weights.groups();
-        let input = match weights.order() {
-            Some(order) => {
-                assert!(rows * input_stride <= self.ordered.len(), "every operand fits");
-                let to = Shared(self.ordered.as_mut_ptr());
-                put_in_order(&mut self.pool, order, rows, input_stride, &input, &to);
-                to
-            }
-            None => input,
-        };
-
-        let row_blocks = rows.div_ceil(TASK_ROWS).max(1);
-        // A multiple of the full tiles of all units, so that blocks do not end in short ones and start on whole ones.
-        let block_rows = rows.div_ceil(row_blocks).next_multiple_of(96).min(TASK_ROWS);
-        // Few rows are a stream of weights: each task reads a long run of it. Many rows share a few panels while they are in
-        // cache. Either way there are some tasks for each thread, so that the last one is not waited for long.
-        let most = if rows <= FEW_ROWS { 16 } else { TASK_PANELS };
-        let run_panels = (panels * row_blocks).div_ceil(4 * self.pool.threads()).clamp(1, most);
-        let runs = panels.div_ceil(run_panels);
-        let output = SharedOutput(output);
-        let scratch = &self.scratch;
-        let adapted_rows = |row: usize, panel| {
-            let rows = adapted.get(row..rows.min(row + block_rows)).filter(|_| !adapted.is_empty())?;
-            Some(AdaptedRows { rows, panel })
-        };
-        let body = |index: usize, thread: usize| {
-            let (row, panel) = (index % row_blocks * block_rows, index / row_blocks * run_panels);
-            let task = LinearTask {
-                input: input.at(row * input_stride),
-                input_stride,
-                rows: block_rows.min(rows - row),
-                depth,
-                panel: weights.panel(panel),
-                panel_bytes: weights.panel_bytes(),
-                panels: run_panels.min(panels - panel),
-                groups,
-                bias: linear.bias.as_ref().map(|bias| &bias[panel..]),
-                adapted: adapted_rows(row, panel),
-                output: output.part(row, panel),
-            };
-            // SAFETY: buffers hold `rows` rows of whole panels, and every task has its own rows and columns.
-            unsafe { run(&task, lock(&scratch[thread]).floats_mut()) };
-        };
-        if rows * depth * panels * PANEL < ALONE {
-            (0..runs * row_blocks).for_each(|index| body(index, 0));
-        } else {
-            self.pool.run(runs * row_blocks, &body);
-        }
-    }
-}
-
-/// Computes what the adapters of `deltas` make of their rows' inputs, and returns for each of the `rows` rows what its linear adds;
-/// nothing when there are no deltas.
-fn adapt<'a>(
-    pool: &mut Pool,
-    shrink: unsafe fn(&ShrinkTask<'_>),
-    deltas: &[DeltaRows<'a>],
-    rows: usize,
-    (input, input_stride, format): (&Shared<u8>, usize, Format),
-    hidden: &'a mut Vec<f32>,
-) -> Vec<Option<Adapted<'a>>> {
-    /// Ranks of one task.
-    const TASK_RANKS: usize = 4 * RANK_STEP;
-    let Some(stride) = deltas.iter().map(|rows| rows.delta.ranks()).max() else { return Vec::new() };
-    if hidden.len() < rows * stride {
-        hidden.resize(rows * stride, 0.0);
-    }
-    let mut tasks = Vec::new();
-    for DeltaRows { rows, delta } in deltas {
-        for first in rows.clone().step_by(CHUNK) {
-            let chunk = first..rows.end.min(first + CHUNK);
-            let ranks = (0..delta.ranks()).step_by(TASK_RANKS);
-            tasks.extend(ranks.map(|rank| (*delta, chunk.clone(), rank..delta.ranks().min(rank + TASK_RANKS))));
-        }
-    }
-    let to = Shared(hidden.as_mut_ptr());
-    let work: usize = deltas.iter().map(|rows| rows.rows.len() * rows.delta.work()).sum();
-    let body = |index: usize, _: usize| {
-        let (delta, rows, ranks) = &tasks[index];
-        let task = ShrinkTask {
-            delta,
-            ranks: ranks.clone(),
-            input: input.at(rows.start * input_stride),
-            input_stride,
-            format,
-            rows: rows.len(),
-            hidden: to.at(rows.start * stride),
-            hidden_stride: stride,
-        };
-        // SAFETY: the rows lie in the operand, whose rows are whole cache lines, and every task has its own rows and ranks.
-        unsafe { shrink(&task) };
-    };
-    if work < ALONE {
-        (0..tasks.len()).for_each(|index| body(index, 0));
-    } else {
-        pool.run(tasks.len(), &body);
-    }
-    let hidden: &'a [f32] = hidden;
-    let mut adapted = vec![None; rows];
-    for DeltaRows { rows, delta } in deltas {
-        for row in rows.clone() {
-            adapted[row] = Some(Adapted { delta, hidden: &hidden[row * stride..][..delta.ranks()] });
-        }
-    }
-    adapted
-}
-
-/// Copies `rows` rows of f32 so that place `i` of each holds its element `order[i]`.
-fn put_in_order(pool: &mut Pool, order: &[u32], rows: usize, stride: usize, from: &Shared<u8>, to: &Shared<u8>) {
-    assert!(order.len() * 4 <= stride, "a row holds what the order names");
-    pool.run(rows.div_ceil(CHUNK), &|chunk, _| {
-        for row in chunk * CHUNK..rows.min((chunk + 1) * CHUNK) {
-            // SAFETY: rows hold at least as many f32 as the order has places, as just checked, lie in both buffers, which were
-            // sized for them, and belong to this task.
-            let (from, to) = unsafe {
-                (
-                    std::slice::from_raw_parts(from.at(row * stride).cast::<f32>(), order.len()),
-                    std::slice::from_raw_parts_mut(to.at(row * stride).cast::<f32>(), order.len()),
-                )
-            };
-            to.iter_mut().zip(order).for_each(|(to, input)| *to = from[*input as usize]);
-        }
-    });
-}
-
-/// One part of an attention task, computed apart.
-#[derive(Debug)]
-struct Piece {
-    task: usize,
-    part: usize,
-    /// Its state in [`Cpu::parts`].
-    floats: Range<usize>,
-}
-
-/// Lists the parts of `tasks` tasks, task by task.
-fn pieces<'a>(tasks: usize, task: &dyn Fn(usize) -> AttentionTask<'a>) -> Vec<Piece> {
-    let mut pieces = Vec::new();
-    let mut floats = 0;
-    for index in 0..tasks {
-        let task = task(index);
-        for part in task.parts() {
-            let end = floats + task.state_floats();
-            pieces.push(Piece { task: index, part, floats: floats..end });
-            floats = end;
-        }
-    }
-    pieces
-}
-
-/// Which buffer a linear reads.
-#[derive(Clone, Copy, Debug)]
-enum Operand {
-    /// What queries of latent attention are made from.
-    Narrow,
-    Input,
-    Attended,
-    Gated,
 }
 
 impl Sizes {
@@ -788,12 +505,6 @@ impl<T> Shared<T> {
     }
 }
 
-/// An output that tasks of one job share, each with rows and columns of its own.
-struct SharedOutput(Output);
-
-// SAFETY: only an address, as for `Shared`.
-unsafe impl Sync for SharedOutput {}
-
 /// Rows that tasks of one job write or add to, each with rows of its own.
 struct SharedNormOutput(NormOutput);
 
@@ -808,11 +519,5 @@ impl SharedNormOutput {
             }
             NormOutput::Add { to, stride } => NormOutput::Add { to: to.wrapping_add(row * stride), stride },
         }
-    }
-}
-
-impl SharedOutput {
-    fn part(&self, row: usize, panel: usize) -> Output {
-        self.0.part(row, panel)
     }
 }
