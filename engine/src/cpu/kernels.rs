@@ -1,16 +1,20 @@
 //! The kernels of this machine: one table for each instruction set, chosen once at run time.
 
+#[cfg(target_arch = "aarch64")]
+use super::simd::neon::Neon;
 use super::{
     adapter::{self, ShrinkTask},
     attention::{self, AttentionTask},
+    encode::{self, EncodeTask, Encoding},
     format::Format,
     latent::{self, LatentTask},
     linear::{
         self, LinearTask,
+        codes::{self, Coded},
         quantized::{self, Quantized},
     },
     norm::{self, NormTask},
-    packed::WeightType,
+    packed::{Packed, WeightType},
     rotary::{self, RotaryTask},
     scheme::Code,
     simd::{self, portable::Portable},
@@ -21,6 +25,7 @@ use super::{
     simd::{avx2::Avx2, avx512::Avx512},
 };
 use crate::model::checkpoint::ElementType;
+use std::ops::Range;
 
 /// Kernels for one instruction set. All are unsafe for the pointers in their tasks, and need the set they were compiled for.
 #[derive(Clone, Copy, Debug)]
@@ -32,17 +37,26 @@ pub(crate) struct Kernels {
     linear_bf16: unsafe fn(&LinearTask<'_>, &mut [f32]),
     /// bf16 weights and f32 inputs that nobody rounded.
     linear_bf16_f32: unsafe fn(&LinearTask<'_>, &mut [f32]),
+    /// Codes, and f32 inputs.
+    widened_int4: unsafe fn(&LinearTask<'_>, &mut [f32]),
+    widened_int8: unsafe fn(&LinearTask<'_>, &mut [f32]),
+    widened_fp8: unsafe fn(&LinearTask<'_>, &mut [f32]),
+    /// Codes, and inputs that are codes of sixteen bits.
     linear_int4: unsafe fn(&LinearTask<'_>, &mut [f32]),
     linear_int8: unsafe fn(&LinearTask<'_>, &mut [f32]),
-    linear_fp8: unsafe fn(&LinearTask<'_>, &mut [f32]),
+    /// Codes, and inputs that are codes of eight bits.
+    linear_w8a8: unsafe fn(&LinearTask<'_>, &mut [f32]),
+    /// Codes that are floats, and inputs in `bf16_format`; where that is bf16.
+    linear_fp8: Option<unsafe fn(&LinearTask<'_>, &mut [f32])>,
     /// Inputs of `linear_bf16`.
     bf16_format: Format,
+    pub(crate) encode: unsafe fn(&EncodeTask<'_>),
     pub(crate) shrink: unsafe fn(&ShrinkTask<'_>),
     pub(crate) norm: unsafe fn(&NormTask<'_>),
     pub(crate) rotary: unsafe fn(&RotaryTask<'_>),
     pub(crate) latent: unsafe fn(&LatentTask<'_>),
     pub(crate) attention: unsafe fn(&AttentionTask<'_>, &mut [f32]),
-    pub(crate) attention_part: unsafe fn(&AttentionTask<'_>, usize, &mut [f32], &mut [f32]),
+    pub(crate) attention_parts: unsafe fn(&AttentionTask<'_>, Range<usize>, &mut [f32], &mut [f32]),
     pub(crate) attention_merge: unsafe fn(&AttentionTask<'_>, &mut [f32], &mut [f32]),
     /// Multiplies whole panels of logits by a scale and caps them.
     pub(crate) scale_and_cap: unsafe fn(&mut [f32], f32, Option<f32>),
@@ -84,33 +98,60 @@ impl Kernels {
                 all.push(&avx2::KERNELS);
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        all.extend([&neon::KERNELS]);
         all.push(&portable::KERNELS);
         all
     }
 
-    /// Returns the kernel for `weights` whose inputs lie in `format`.
-    pub(crate) fn linear(&self, weights: WeightType, format: Format) -> unsafe fn(&LinearTask<'_>, &mut [f32]) {
-        let kernel = match weights {
-            WeightType::Float(ElementType::F32) => self.linear_f32,
-            WeightType::Float(ElementType::F16) => self.linear_f16,
-            WeightType::Float(ElementType::Bf16) if format == self.bf16_format => return self.linear_bf16,
-            WeightType::Float(ElementType::Bf16) => self.linear_bf16_f32,
-            WeightType::Quantized(scheme) => match scheme.code {
-                Code::Int4 => self.linear_int4,
-                Code::Int8 => self.linear_int8,
-                Code::Fp8 => self.linear_fp8,
+    /// Returns the kernel for `weights` that is fastest, and how it reads its inputs.
+    pub(crate) fn linear(&self, weights: &Packed) -> (LinearKernel, Encoding) {
+        let rows = weights.groups().rows;
+        let segmented = rows.segment > 0;
+        match weights.weights() {
+            WeightType::Float(ElementType::F32) => (self.linear_f32, Encoding::Floats(Format::F32)),
+            WeightType::Float(ElementType::F16) => (self.linear_f16, Encoding::Floats(Format::F32)),
+            WeightType::Float(ElementType::Bf16) => (self.linear_bf16, Encoding::Floats(self.bf16_format)),
+            WeightType::Quantized(scheme) => match (scheme.code, self.linear_fp8) {
+                (Code::Int4, _) if segmented && !rows.narrow => (self.linear_int4, Encoding::Codes(rows)),
+                (Code::Int8, _) if segmented && !rows.narrow => (self.linear_int8, Encoding::Codes(rows)),
+                (Code::Int8, _) if segmented => (self.linear_w8a8, Encoding::Codes(rows)),
+                (Code::Fp8, Some(linear_fp8)) if segmented && !scheme.offsets => {
+                    (linear_fp8, Encoding::Floats(self.bf16_format))
+                }
+                (code, _) => (self.widened(code), Encoding::Floats(Format::F32)),
             },
-        };
-        assert_eq!(format, Format::F32, "{weights:?} is for f32 inputs");
-        kernel
+        }
     }
 
-    /// Returns how the inputs of a model's linears are stored: for bf16 when all their weights are, else as f32.
-    pub(crate) fn format(&self, mut weights: impl Iterator<Item = WeightType>) -> Format {
-        let bf16 = weights.all(|weights| weights == WeightType::Float(ElementType::Bf16));
-        if bf16 { self.bf16_format } else { Format::F32 }
+    /// Returns the kernel for `weights` whose inputs lie in `format`, which [`Kernels::format`] gave for weights that these are
+    /// among.
+    pub(crate) fn linear_of_floats(&self, weights: &Packed, format: Format) -> LinearKernel {
+        match (weights.weights(), self.linear(weights)) {
+            (_, (kernel, Encoding::Floats(wanted))) if wanted == format => kernel,
+            (WeightType::Float(ElementType::Bf16), _) if format == Format::F32 => self.linear_bf16_f32,
+            (WeightType::Quantized(scheme), _) if format == Format::F32 => self.widened(scheme.code),
+            (weights, _) => unreachable!("{weights:?} and inputs that are {format:?}"),
+        }
+    }
+
+    fn widened(&self, code: Code) -> LinearKernel {
+        match code {
+            Code::Int4 => self.widened_int4,
+            Code::Int8 => self.widened_int8,
+            Code::Fp8 => self.widened_fp8,
+        }
+    }
+
+    /// Returns how the inputs of a model's linears are stored: as bf16 weights want them when all read them so, else as f32.
+    pub(crate) fn format<'a>(&self, mut weights: impl Iterator<Item = &'a Packed>) -> Format {
+        let bf16 = Encoding::Floats(self.bf16_format);
+        if weights.all(|weights| self.linear(weights).1 == bf16) { self.bf16_format } else { Format::F32 }
     }
 }
+
+/// Computes a task, with scratch for the sums.
+pub(crate) type LinearKernel = unsafe fn(&LinearTask<'_>, &mut [f32]);
 
 #[cfg(target_arch = "x86_64")]
 fn is_intel() -> bool {
@@ -119,9 +160,23 @@ fn is_intel() -> bool {
     vendor.as_flattened() == b"GenuineIntel"
 }
 
-/// Instantiates every kernel for one unit: `$token` makes the proof that the machine has the features named.
+/// Eight-bit floats where bf16 have a dot instruction.
+///
+/// # Safety
+/// The unit is one of those that [`Avx512::available`] describes, and as for every linear.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx512vbmi,avx2,fma,f16c")]
+unsafe fn linear_fp8(task: &LinearTask<'_>, scratch: &mut [f32]) {
+    // SAFETY: `Kernels::available` hands it out only where its features are detected, and tasks are the callers' word.
+    unsafe { linear::run::<_, Coded<codes::Fp8>>(Avx512::<true>::new(), task, scratch) }
+}
+
+/// Instantiates every kernel for one unit: `$token` makes the proof that the machine has the features named, `$bf16` is what
+/// bf16 weights are summed by, and `$dot` how bf16 keys and values meet their inputs.
 macro_rules! kernels {
-    ($module:ident, $name:literal, $token:expr, $bf16:ty, $bf16_format:expr $(, $features:literal)?) => {
+    (
+        $module:ident, $name:literal, $token:expr, $bf16:ty, $bf16_format:expr, $dot:ty, $fp8:expr $(, $features:literal)?
+    ) => {
         mod $module {
             use super::*;
 
@@ -159,20 +214,44 @@ macro_rules! kernels {
 
             $(#[target_feature(enable = $features)])?
             #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
-            unsafe fn linear_int4(task: &LinearTask<'_>, scratch: &mut [f32]) {
+            unsafe fn widened_int4(task: &LinearTask<'_>, scratch: &mut [f32]) {
                 unsafe { linear::run::<_, Quantized<quantized::Int4>>($token, task, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?
             #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
-            unsafe fn linear_int8(task: &LinearTask<'_>, scratch: &mut [f32]) {
+            unsafe fn widened_int8(task: &LinearTask<'_>, scratch: &mut [f32]) {
                 unsafe { linear::run::<_, Quantized<quantized::Int8>>($token, task, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?
             #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
-            unsafe fn linear_fp8(task: &LinearTask<'_>, scratch: &mut [f32]) {
+            unsafe fn widened_fp8(task: &LinearTask<'_>, scratch: &mut [f32]) {
                 unsafe { linear::run::<_, Quantized<quantized::Fp8>>($token, task, scratch) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
+            unsafe fn linear_w8a8(task: &LinearTask<'_>, scratch: &mut [f32]) {
+                unsafe { linear::run::<_, Coded<codes::W8a8>>($token, task, scratch) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
+            unsafe fn linear_int4(task: &LinearTask<'_>, scratch: &mut [f32]) {
+                unsafe { linear::run::<_, Coded<codes::Int4>>($token, task, scratch) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
+            unsafe fn linear_int8(task: &LinearTask<'_>, scratch: &mut [f32]) {
+                unsafe { linear::run::<_, Coded<codes::Int8>>($token, task, scratch) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
+            unsafe fn encode(task: &EncodeTask<'_>) {
+                unsafe { encode::run($token, task) }
             }
 
             $(#[target_feature(enable = $features)])?
@@ -196,13 +275,18 @@ macro_rules! kernels {
             $(#[target_feature(enable = $features)])?
             #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
             unsafe fn attention(task: &AttentionTask<'_>, scratch: &mut [f32]) {
-                unsafe { attention::run($token, task, scratch) }
+                unsafe { attention::run::<_, $dot>($token, task, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?
             #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
-            unsafe fn attention_part(task: &AttentionTask<'_>, part: usize, out: &mut [f32], scratch: &mut [f32]) {
-                unsafe { attention::run_part($token, task, part, out, scratch) }
+            unsafe fn attention_parts(
+                task: &AttentionTask<'_>,
+                parts: Range<usize>,
+                out: &mut [f32],
+                scratch: &mut [f32],
+            ) {
+                unsafe { attention::run_parts::<_, $dot>($token, task, parts, out, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?
@@ -223,39 +307,60 @@ macro_rules! kernels {
                 simd::read(unsafe { $token }, floats)
             }
 
-            pub(super) static KERNELS: Kernels = Kernels {
+            pub(super) const TABLE: Kernels = Kernels {
                 name: $name,
                 linear_f32,
                 linear_f16,
                 linear_bf16,
                 linear_bf16_f32,
+                widened_int4,
+                widened_int8,
+                widened_fp8,
                 linear_int4,
                 linear_int8,
-                linear_fp8,
+                linear_w8a8,
+                linear_fp8: $fp8,
                 bf16_format: $bf16_format,
+                encode,
                 shrink,
                 norm,
                 rotary,
                 latent,
                 attention,
-                attention_part,
+                attention_parts,
                 attention_merge,
                 scale_and_cap,
                 read,
             };
+            pub(super) static KERNELS: Kernels = TABLE;
         }
     };
 }
 
+/// As [`avx512_bf16`], but for the one linear that the tile unit computes.
 #[cfg(target_arch = "x86_64")]
-kernels!(
-    avx512_amx,
-    "avx512-amx",
-    Avx512::<true>::new(),
-    amx::Amx,
-    Format::Bf16,
-    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"
-);
+mod avx512_amx {
+    use super::*;
+
+    /// # Safety
+    /// As for every linear; [`amx::available`] said yes.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx512vbmi,avx2,fma,f16c")]
+    unsafe fn linear_bf16(task: &LinearTask<'_>, scratch: &mut [f32]) {
+        // SAFETY: `Kernels::available` hands it out only where its features are detected, and tasks are the callers' word.
+        unsafe { linear::run::<_, amx::Amx>(Avx512::<true>::new(), task, scratch) }
+    }
+
+    // Units with tiles have a slow dot.
+    const SLOW_DOT: Kernels = avx512::TABLE;
+    pub(super) static KERNELS: Kernels = Kernels {
+        name: "avx512-amx",
+        linear_bf16,
+        attention: SLOW_DOT.attention,
+        attention_parts: SLOW_DOT.attention_parts,
+        ..avx512_bf16::TABLE
+    };
+}
+
 #[cfg(target_arch = "x86_64")]
 kernels!(
     avx512_bf16,
@@ -263,7 +368,9 @@ kernels!(
     Avx512::<true>::new(),
     linear::Tiled<linear::Bf16Dot>,
     Format::Bf16,
-    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"
+    linear::Bf16Dot,
+    Some(linear_fp8),
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx512vbmi,avx2,fma,f16c"
 );
 #[cfg(target_arch = "x86_64")]
 kernels!(
@@ -272,8 +379,38 @@ kernels!(
     Avx512::<false>::new(),
     linear::Tiled<linear::Bf16Widened>,
     Format::RoundedBf16,
+    linear::Bf16Widened,
+    None,
     "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 );
 #[cfg(target_arch = "x86_64")]
-kernels!(avx2, "avx2", Avx2::new(), linear::Tiled<linear::Bf16Widened>, Format::RoundedBf16, "avx2,fma,f16c");
-kernels!(portable, "portable", Portable, linear::Tiled<linear::Bf16Widened>, Format::RoundedBf16);
+kernels!(
+    avx2,
+    "avx2",
+    Avx2::new(),
+    linear::Tiled<linear::Bf16Widened>,
+    Format::RoundedBf16,
+    linear::Bf16Widened,
+    None,
+    "avx2,fma,f16c"
+);
+#[cfg(target_arch = "aarch64")]
+kernels!(
+    neon,
+    "neon",
+    Neon::new(),
+    linear::Tiled<linear::Bf16Widened>,
+    Format::RoundedBf16,
+    linear::Bf16Widened,
+    None,
+    "neon"
+);
+kernels!(
+    portable,
+    "portable",
+    Portable,
+    linear::Tiled<linear::Bf16Widened>,
+    Format::RoundedBf16,
+    linear::Bf16Widened,
+    None
+);

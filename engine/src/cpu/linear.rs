@@ -4,10 +4,11 @@
 //! cut of the depth into cache-sized blocks (partial sums are stored and loaded as they are) and the thread change nothing.
 //! That is all there is to batch invariance here. The tile unit ([`super::amx`]) has another order, and keeps it as strictly.
 //!
-//! Precision: sums are f32. With f32, f16 and quantised weights inputs stay f32; with bf16 weights inputs are rounded to bf16 on
-//! every machine, unless other matrices of the model are not bf16. Quantised weights ([`quantized`]) are widened to the f32
-//! that they stand for, so their sums are those of an f32 matrix. Units differ in the last bits, so a cluster whose workers
-//! continue each other's sequences to the bit is one of equal processors.
+//! Precision: sums are f32. With f32 and f16 weights inputs stay f32; with bf16 weights inputs are rounded to bf16 on every
+//! machine. Integer weights meet inputs that are integers of sixteen bits with a scale for every 128 or fewer, or of eight bits
+//! where they were made for that; eight-bit floats meet inputs rounded to bf16 ([`codes`]). Where groups of weights or the unit do not lend themselves to that, quantised weights are widened to the
+//! f32 that they stand for ([`quantized`]), and their sums are those of an f32 matrix. Units differ in the last bits, so a cluster
+//! whose workers continue each other's sequences to the bit is one of equal processors.
 
 #[cfg(target_arch = "x86_64")]
 use super::simd::DotBf16;
@@ -15,11 +16,12 @@ use super::{
     adapter::{self, Adapted},
     format::Format,
     packed::{Groups, PANEL},
-    simd::{Simd, activate},
+    simd::{Simd, activate, scale_and_cap},
 };
 use crate::model::decoder::Activation;
 use std::ops::Range;
 
+pub(crate) mod codes;
 pub(crate) mod quantized;
 
 /// Rows of one task.
@@ -35,12 +37,12 @@ const CHUNK_INPUTS: usize = 2048;
 /// Bytes of a panel that are used for all rows before the next: half a small second-level cache.
 const BLOCK_BYTES: usize = 128 << 10;
 /// How far ahead of use weights are asked for.
-const PREFETCH_BYTES: usize = 4 << 10;
+const PREFETCH_BYTES: usize = 8 << 10;
 
 /// The outputs of some panels for some rows.
 #[derive(Debug)]
 pub(crate) struct LinearTask<'a> {
-    /// First input row, in the weights' [`Format`].
+    /// First input row, in the [encoding](crate::cpu::encode::Encoding) that the kernel is for.
     pub(crate) input: *const u8,
     /// Bytes from row to row.
     pub(crate) input_stride: usize,
@@ -87,6 +89,29 @@ pub(crate) enum Output {
     Activate { to: *mut u8, stride: usize, format: Format, activation: Activation },
     /// The activation of the first half of the panel times the second half, `[rows][32]` with `stride` bytes from row to row.
     Gate { to: *mut u8, stride: usize, format: Format, activation: Activation },
+    /// The largest of the first `columns` alone, once scaled and capped, `[rows][panels]` with `stride` from row to row; the first
+    /// output of the panel is the linear's output `first`.
+    Largest { to: *mut Largest, stride: usize, first: usize, columns: usize, scale: f32, cap: Option<f32> },
+}
+
+/// The largest number of a row's panel.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Largest {
+    /// Minus infinity where no number is larger.
+    pub(crate) value: f32,
+    /// The first output that has it.
+    pub(crate) column: u32,
+}
+
+impl Largest {
+    /// Returns which output of a row is the largest, the first of equals, from the largest of its panels in order.
+    pub(crate) fn first(panels: &[Largest]) -> Option<u32> {
+        let larger = |best: (f32, _), panel: &Largest| match panel.value > best.0 {
+            true => (panel.value, Some(panel.column)),
+            false => best,
+        };
+        panels.iter().fold((f32::NEG_INFINITY, None), larger).1
+    }
 }
 
 impl Output {
@@ -110,6 +135,10 @@ impl Output {
                 let column = panel * PANEL / 2 * format.bytes();
                 Output::Gate { to: to.wrapping_add(row * stride + column), stride, format, activation }
             }
+            Output::Largest { to, stride, first, columns, scale, cap } => {
+                let (to, first) = (to.wrapping_add(row * stride + panel), first + panel * PANEL);
+                Output::Largest { to, stride, first, columns: columns.saturating_sub(panel * PANEL), scale, cap }
+            }
         }
     }
 }
@@ -127,6 +156,8 @@ pub(crate) struct Block {
     /// The panel.
     pub(crate) panel: *const u8,
     pub(crate) groups: Groups,
+    /// The weights that are used next, or any address.
+    pub(crate) next: *const u8,
     /// `[rows][64]`, with room for whole tiles of 16 rows.
     pub(crate) sums: *mut f32,
     /// Go on from the sums that are there.
@@ -331,12 +362,16 @@ unsafe fn sum_chunk<S: Simd, P: PanelSums<S>>(
     assert!(sums.len() >= task.rows.next_multiple_of(16) * PANEL);
     // SAFETY: inputs and panel lie in what the caller vouches for, and `sums` has the room, as just checked.
     unsafe {
+        let start = task.panel.add(panel * task.panel_bytes);
+        // As far into the next panel as this chunk begins in this one; all of a panel is followed by the next.
+        let into = task.panel_bytes / task.depth * inputs.start;
         let block = Block {
             input: task.input,
             input_stride: task.input_stride,
             rows: task.rows,
-            panel: task.panel.add(panel * task.panel_bytes),
+            panel: start,
             groups: task.groups,
+            next: start.wrapping_add(task.panel_bytes + into),
             sums: sums.as_mut_ptr(),
             resume: inputs.start > 0,
             inputs,
@@ -364,7 +399,7 @@ unsafe fn finish_panel<S: Simd>(simd: S, task: &LinearTask<'_>, panel: usize, su
             }
         }
     }
-    for (row, sums) in sums.chunks_exact(PANEL).enumerate() {
+    for (row, sums) in sums.chunks_exact_mut(PANEL).enumerate() {
         // SAFETY: passed on.
         unsafe { write(simd, task.output.part(0, panel), row, sums) };
     }
@@ -373,7 +408,16 @@ unsafe fn finish_panel<S: Simd>(simd: S, task: &LinearTask<'_>, panel: usize, su
 /// # Safety
 /// Row `row` of `output` is valid and ours.
 #[inline(always)]
-unsafe fn write<S: Simd>(simd: S, output: Output, row: usize, sums: &[f32]) {
+unsafe fn write<S: Simd>(simd: S, output: Output, row: usize, sums: &mut [f32]) {
+    if let Output::Largest { to, stride, first, columns, scale, cap } = output {
+        if scale != 1.0 || cap.is_some() {
+            scale_and_cap(simd, sums, scale, cap);
+        }
+        let largest = largest(simd, sums, first, columns);
+        // SAFETY: the row is the caller's word.
+        unsafe { to.add(row * stride).write(largest) };
+        return;
+    }
     if let Output::Cast { to, stride, format, columns } = output {
         // SAFETY: the row's columns are the caller's word.
         unsafe { format.store_slice(simd, to.add(row * stride), 0, &sums[..columns.min(PANEL)]) };
@@ -398,10 +442,25 @@ unsafe fn write<S: Simd>(simd: S, output: Output, row: usize, sums: &[f32]) {
                     let up = simd.load(sums.add(PANEL / 2 + column));
                     format.store(simd, to.add(row * stride), column, simd.mul(gate, up));
                 }
-                Output::Gate { .. } | Output::Cast { .. } => {}
+                Output::Gate { .. } | Output::Cast { .. } | Output::Largest { .. } => {}
             }
         }
     }
+}
+
+/// Finds the largest of the first `columns` of a panel's `sums`, the lowest of equals; what is no number is passed over.
+#[inline(always)]
+fn largest<S: Simd>(simd: S, sums: &mut [f32], first: usize, columns: usize) -> Largest {
+    assert_eq!(sums.len(), PANEL);
+    sums[columns.min(PANEL)..].fill(f32::NEG_INFINITY);
+    let mut vector = simd.splat(f32::NEG_INFINITY);
+    for column in (0..PANEL).step_by(S::LANES) {
+        // SAFETY: `sums` holds 64 f32, as checked, a multiple of LANES.
+        vector = simd.max(unsafe { simd.load(sums.as_ptr().add(column)) }, vector);
+    }
+    let value = simd.max_lane(vector);
+    let column = sums.iter().position(|sum| *sum == value).unwrap_or(0);
+    Largest { value, column: (first + column) as u32 }
 }
 
 /// Sums in register tiles of a vector unit.
@@ -415,6 +474,11 @@ impl<S: Simd, W: Weights<S>> PanelSums<S> for Tiled<W> {
         let begin = block.inputs.start / W::STEP;
         for first in (begin..steps).step_by(each) {
             let mut row = 0;
+            let last = steps.min(first + each);
+            let here = block.panel.wrapping_add(first * PANEL * W::COLUMN_BYTES);
+            let next =
+                if last == steps { block.next } else { block.panel.wrapping_add(last * PANEL * W::COLUMN_BYTES) };
+            let mut ahead = Ahead::new(here, next, PANEL * W::COLUMN_BYTES, last - first, tiles::<S, W>(block.rows));
             while row < block.rows {
                 let (rows, columns) = tile_shape::<S, W>(block.rows - row);
                 for column in (0..PANEL).step_by(columns) {
@@ -424,9 +488,10 @@ impl<S: Simd, W: Weights<S>> PanelSums<S> for Tiled<W> {
                             input: block.input.add(row * block.input_stride + first * W::INPUT_BYTES),
                             input_stride: block.input_stride,
                             panel: block.panel.add((first * PANEL + column) * W::COLUMN_BYTES),
-                            steps: each.min(steps - first),
+                            steps: last - first,
                             sums: block.sums.add(row * PANEL + column),
                             resume: block.resume || first > begin,
+                            ahead: ahead.share(),
                         };
                         run_tile::<S, W>(simd, rows, &tile);
                     }
@@ -445,6 +510,62 @@ struct Tile {
     sums: *mut f32,
     /// Go on from the sums that are there.
     resume: bool,
+    ahead: Ahead,
+}
+
+/// Weights that are asked for while others are used. Where several tiles use a block, one after the other, each asks for its
+/// share of the block that comes next, so that memory is busy all the time; where one tile does, it asks for what is a little
+/// ahead of it.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead {
+    at: *const u8,
+    /// Bytes for each step of a tile.
+    step: usize,
+    /// Bytes for each tile.
+    tile: usize,
+}
+
+impl Ahead {
+    /// Starts a block of `steps` steps of `bytes` bytes at `here` that is followed by what is at `next`.
+    #[inline(always)]
+    pub(crate) fn new(here: *const u8, next: *const u8, bytes: usize, steps: usize, tiles: usize) -> Self {
+        let at = if tiles == 1 { here.wrapping_add(PREFETCH_BYTES) } else { next };
+        Self { at, step: bytes / tiles, tile: bytes / tiles * steps }
+    }
+
+    /// Returns the share of the next tile.
+    #[inline(always)]
+    pub(crate) fn share(&mut self) -> Self {
+        let share = *self;
+        self.at = self.at.wrapping_add(self.tile);
+        share
+    }
+
+    /// Asks for what a step is to ask for.
+    #[inline(always)]
+    pub(crate) fn fetch<S: Simd>(&mut self, simd: S) {
+        simd.prefetch(self.at);
+        if self.step > 64 {
+            simd.prefetch(self.at.wrapping_add(64));
+            if self.step > 128 {
+                simd.prefetch(self.at.wrapping_add(128));
+                simd.prefetch(self.at.wrapping_add(192));
+            }
+        }
+        self.at = self.at.wrapping_add(self.step);
+    }
+}
+
+/// Returns how many tiles `rows` rows of a panel take.
+#[inline(always)]
+fn tiles<S: Simd, W: Weights<S>>(rows: usize) -> usize {
+    let (mut row, mut tiles) = (0, 0);
+    while row < rows {
+        let (rows, columns) = tile_shape::<S, W>(rows - row);
+        row += rows;
+        tiles += PANEL / columns;
+    }
+    tiles
 }
 
 /// Chooses rows and columns of the next tile so that its sums, with a step of weights, fill the registers. A batch of 7 to
@@ -515,13 +636,13 @@ unsafe fn sum_tile<S: Simd, W: Weights<S>, const ROWS: usize, const VECTORS: usi
                 }
             }
         }
-        let (mut panel, mut input) = (tile.panel, tile.input);
+        let (mut panel, mut input, mut ahead) = (tile.panel, tile.input, tile.ahead);
         for _ in 0..tile.steps {
+            ahead.fetch(simd);
             let mut columns = [W::columns(simd, panel); VECTORS];
             for (vector, columns) in columns.iter_mut().enumerate() {
                 let at = vector * S::LANES * W::COLUMN_BYTES;
                 *columns = W::columns(simd, panel.add(at));
-                simd.prefetch(panel.wrapping_add(PREFETCH_BYTES + at));
             }
             for (row, sums) in sums.iter_mut().enumerate() {
                 let input = W::input(simd, input.add(row * tile.input_stride));

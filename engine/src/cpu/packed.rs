@@ -7,14 +7,17 @@
 //! beyond the depth, up to a whole step of the tile unit.
 //!
 //! Quantised weights lie in groups along the depth: the 64 outputs' scales, their offsets if there are any, and then words of
-//! eight or four codes of neighbouring inputs, 64 side by side (`[depth / 8][64]` or `[depth / 4][64]`, the lowest bits first).
+//! eight or four codes of neighbouring inputs, 64 side by side (`[depth / 8][64]` or `[depth / 4][64]`). Codes of eight bits
+//! are the bytes of their word, in order; those of four bits stand as [`Code::shift`] says.
 //! Whatever widens them stands in the same stream, right before its first use.
 
 use crate::{
     Error,
     cpu::{
         buffer::Buffer,
-        scheme::{QuantizedRow, Scheme},
+        encode::CodeRows,
+        nodes::Nodes,
+        scheme::{Code, QuantizedRow, Scheme},
     },
     model::checkpoint::ElementType,
 };
@@ -61,14 +64,26 @@ pub(crate) struct Groups {
     pub(crate) narrow: bool,
     /// Offsets follow the scales.
     pub(crate) offsets: bool,
+    /// How rows of inputs lie that are codes, too.
+    pub(crate) rows: CodeRows,
 }
 
 impl Groups {
-    fn new(scheme: &Scheme) -> Self {
-        let Scheme { code, group, narrow, offsets } = *scheme;
-        let mut groups = Self { inputs: group, bytes: 0, narrow, offsets };
+    fn new(scheme: &Scheme, depth: usize) -> Self {
+        let Scheme { code, group, narrow, offsets, narrow_inputs } = *scheme;
+        let segment = scheme.segment(depth);
+        let rows = segment.map(|segment| CodeRows::new(depth, segment, narrow_inputs)).unwrap_or_default();
+        let mut groups = Self { inputs: group, bytes: 0, narrow, offsets, rows };
         groups.bytes = groups.header_bytes() + group.div_ceil(code.per_word()) * WORD_BYTES;
         groups
+    }
+
+    /// Returns the words of `panel` that begin with the codes of input `input`, the first of a word. Only an address: whoever
+    /// reads it vouches for the input.
+    #[inline(always)]
+    pub(crate) fn word(&self, panel: *const u8, input: usize, code: Code) -> *const u8 {
+        let words = input % self.inputs / code.per_word();
+        panel.wrapping_add(input / self.inputs * self.bytes + self.header_bytes() + words * WORD_BYTES)
     }
 
     /// Returns the bytes of a group's scales.
@@ -85,7 +100,7 @@ impl Groups {
 }
 
 /// Bytes of a word of each output of a panel.
-const WORD_BYTES: usize = 4 * PANEL;
+pub(crate) const WORD_BYTES: usize = 4 * PANEL;
 
 impl Packed {
     /// Packs `panels * 64` columns of `depth` elements as `dtype`; `row` names the stored row of a column, `None` = zeros.
@@ -170,7 +185,8 @@ impl Packed {
         Ok(Self { weights, depth, panels, order: None, buffer })
     }
 
-    /// Calls `fill` with the bytes of every panel, on `threads` threads.
+    /// Calls `fill` with the bytes of every panel, on `threads` threads: each writes, and so places in the memory beside it, what
+    /// threads of its node will read.
     pub(crate) fn for_each_panel(&mut self, threads: usize, fill: &(dyn Fn(usize, &mut [u8]) + Sync)) {
         let mut panels: Vec<(usize, &mut [u8])> =
             self.buffer.bytes_mut().chunks_exact_mut(panel_bytes(self.weights, self.depth)).enumerate().collect();
@@ -181,8 +197,11 @@ impl Packed {
         }
         let each = panels.len().div_ceil(threads);
         std::thread::scope(|scope| {
-            for share in panels.chunks_mut(each) {
-                scope.spawn(move || share.iter_mut().for_each(|(index, bytes)| fill(*index, bytes)));
+            for (thread, share) in panels.chunks_mut(each).enumerate() {
+                scope.spawn(move || {
+                    Nodes::machine().stay(thread, threads);
+                    share.iter_mut().for_each(|(index, bytes)| fill(*index, bytes));
+                });
             }
         });
     }
@@ -196,7 +215,7 @@ impl Packed {
     pub(crate) fn groups(&self) -> Groups {
         match &self.weights {
             WeightType::Float(_) => Groups::default(),
-            WeightType::Quantized(scheme) => Groups::new(scheme),
+            WeightType::Quantized(scheme) => Groups::new(scheme, self.depth),
         }
     }
 
@@ -249,9 +268,8 @@ impl Packed {
             }
             WeightType::Quantized(scheme) => {
                 let place = |index: usize| self.order.as_ref().map_or(index, |order| order[index] as usize);
-                let mut weights = vec![0.0; self.depth];
-                take_codes(scheme, panel, lane, self.depth).widen(scheme, &mut weights);
-                weights.iter().enumerate().for_each(|(index, weight)| out[place(index)] = *weight);
+                (0..self.depth)
+                    .for_each(|index| out[place(index)] = take_weight(scheme, panel, lane, index, self.depth));
             }
         }
     }
@@ -273,7 +291,7 @@ fn panel_bytes(weights: WeightType, depth: usize) -> usize {
         }
         WeightType::Quantized(scheme) => {
             let words = depth.div_ceil(scheme.code.per_word());
-            scheme.groups(depth) * Groups::new(&scheme).header_bytes() + words * WORD_BYTES
+            scheme.groups(depth) * Groups::new(&scheme, depth).header_bytes() + words * WORD_BYTES
         }
     }
 }
@@ -296,7 +314,7 @@ fn place_row(dtype: ElementType, row: StoredRow<'_>, column: usize, panel: &mut 
 }
 
 fn place_codes(scheme: &Scheme, row: &QuantizedRow, column: usize, panel: &mut [u8]) {
-    let groups = Groups::new(scheme);
+    let groups = Groups::new(scheme, row.codes.len());
     let codes = row.codes.chunks(scheme.group);
     for (index, (group, codes)) in panel.chunks_mut(groups.bytes).zip(codes).enumerate() {
         let scale = row.scales[index];
@@ -312,39 +330,32 @@ fn place_codes(scheme: &Scheme, row: &QuantizedRow, column: usize, panel: &mut [
         }
         let words = group[groups.header_bytes()..].chunks_exact_mut(WORD_BYTES);
         for (word, codes) in words.zip(codes.chunks(scheme.code.per_word())) {
-            let bits = 32 / scheme.code.per_word();
-            let packed = codes.iter().rev().fold(0u32, |word, code| word << bits | u32::from(*code));
+            let place = |(index, code): (usize, &u8)| u32::from(*code) << scheme.code.shift(index);
+            let packed = codes.iter().enumerate().map(place).fold(0, |word, code| word | code);
             word[column * 4..][..4].copy_from_slice(&packed.to_le_bytes());
         }
     }
 }
 
-/// The way back from [`place_codes`].
-fn take_codes(scheme: &Scheme, panel: &[u8], column: usize, depth: usize) -> QuantizedRow {
-    let groups = Groups::new(scheme);
-    let mut row = QuantizedRow { codes: Vec::with_capacity(depth + 8), ..QuantizedRow::default() };
-    for group in panel.chunks(groups.bytes) {
-        let scale = if groups.narrow { ElementType::F16 } else { ElementType::F32 };
-        row.scales.push(scale.get(group, column));
-        if groups.offsets {
-            row.offsets.push(ElementType::F32.get(&group[groups.scale_bytes()..], column));
-        }
-        for word in group[groups.header_bytes()..].chunks_exact(WORD_BYTES) {
-            let bytes = &word[column * 4..][..4];
-            match scheme.code.per_word() {
-                4 => row.codes.extend_from_slice(bytes),
-                _ => row.codes.extend(bytes.iter().flat_map(|byte| [byte & 15, byte >> 4])),
-            }
-        }
-    }
-    row.codes.truncate(depth);
-    row
+/// The way back from [`place_codes`]: the weight that stands at place `index` along the depth.
+fn take_weight(scheme: &Scheme, panel: &[u8], column: usize, index: usize, depth: usize) -> f32 {
+    let groups = Groups::new(scheme, depth);
+    let (group, index) = (&panel[index / scheme.group * groups.bytes..], index % scheme.group);
+    let scale = if groups.narrow { ElementType::F16 } else { ElementType::F32 }.get(group, column);
+    let offset = match groups.offsets {
+        true => ElementType::F32.get(&group[groups.scale_bytes()..], column),
+        false => -scheme.code.zero() * scale,
+    };
+    let (per_word, words) = (scheme.code.per_word(), &group[groups.header_bytes()..]);
+    let (shift, bits) = (scheme.code.shift(index % per_word), 32 / per_word);
+    let byte = words[index / per_word * WORD_BYTES + column * 4 + shift / 8];
+    let code = byte >> (shift % 8) & (u8::MAX >> (8 - bits));
+    scheme.code.value(code).mul_add(scale, offset)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::scheme::Code;
 
     fn stored(dtype: ElementType, values: &[f32]) -> Vec<u8> {
         let element = |value: &f32| match dtype {
@@ -399,7 +410,7 @@ mod tests {
         for code in [Code::Int4, Code::Int8, Code::Fp8] {
             for (group, depth) in [(16, 7), (32, 33), (64, 200), (128, 128), (128, 1)] {
                 for (narrow, offsets) in [(false, false), (true, false), (false, true), (true, true)] {
-                    let scheme = Scheme { code, group, narrow, offsets };
+                    let scheme = Scheme { code, group, narrow, offsets, narrow_inputs: false };
                     let read = |column: usize, row: &mut QuantizedRow| {
                         *row = some_row(&scheme, depth, column);
                         column < 70

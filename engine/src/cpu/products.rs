@@ -3,33 +3,57 @@
 use super::{
     ALONE, CHUNK, Cpu, Shared, Span,
     adapter::{Adapted, Delta, RANK_STEP, ShrinkTask},
+    encode::{EncodeTask, Encoding},
     format::Format,
     linear::{AdaptedRows, FEW_ROWS, LinearTask, Output, TASK_PANELS, TASK_ROWS},
     lock,
-    packed::PANEL,
+    packed::{PANEL, Packed},
     pool::Pool,
 };
-use crate::{lora::LayerDeltas, model::weights::Linear};
+use crate::{lora::LayerDeltas, model::weights::Linear, reuse::reuse};
 use std::ops::Range;
 
-/// Rows of one linear, and the delta that is theirs.
-#[derive(Clone, Debug)]
-pub(super) struct DeltaRows<'a> {
-    rows: Range<usize>,
-    delta: &'a Delta,
+/// What adapters add to one linear of a step.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Deltas<'a> {
+    spans: &'a [Span<'a>],
+    layer: usize,
+    /// Where in a layer's deltas the linear's is.
+    place: fn(&LayerDeltas) -> &Option<Delta>,
 }
 
-/// Lists the rows of `spans` that have a delta where `place` looks in layer `layer`.
-pub(super) fn deltas<'a>(
-    spans: &[Span<'a>],
-    layer: usize,
-    place: impl Fn(&'a LayerDeltas) -> &'a Option<Delta>,
-) -> Vec<DeltaRows<'a>> {
-    let of_span = |span: &Span<'a>| {
-        let delta = place(span.adapter?.layer(layer)).as_ref()?;
-        Some(DeltaRows { rows: span.first..span.first + span.tokens, delta })
-    };
-    spans.iter().filter_map(of_span).collect()
+impl<'a> Deltas<'a> {
+    /// Nothing.
+    pub(super) const NONE: Self = Self { spans: &[], layer: 0, place: |layer| &layer.qkv };
+
+    /// The deltas of the adapters of `spans` where `place` looks in layer `layer`.
+    pub(super) fn new(spans: &'a [Span<'a>], layer: usize, place: fn(&LayerDeltas) -> &Option<Delta>) -> Self {
+        Self { spans, layer, place }
+    }
+
+    /// Returns the rows that have a delta, with it.
+    fn rows(self) -> impl Iterator<Item = (Range<usize>, &'a Delta)> {
+        let of_span = move |span: &'a Span<'a>| {
+            let delta = (self.place)(span.adapter?.layer(self.layer)).as_ref()?;
+            Some((span.first..span.first + span.tokens, delta))
+        };
+        self.spans.iter().filter_map(of_span)
+    }
+}
+
+/// Lists that deltas are worked out in; their memory is kept from linear to linear, and they are empty in between.
+#[derive(Debug, Default)]
+pub(super) struct DeltaLists {
+    shrinks: Vec<Shrink<'static>>,
+    adapted: Vec<Option<Adapted<'static>>>,
+}
+
+/// Some numbers of `A x` for some rows.
+#[derive(Debug)]
+struct Shrink<'a> {
+    delta: &'a Delta,
+    rows: Range<usize>,
+    ranks: Range<usize>,
 }
 
 /// Which buffer a linear reads.
@@ -44,7 +68,7 @@ pub(super) enum Operand {
 
 impl Cpu {
     /// Multiplies all rows of an operand by `linear`, and adds `deltas`.
-    pub(super) fn linear(&mut self, linear: &Linear, operand: Operand, output: Output, deltas: &[DeltaRows<'_>]) {
+    pub(super) fn linear(&mut self, linear: &Linear, operand: Operand, output: Output, deltas: Deltas<'_>) {
         let latent = self.latent.as_ref();
         let (buffer, input_stride) = match operand {
             Operand::Narrow => latent.expect("only latent attention has a narrow input").narrow(),
@@ -61,28 +85,31 @@ impl Cpu {
             self.rows,
             (&input, input_stride, self.sizes.format),
             &mut self.hidden,
+            &mut self.delta_lists,
         );
         let weights = &linear.packed;
         let (rows, panels, depth) = (self.rows, weights.panels(), weights.depth());
-        let run = self.kernels.linear(weights.weights(), self.sizes.format);
+        let (run, encoding) = self.kernels.linear(weights);
         let groups = weights.groups();
-        let input = match weights.order() {
-            Some(order) => {
-                assert!(rows * input_stride <= self.ordered.len(), "every operand fits");
-                let to = Shared(self.ordered.as_mut_ptr());
-                put_in_order(&mut self.pool, order, rows, input_stride, &input, &to);
-                to
-            }
-            None => input,
+        let format = self.sizes.format;
+        let (input, input_stride) = if encoding == Encoding::Floats(format) && weights.order().is_none() {
+            (input, input_stride)
+        } else {
+            let stride = encoding.stride(depth);
+            assert!(rows * stride <= self.encoded.len(), "every operand fits");
+            let to = Shared(self.encoded.as_mut_ptr());
+            let from = (&input, input_stride, format);
+            encode(&mut self.pool, self.kernels.encode, from, weights, rows, (&to, stride, encoding));
+            (to, stride)
         };
 
         let row_blocks = rows.div_ceil(TASK_ROWS).max(1);
         // A multiple of the full tiles of all units, so that blocks do not end in short ones and start on whole ones.
         let block_rows = rows.div_ceil(row_blocks).next_multiple_of(96).min(TASK_ROWS);
         // Few rows are a stream of weights: each task reads a long run of it. Many rows share a few panels while they are in
-        // cache. Either way there are some tasks for each thread, so that the last one is not waited for long.
+        // cache. Either way there are many tasks for each thread, so that the last one is not waited for long.
         let most = if rows <= FEW_ROWS { 16 } else { TASK_PANELS };
-        let run_panels = (panels * row_blocks).div_ceil(4 * self.pool.threads()).clamp(1, most);
+        let run_panels = (panels * row_blocks).div_ceil(16 * self.pool.threads()).clamp(1, most);
         let runs = panels.div_ceil(run_panels);
         let output = SharedOutput(output);
         let scratch = &self.scratch;
@@ -113,6 +140,7 @@ impl Cpu {
         } else {
             self.pool.run(runs * row_blocks, &body);
         }
+        self.delta_lists.adapted = reuse(adapted);
     }
 }
 
@@ -121,29 +149,34 @@ impl Cpu {
 fn adapt<'a>(
     pool: &mut Pool,
     shrink: unsafe fn(&ShrinkTask<'_>),
-    deltas: &[DeltaRows<'a>],
+    deltas: Deltas<'a>,
     rows: usize,
     (input, input_stride, format): (&Shared<u8>, usize, Format),
     hidden: &'a mut Vec<f32>,
+    lists: &mut DeltaLists,
 ) -> Vec<Option<Adapted<'a>>> {
     /// Ranks of one task.
     const TASK_RANKS: usize = 4 * RANK_STEP;
-    let Some(stride) = deltas.iter().map(|rows| rows.delta.ranks()).max() else { return Vec::new() };
+    let mut adapted = reuse(std::mem::take(&mut lists.adapted));
+    let Some(stride) = deltas.rows().map(|(_, delta)| delta.ranks()).max() else { return adapted };
     if hidden.len() < rows * stride {
         hidden.resize(rows * stride, 0.0);
     }
-    let mut tasks = Vec::new();
-    for DeltaRows { rows, delta } in deltas {
+    let mut tasks: Vec<Shrink<'_>> = reuse(std::mem::take(&mut lists.shrinks));
+    for (rows, delta) in deltas.rows() {
         for first in rows.clone().step_by(CHUNK) {
-            let chunk = first..rows.end.min(first + CHUNK);
-            let ranks = (0..delta.ranks()).step_by(TASK_RANKS);
-            tasks.extend(ranks.map(|rank| (*delta, chunk.clone(), rank..delta.ranks().min(rank + TASK_RANKS))));
+            let shrink = |rank: usize| Shrink {
+                delta,
+                rows: first..rows.end.min(first + CHUNK),
+                ranks: rank..delta.ranks().min(rank + TASK_RANKS),
+            };
+            tasks.extend((0..delta.ranks()).step_by(TASK_RANKS).map(shrink));
         }
     }
     let to = Shared(hidden.as_mut_ptr());
-    let work: usize = deltas.iter().map(|rows| rows.rows.len() * rows.delta.work()).sum();
+    let work: usize = deltas.rows().map(|(rows, delta)| rows.len() * delta.work()).sum();
     let body = |index: usize, _: usize| {
-        let (delta, rows, ranks) = &tasks[index];
+        let Shrink { delta, rows, ranks } = &tasks[index];
         let task = ShrinkTask {
             delta,
             ranks: ranks.clone(),
@@ -163,31 +196,37 @@ fn adapt<'a>(
         pool.run(tasks.len(), &body);
     }
     let hidden: &'a [f32] = hidden;
-    let mut adapted = vec![None; rows];
-    for DeltaRows { rows, delta } in deltas {
-        for row in rows.clone() {
+    lists.shrinks = reuse(tasks);
+    adapted.resize(rows, None);
+    for (rows, delta) in deltas.rows() {
+        for row in rows {
             adapted[row] = Some(Adapted { delta, hidden: &hidden[row * stride..][..delta.ranks()] });
         }
     }
     adapted
 }
 
-/// Copies `rows` rows of f32 so that place `i` of each holds its element `order[i]`.
-fn put_in_order(pool: &mut Pool, order: &[u32], rows: usize, stride: usize, from: &Shared<u8>, to: &Shared<u8>) {
-    assert!(order.len() * 4 <= stride, "a row holds what the order names");
-    pool.run(rows.div_ceil(CHUNK), &|chunk, _| {
-        for row in chunk * CHUNK..rows.min((chunk + 1) * CHUNK) {
-            // SAFETY: rows hold at least as many f32 as the order has places, as just checked, lie in both buffers, which were
-            // sized for them, and belong to this task.
-            let (from, to) = unsafe {
-                (
-                    std::slice::from_raw_parts(from.at(row * stride).cast::<f32>(), order.len()),
-                    std::slice::from_raw_parts_mut(to.at(row * stride).cast::<f32>(), order.len()),
-                )
-            };
-            to.iter_mut().zip(order).for_each(|(to, input)| *to = from[*input as usize]);
-        }
-    });
+/// Encodes `rows` rows as `weights` read them.
+pub(super) fn encode(
+    pool: &mut Pool,
+    run: unsafe fn(&EncodeTask<'_>),
+    (from, from_stride, format): (&Shared<u8>, usize, Format),
+    weights: &Packed,
+    rows: usize,
+    (to, stride, encoding): (&Shared<u8>, usize, Encoding),
+) {
+    let (depth, order) = (weights.depth(), weights.order());
+    assert!(order.is_none() || format == Format::F32, "weights with an order are integers, and inputs of others f32");
+    let body = |row: usize, _: usize| {
+        let (from, to) = (from.at(row * from_stride), to.at(row * stride));
+        // SAFETY: the row lies in both buffers and belongs to this task, and an order names its inputs alone.
+        unsafe { run(&EncodeTask { from, format, order, depth, to, encoding }) };
+    };
+    if rows * depth < ALONE {
+        (0..rows).for_each(|row| body(row, 0));
+    } else {
+        pool.run(rows, &body);
+    }
 }
 
 /// An output that tasks of one job share, each with rows and columns of its own.

@@ -28,6 +28,16 @@ impl Code {
         }
     }
 
+    /// Returns the lowest bit of code `index` of a word (see [`super::packed`]).
+    #[inline(always)]
+    pub(crate) const fn shift(self, index: usize) -> usize {
+        match self {
+            // The two inputs of a step stand in the two halves of a word: 0 and 2, 1 and 3, 4 and 6, 5 and 7.
+            Code::Int4 => index % 2 * 4 + index / 2 % 2 * 16 + index / 4 * 8,
+            Code::Int8 | Code::Fp8 => index * 8,
+        }
+    }
+
     /// The code that stands for zero when there are no offsets.
     pub(crate) const fn zero(self) -> f32 {
         match self {
@@ -57,8 +67,8 @@ impl Code {
 
 /// Widens a finite e4m3 without a branch.
 #[inline(always)]
-pub(crate) fn widen_e4m3(bits: u8) -> f32 {
-    let magnitude = f32::from_bits(u32::from(bits & 0x7f) << 20 | u32::from(bits & 0x80) << 24);
+pub(crate) const fn widen_e4m3(bits: u8) -> f32 {
+    let magnitude = f32::from_bits((bits as u32 & 0x7f) << 20 | (bits as u32 & 0x80) << 24);
     // The exponent is too small by 120; multiplying also makes normal numbers of subnormal ones.
     magnitude * f32::from_bits((127 + 120) << 23)
 }
@@ -74,17 +84,28 @@ pub(crate) struct Scheme {
     pub(crate) narrow: bool,
     /// Groups have offsets; without them the offset is `-scale * code.zero()`.
     pub(crate) offsets: bool,
+    /// Inputs are meant to have eight bits and one scale for a row, as in W8A8 checkpoints; those of other weights keep fifteen.
+    pub(crate) narrow_inputs: bool,
 }
 
 impl Scheme {
     /// One f32 scale for each output of `inputs` inputs, no offsets.
     pub(crate) fn per_output(code: Code, inputs: usize) -> Self {
-        Self { code, group: inputs.next_multiple_of(8), narrow: false, offsets: false }
+        Self { code, group: inputs.next_multiple_of(8), narrow: false, offsets: false, narrow_inputs: false }
     }
 
     /// Returns the groups of a row of `inputs` inputs.
     pub(crate) fn groups(&self, inputs: usize) -> usize {
         inputs.div_ceil(self.group)
+    }
+
+    /// Returns how many inputs of a row of `inputs` are summed before scales apply, where codes are multiplied as they are: a power
+    /// of two of which groups are whole multiples, up to 128, or 2048 where inputs have one scale anyway; `None` where that would be
+    /// too short to be worth it.
+    pub(crate) fn segment(&self, inputs: usize) -> Option<usize> {
+        let most = if self.narrow_inputs { 2048 } else { 128 };
+        let segment = if self.group >= inputs { most } else { greatest_common_divisor(self.group, most) };
+        Some(segment).filter(|segment| *segment >= 16)
     }
 
     /// Returns a scheme to which rows of either can be [brought](QuantizedRow::convert) without loss, if there is one.
@@ -99,6 +120,7 @@ impl Scheme {
             group: greatest_common_divisor(self.group, other.group),
             narrow: self.narrow && other.narrow,
             offsets: self.offsets || other.offsets,
+            narrow_inputs: self.narrow_inputs && other.narrow_inputs,
         })
     }
 }
@@ -202,7 +224,7 @@ mod tests {
 
     #[test]
     fn united_schemes_hold_the_same_weights() {
-        let scheme = |code, group, offsets| Scheme { code, group, narrow: true, offsets };
+        let scheme = |code, group, offsets| Scheme { code, group, narrow: true, offsets, narrow_inputs: false };
         let all = [
             scheme(Code::Int4, 32, false),
             scheme(Code::Int4, 32, true),

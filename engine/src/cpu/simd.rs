@@ -13,6 +13,8 @@ use crate::model::decoder::Activation;
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
 pub(crate) mod portable;
 
 /// A vector unit.
@@ -23,14 +25,13 @@ pub(crate) trait Simd: Copy {
     type W: Copy;
     /// Elements of a vector.
     const LANES: usize;
-    /// Rows of q that share the loaded keys of a tile of scores.
-    const SCORE_ROWS: usize;
 
     fn splat(self, value: f32) -> Self::F;
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
     fn sub(self, a: Self::F, b: Self::F) -> Self::F;
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
     fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// The larger of each lane; that of `b` where one is no number.
     fn max(self, a: Self::F, b: Self::F) -> Self::F;
     fn min(self, a: Self::F, b: Self::F) -> Self::F;
     /// `a * b + c`, rounded once where the machine can.
@@ -39,6 +40,8 @@ pub(crate) trait Simd: Copy {
     fn round(self, a: Self::F) -> Self::F;
     /// `2^n` for integers `n` in `-126 ..= 127`, and 0 for `n = -127`.
     fn pow2(self, n: Self::F) -> Self::F;
+    /// `a * 2^n` for `a` in `0.5 ..= 2` and integers `n` in `-150 ..= 127`; 0 for `n = -150`.
+    fn scale(self, a: Self::F, n: Self::F) -> Self::F;
     /// Sums of the lanes of each of four vectors.
     fn sum4(self, vectors: [Self::F; 4]) -> [f32; 4];
     /// The largest lane.
@@ -90,6 +93,26 @@ pub(crate) trait Simd: Copy {
     fn byte(self, words: Self::W, index: usize) -> Self::F;
     /// A byte of each word, as the finite e4m3 float it is; `index` 0 is the lowest.
     fn e4m3(self, words: Self::W, index: usize) -> Self::F;
+    fn splat_word(self, word: u32) -> Self::W;
+    /// `sum + a.0 * b.0 + a.1 * b.1 + a.2 * b.2 + a.3 * b.3` over the four bytes of each word, those of `a` unsigned and those of `b`
+    /// signed; exact, as an i32 in a word.
+    fn dot_bytes(self, sum: Self::W, a: Self::W, b: Self::W) -> Self::W;
+    /// `sum + a.0 * b.0 + a.1 * b.1` over the two i16 of each word; exact, as an i32 in a word.
+    fn dot_halves(self, sum: Self::W, a: Self::W, b: Self::W) -> Self::W;
+    /// `words >> (4 * nibbles) & mask`.
+    fn field(self, words: Self::W, nibbles: usize, mask: u32) -> Self::W;
+    /// Converts words that are i32 to floats.
+    fn integers(self, words: Self::W) -> Self::F;
+    /// Turns a square of `LANES` rows of `LANES` words, `from_stride` and `to_stride` words from row to row.
+    ///
+    /// # Safety
+    /// The square can be read at `from` and written at `to`, at any alignment.
+    unsafe fn transpose(self, from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize);
+    /// Writes pairs of one element of `first` and one of `second`, `2 * LANES` of them.
+    ///
+    /// # Safety
+    /// `2 * LANES` elements can be read at `first` and `second`, and as many pairs written at `to`, at any alignment.
+    unsafe fn interleave(self, first: *const u16, second: *const u16, to: *mut u32);
     /// Asks for a cache line that will be read soon; any address will do.
     fn prefetch(self, at: *const u8);
 }
@@ -103,9 +126,16 @@ pub(crate) trait DotBf16: Simd {
     /// `sum + a.0 * b.0 + a.1 * b.1` in the machine's order and rounding, which is the same for every call.
     fn dot(self, sum: Self::F, a: Self::Pairs, b: Self::Pairs) -> Self::F;
     fn splat_pair(self, pair: u32) -> Self::Pairs;
+    /// Rounds to the nearest bf16, ties to even, and pairs neighbours; those of the first vector come first.
+    fn round_pairs(self, values: [Self::F; 2]) -> Self::Pairs;
+    /// # Safety
+    /// `LANES` pairs can be written at `to`.
+    unsafe fn store_pairs(self, to: *mut u32, pairs: Self::Pairs);
     /// # Safety
     /// `LANES` pairs can be read at `from`.
     unsafe fn load_pairs(self, from: *const u32) -> Self::Pairs;
+    /// Widens the finite e4m3 floats of each word: the first two bytes as a pair, and the last two.
+    fn e4m3_pairs(self, words: Self::W) -> [Self::Pairs; 2];
 }
 
 /// `2^x`, within 2 units in the last place; 0 from `x <= -126.5` on, and so for minus infinity.
@@ -130,6 +160,21 @@ pub(crate) fn exp2<S: Simd>(simd: S, x: S::F) -> S::F {
         sum = simd.fma(sum, part, simd.splat(*coefficient));
     }
     simd.mul(sum, simd.pow2(whole))
+}
+
+/// `2^x` for `x` below 127, within 3e-6 of itself, a hundredth of what rounding to bf16 takes; 0 for minus infinity.
+#[inline(always)]
+pub(crate) fn exp2_short<S: Simd>(simd: S, x: S::F) -> S::F {
+    // The polynomial of the fourth degree whose largest relative error on [-0.5, 0.5] is least (Remez).
+    const COEFFICIENTS: [f32; 5] = [0.999_999_3, 0.693_121_8, 0.240_247_44, 0.055_917_86, 0.009_570_102];
+    let x = simd.max(x, simd.splat(-150.0));
+    let whole = simd.round(x);
+    let part = simd.sub(x, whole);
+    let mut sum = simd.splat(COEFFICIENTS[4]);
+    for coefficient in COEFFICIENTS[..4].iter().rev() {
+        sum = simd.fma(sum, part, simd.splat(*coefficient));
+    }
+    simd.scale(sum, whole)
 }
 
 /// `tanh x`, within 2e-7.

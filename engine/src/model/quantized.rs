@@ -199,7 +199,8 @@ impl<'a> Part<'a, '_> {
         let zeros: Vec<f32> = (0..scales.len()).map(|at| zero(at / groups, at % groups)).collect();
         let offsets = offsets(code, &scales, &zeros);
         let narrow = self.dtype("scales") == Some(Dtype::F16);
-        let scheme = Scheme { code, group: group.next_multiple_of(8), narrow, offsets: !offsets.is_empty() };
+        let group = group.next_multiple_of(8);
+        let scheme = Scheme { code, group, narrow, offsets: !offsets.is_empty(), narrow_inputs: false };
         Ok((scheme, scales, offsets))
     }
 

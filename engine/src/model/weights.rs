@@ -2,7 +2,7 @@
 
 use crate::{
     Error, LoadProgress,
-    cpu::packed::{PANEL, Packed, WeightType},
+    cpu::packed::{PANEL, Packed},
     model::{
         checkpoint::{Checkpoint, ElementType},
         decoder::{Decoder, QkNorm, QkvNames, UpNames},
@@ -200,9 +200,9 @@ impl Weights {
         self.layers.iter().flat_map(Layer::linears).chain([&self.head])
     }
 
-    /// Returns how the weights of each linear are kept.
-    pub(crate) fn types(&self) -> impl Iterator<Item = WeightType> {
-        self.linears().map(|linear| linear.packed.weights())
+    /// Returns the weights of each linear.
+    pub(crate) fn packed(&self) -> impl Iterator<Item = &Packed> {
+        self.linears().map(|linear| &linear.packed)
     }
 
     /// Returns the bytes of all packed weights and of the embedding.
@@ -214,6 +214,15 @@ impl Weights {
             Embedding::Rows { bytes, .. } => bytes.len(),
         };
         (packed + rows) as u64
+    }
+
+    /// Returns the bytes of all experts, without routers and what is shared.
+    pub(crate) fn expert_bytes(&self) -> u64 {
+        let of_layer = |layer: &Layer| match &layer.mlp {
+            Mlp::Experts(experts) => experts.gate_up.packed.bytes() + experts.down.packed.bytes(),
+            Mlp::Dense(_) | Mlp::Plain(_) => 0,
+        };
+        self.layers.iter().map(of_layer).sum::<usize>() as u64
     }
 
     /// Packs the tensors of `checkpoint` that `decoder` names: quantised as `quantization` says, or as `quantize` asks.

@@ -3,9 +3,9 @@
 use super::{
     Runner,
     golden::{F32, Tolerance, check_model},
-    load, repository,
+    load, repository, watched,
 };
-use crate::{Error, Model, Sampling, TokenId, cpu::kernels::Kernels};
+use crate::{Error, Model, TokenId, cpu::kernels::Kernels};
 use ::gguf::{File, TensorType, Writer};
 use safetensors::SafeTensors;
 use serde::Deserialize;
@@ -43,12 +43,13 @@ fn check(name: &str, dtype: &str) {
     for kernels in Kernels::available() {
         let mut runner = Runner::new(model.clone(), kernels);
         for prompt in &expected.prompts {
-            runner.draw(&prompt.ids, 0, 33, &Sampling::default());
+            runner.draw(&prompt.ids, 0, 33, &watched());
             let logits = runner.engine.logits(0).expect("the row was sampled");
             let largest = prompt.logits.iter().fold(0.0_f32, |largest, logit| largest.max(logit.abs()));
             let worst = logits.iter().zip(&prompt.logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert_eq!(logits.len(), prompt.logits.len(), "{name}");
-            assert!(worst <= 1e-4 * largest, "{name} {}: logits differ by {worst} of {largest}", kernels.name);
+            // Inputs have fifteen bits where weights are integers.
+            assert!(worst <= 3e-4 * largest, "{name} {}: logits differ by {worst} of {largest}", kernels.name);
         }
     }
 }

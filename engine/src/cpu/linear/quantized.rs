@@ -1,4 +1,4 @@
-//! Sums over quantised weights.
+//! Sums over quantised weights that are widened: where [`super::codes`] cannot serve.
 //!
 //! A step loads a word of each output, eight or four codes of neighbouring inputs, and widens one input's codes after the other:
 //! `weight = scale * code + offset`, rounded once, from scales and offsets that stay in registers for a group. What follows is
@@ -7,13 +7,10 @@
 
 use super::{BLOCK_BYTES, Block, PREFETCH_BYTES, PanelSums};
 use crate::cpu::{
-    packed::{Groups, PANEL},
+    packed::{Groups, PANEL, WORD_BYTES},
     scheme,
     simd::Simd,
 };
-
-/// Bytes of a word of each output of a panel.
-const WORD_BYTES: usize = 4 * PANEL;
 
 /// How codes of one kind are widened.
 pub(crate) trait Code<S: Simd> {
@@ -32,7 +29,7 @@ impl<S: Simd> Code<S> for Int4 {
 
     #[inline(always)]
     fn widen(simd: S, words: S::W, index: usize) -> S::F {
-        simd.nibble(words, index)
+        simd.nibble(words, scheme::Code::Int4.shift(index) / 4)
     }
 }
 

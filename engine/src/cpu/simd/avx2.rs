@@ -30,7 +30,6 @@ impl Simd for Avx2 {
     type F = __m256;
     type W = __m256i;
     const LANES: usize = 8;
-    const SCORE_ROWS: usize = 2;
 
     #[inline(always)]
     fn splat(self, value: f32) -> __m256 {
@@ -83,6 +82,11 @@ impl Simd for Avx2 {
             let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
             _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
         }
+    }
+
+    #[inline(always)]
+    fn scale(self, a: __m256, n: __m256) -> __m256 {
+        self.mul(a, self.pow2(self.max(n, self.splat(-127.0))))
     }
 
     #[inline(always)]
@@ -214,7 +218,88 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn splat_word(self, word: u32) -> __m256i {
+        unsafe { _mm256_set1_epi32(word as i32) }
+    }
+
+    #[inline(always)]
+    fn dot_bytes(self, sum: __m256i, a: __m256i, b: __m256i) -> __m256i {
+        unsafe {
+            // Even and odd bytes apart, as i16: two products of them fit an i32, and nothing saturates.
+            let even = (_mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(b)));
+            let odd = (_mm256_srli_epi16::<8>(a), _mm256_srai_epi16::<8>(b));
+            let products = _mm256_add_epi32(_mm256_madd_epi16(even.0, even.1), _mm256_madd_epi16(odd.0, odd.1));
+            _mm256_add_epi32(sum, products)
+        }
+    }
+
+    #[inline(always)]
+    fn dot_halves(self, sum: __m256i, a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)) }
+    }
+
+    #[inline(always)]
+    fn field(self, words: __m256i, nibbles: usize, mask: u32) -> __m256i {
+        unsafe {
+            let low = _mm256_srl_epi32(words, _mm_cvtsi32_si128(4 * nibbles as i32));
+            _mm256_and_si256(low, _mm256_set1_epi32(mask as i32))
+        }
+    }
+
+    #[inline(always)]
+    fn integers(self, words: __m256i) -> __m256 {
+        unsafe { _mm256_cvtepi32_ps(words) }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(self, from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize) {
+        unsafe {
+            for four in (0..8).step_by(4) {
+                let from = from.add(four);
+                let [a, b, c, d] = [
+                    every_fourth(from, from_stride),
+                    every_fourth(from.add(from_stride), from_stride),
+                    every_fourth(from.add(2 * from_stride), from_stride),
+                    every_fourth(from.add(3 * from_stride), from_stride),
+                ];
+                // Squares of four words, which unpacking turns in each half.
+                let ab = [_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b)];
+                let cd = [_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d)];
+                let to = to.add(four * to_stride);
+                _mm256_storeu_si256(to.cast(), _mm256_unpacklo_epi64(ab[0], cd[0]));
+                _mm256_storeu_si256(to.add(to_stride).cast(), _mm256_unpackhi_epi64(ab[0], cd[0]));
+                _mm256_storeu_si256(to.add(2 * to_stride).cast(), _mm256_unpacklo_epi64(ab[1], cd[1]));
+                _mm256_storeu_si256(to.add(3 * to_stride).cast(), _mm256_unpackhi_epi64(ab[1], cd[1]));
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn interleave(self, first: *const u16, second: *const u16, to: *mut u32) {
+        unsafe {
+            let (first, second) = (_mm256_loadu_si256(first.cast()), _mm256_loadu_si256(second.cast()));
+            let low = _mm256_unpacklo_epi16(first, second);
+            let high = _mm256_unpackhi_epi16(first, second);
+            _mm256_storeu_si256(to.cast(), _mm256_permute2x128_si256::<0x20>(low, high));
+            _mm256_storeu_si256(to.add(8).cast(), _mm256_permute2x128_si256::<0x31>(low, high));
+        }
+    }
+
+    #[inline(always)]
     fn prefetch(self, at: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+}
+
+/// Loads the first four words of a row and of the fourth after it, one row to each half.
+///
+/// # Safety
+/// The machine has AVX2, and the rows can be read.
+#[inline(always)]
+unsafe fn every_fourth(rows: *const u32, stride: usize) -> __m256i {
+    // SAFETY: the caller's word.
+    unsafe {
+        let first = _mm256_castsi128_si256(_mm_loadu_si128(rows.cast()));
+        _mm256_inserti128_si256::<1>(first, _mm_loadu_si128(rows.add(4 * stride).cast()))
     }
 }

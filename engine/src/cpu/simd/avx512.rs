@@ -1,9 +1,11 @@
 //! AVX-512: sixteen lanes, thirty-two registers, and with BF16 two products of bf16 for each lane and instruction.
 
 use super::{DotBf16, Simd};
+use crate::cpu::scheme::widen_e4m3;
 use std::arch::x86_64::*;
 
-/// The AVX-512 unit of this machine; with `BF16`, one that has the bf16 instructions.
+/// The AVX-512 unit of this machine; with `BF16`, one that has the bf16 instructions and those for bytes that came before them
+/// (VNNI, VBMI).
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Avx512<const BF16: bool>(());
 
@@ -14,7 +16,10 @@ impl<const BF16: bool> Avx512<BF16> {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl")
-            && (!BF16 || is_x86_feature_detected!("avx512bf16"))
+            && (!BF16
+                || (is_x86_feature_detected!("avx512bf16")
+                    && is_x86_feature_detected!("avx512vnni")
+                    && is_x86_feature_detected!("avx512vbmi")))
     }
 
     /// Makes the token.
@@ -34,7 +39,6 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     type F = __m512;
     type W = __m512i;
     const LANES: usize = 16;
-    const SCORE_ROWS: usize = 4;
 
     #[inline(always)]
     fn splat(self, value: f32) -> __m512 {
@@ -87,6 +91,11 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
             let exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
             _mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent))
         }
+    }
+
+    #[inline(always)]
+    fn scale(self, a: __m512, n: __m512) -> __m512 {
+        unsafe { _mm512_scalef_ps(a, n) }
     }
 
     #[inline(always)]
@@ -178,6 +187,10 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     #[inline(always)]
     fn round_bf16(self, value: __m512) -> __m512 {
         unsafe {
+            if BF16 {
+                let bits: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(value));
+                return _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)));
+            }
             // Adds just under half of the last kept bit, and that bit itself so that ties go to even; a NaN only has to stay one.
             let bits = _mm512_castps_si512(value);
             let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
@@ -221,8 +234,104 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
 
     #[inline(always)]
+    fn splat_word(self, word: u32) -> __m512i {
+        unsafe { _mm512_set1_epi32(word as i32) }
+    }
+
+    #[inline(always)]
+    fn dot_bytes(self, sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        unsafe {
+            if BF16 {
+                return _mm512_dpbusd_epi32(sum, a, b);
+            }
+            // Even and odd bytes apart, as i16: two products of them fit an i32, and nothing saturates.
+            let even = (_mm512_and_si512(a, _mm512_set1_epi16(255)), _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(b)));
+            let odd = (_mm512_srli_epi16::<8>(a), _mm512_srai_epi16::<8>(b));
+            let products = _mm512_add_epi32(_mm512_madd_epi16(even.0, even.1), _mm512_madd_epi16(odd.0, odd.1));
+            _mm512_add_epi32(sum, products)
+        }
+    }
+
+    #[inline(always)]
+    fn dot_halves(self, sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        unsafe { if BF16 { _mm512_dpwssd_epi32(sum, a, b) } else { _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)) } }
+    }
+
+    #[inline(always)]
+    fn field(self, words: __m512i, nibbles: usize, mask: u32) -> __m512i {
+        unsafe {
+            let low = _mm512_srl_epi32(words, _mm_cvtsi32_si128(4 * nibbles as i32));
+            _mm512_and_si512(low, _mm512_set1_epi32(mask as i32))
+        }
+    }
+
+    #[inline(always)]
+    fn integers(self, words: __m512i) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(words) }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(self, from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize) {
+        unsafe {
+            for four in (0..16).step_by(4) {
+                let from = from.add(four);
+                let [a, b, c, d] = [
+                    every_fourth(from, from_stride),
+                    every_fourth(from.add(from_stride), from_stride),
+                    every_fourth(from.add(2 * from_stride), from_stride),
+                    every_fourth(from.add(3 * from_stride), from_stride),
+                ];
+                // Squares of four words, which unpacking turns in each quarter.
+                let ab = [_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)];
+                let cd = [_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d)];
+                let to = to.add(four * to_stride);
+                _mm512_storeu_si512(to.cast(), _mm512_unpacklo_epi64(ab[0], cd[0]));
+                _mm512_storeu_si512(to.add(to_stride).cast(), _mm512_unpackhi_epi64(ab[0], cd[0]));
+                _mm512_storeu_si512(to.add(2 * to_stride).cast(), _mm512_unpacklo_epi64(ab[1], cd[1]));
+                _mm512_storeu_si512(to.add(3 * to_stride).cast(), _mm512_unpackhi_epi64(ab[1], cd[1]));
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn interleave(self, first: *const u16, second: *const u16, to: *mut u32) {
+        // Element `i` of the first next to element `i` of the second, which the instruction counts from 32 on.
+        const PAIRS: [u16; 64] = {
+            let mut pairs = [0; 64];
+            let mut at = 0;
+            while at < 64 {
+                pairs[at] = at as u16 / 2 + at as u16 % 2 * 32;
+                at += 1;
+            }
+            pairs
+        };
+        unsafe {
+            let (first, second) = (_mm512_loadu_si512(first.cast()), _mm512_loadu_si512(second.cast()));
+            let (low, high) =
+                (_mm512_loadu_si512(PAIRS.as_ptr().cast()), _mm512_loadu_si512(PAIRS[32..].as_ptr().cast()));
+            _mm512_storeu_si512(to.cast(), _mm512_permutex2var_epi16(first, low, second));
+            _mm512_storeu_si512(to.add(16).cast(), _mm512_permutex2var_epi16(first, high, second));
+        }
+    }
+
+    #[inline(always)]
     fn prefetch(self, at: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+}
+
+/// Loads the first four words of every fourth row, one row to each quarter.
+///
+/// # Safety
+/// The machine has AVX-512, and the rows can be read.
+#[inline(always)]
+unsafe fn every_fourth(rows: *const u32, stride: usize) -> __m512i {
+    // SAFETY: the caller's word.
+    unsafe {
+        let quarters = _mm512_castsi128_si512(_mm_loadu_si128(rows.cast()));
+        let quarters = _mm512_inserti32x4::<1>(quarters, _mm_loadu_si128(rows.add(4 * stride).cast()));
+        let quarters = _mm512_inserti32x4::<2>(quarters, _mm_loadu_si128(rows.add(8 * stride).cast()));
+        _mm512_inserti32x4::<3>(quarters, _mm_loadu_si128(rows.add(12 * stride).cast()))
     }
 }
 
@@ -245,7 +354,46 @@ impl DotBf16 for Avx512<true> {
     }
 
     #[inline(always)]
+    fn round_pairs(self, [first, second]: [__m512; 2]) -> __m512i {
+        unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(second, first)) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_pairs(self, to: *mut u32, pairs: __m512i) {
+        unsafe { _mm512_storeu_si512(to.cast(), pairs) }
+    }
+
+    #[inline(always)]
     unsafe fn load_pairs(self, from: *const u32) -> __m512i {
         unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+
+    #[inline(always)]
+    fn e4m3_pairs(self, words: __m512i) -> [__m512i; 2] {
+        /// The lower and the upper byte of the bf16 of every magnitude.
+        static BYTES: [[u8; 128]; 2] = {
+            let (mut bytes, mut code) = ([[0; 128]; 2], 0);
+            while code < 128 {
+                let high = (widen_e4m3(code as u8).to_bits() >> 16) as u16;
+                (bytes[0][code], bytes[1][code]) = (high as u8, (high >> 8) as u8);
+                code += 1;
+            }
+            bytes
+        };
+        #[inline(always)]
+        unsafe fn half(bytes: &[u8; 128], at: usize) -> __m512i {
+            unsafe { _mm512_loadu_si512(bytes.as_ptr().add(at).cast()) }
+        }
+        unsafe {
+            // A look-up heeds the lowest seven bits of an index: the sign is left out.
+            let low = _mm512_permutex2var_epi8(half(&BYTES[0], 0), words, half(&BYTES[0], 64));
+            let high = _mm512_permutex2var_epi8(half(&BYTES[1], 0), words, half(&BYTES[1], 64));
+            let high = _mm512_or_si512(high, _mm512_and_si512(words, _mm512_set1_epi8(0x80_u8 as i8)));
+            // Four bf16 of a word stand in two lanes now; what belongs together is gathered from both halves.
+            let a = _mm512_castsi512_ps(_mm512_unpacklo_epi8(low, high));
+            let b = _mm512_castsi512_ps(_mm512_unpackhi_epi8(low, high));
+            let (first, last) = (_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xdd>(a, b));
+            [_mm512_castps_si512(first), _mm512_castps_si512(last)]
+        }
     }
 }

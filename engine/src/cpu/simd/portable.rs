@@ -35,7 +35,6 @@ impl Simd for Portable {
     type F = F;
     type W = [u32; LANES];
     const LANES: usize = LANES;
-    const SCORE_ROWS: usize = 1;
 
     #[inline(always)]
     fn splat(self, value: f32) -> F {
@@ -97,6 +96,11 @@ impl Simd for Portable {
             let n = unsafe { n.to_int_unchecked::<i32>() };
             f32::from_bits(((n + 127) << 23) as u32)
         })
+    }
+
+    #[inline(always)]
+    fn scale(self, a: F, n: F) -> F {
+        self.mul(a, self.pow2(self.max(n, self.splat(-127.0))))
     }
 
     #[inline(always)]
@@ -196,6 +200,62 @@ impl Simd for Portable {
     #[inline(always)]
     fn e4m3(self, words: [u32; LANES], index: usize) -> F {
         words.map(|word| widen_e4m3((word >> (8 * index)) as u8))
+    }
+
+    #[inline(always)]
+    fn splat_word(self, word: u32) -> [u32; LANES] {
+        [word; LANES]
+    }
+
+    #[inline(always)]
+    fn dot_bytes(self, sum: [u32; LANES], a: [u32; LANES], b: [u32; LANES]) -> [u32; LANES] {
+        std::array::from_fn(|lane| {
+            let product = |byte: u32| (a[lane] >> (8 * byte) & 255) as i32 * i32::from((b[lane] >> (8 * byte)) as i8);
+            let products = product(0) + product(1) + product(2) + product(3);
+            sum[lane].wrapping_add_signed(products)
+        })
+    }
+
+    #[inline(always)]
+    fn dot_halves(self, sum: [u32; LANES], a: [u32; LANES], b: [u32; LANES]) -> [u32; LANES] {
+        std::array::from_fn(|lane| {
+            let product = |shift: u32| i32::from((a[lane] >> shift) as i16) * i32::from((b[lane] >> shift) as i16);
+            sum[lane].wrapping_add_signed(product(0) + product(16))
+        })
+    }
+
+    #[inline(always)]
+    fn field(self, words: [u32; LANES], nibbles: usize, mask: u32) -> [u32; LANES] {
+        words.map(|word| word >> (4 * nibbles) & mask)
+    }
+
+    #[inline(always)]
+    fn integers(self, words: [u32; LANES]) -> F {
+        words.map(|word| word as i32 as f32)
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(self, from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize) {
+        for column in 0..LANES {
+            // SAFETY: the caller vouches for both squares.
+            unsafe {
+                let words: [u32; LANES] =
+                    std::array::from_fn(|row| from.add(row * from_stride + column).read_unaligned());
+                to.add(column * to_stride).cast::<[u32; LANES]>().write_unaligned(words);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn interleave(self, first: *const u16, second: *const u16, to: *mut u32) {
+        // SAFETY: the caller vouches for twice LANES elements and pairs.
+        unsafe {
+            let first = first.cast::<[u16; 2 * LANES]>().read_unaligned();
+            let second = second.cast::<[u16; 2 * LANES]>().read_unaligned();
+            let pairs: [u32; 2 * LANES] =
+                std::array::from_fn(|lane| u32::from(first[lane]) | u32::from(second[lane]) << 16);
+            to.cast::<[u32; 2 * LANES]>().write_unaligned(pairs);
+        }
     }
 
     #[inline(always)]

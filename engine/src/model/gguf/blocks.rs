@@ -80,7 +80,7 @@ fn scheme(kind: TensorType) -> Option<Scheme> {
         TensorType::Q6K => (Code::Int8, 16, false, false),
         TensorType::F32 | TensorType::F16 | TensorType::Bf16 | TensorType::Other(_) => return None,
     };
-    Some(Scheme { code, group, narrow, offsets })
+    Some(Scheme { code, group, narrow, offsets, narrow_inputs: false })
 }
 
 /// Returns the f16 numbers that a block's weights are multiples of; the second is 0 where there is one.

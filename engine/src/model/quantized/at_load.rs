@@ -17,7 +17,7 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Quantize {
-    /// 8-bit integers, one scale for each output.
+    /// 8-bit integers, one scale for each output, and activations of eight bits, one scale for each token (W8A8).
     Int8,
     /// 4-bit integers, one scale for each 32 inputs of an output.
     Int4,
@@ -38,15 +38,17 @@ impl Quantize {
     /// Returns how a linear of `inputs` inputs is quantised.
     pub(crate) fn scheme(self, inputs: usize) -> Scheme {
         match self {
-            Quantize::Int8 => Scheme::per_output(Code::Int8, inputs),
-            Quantize::Int4 => Scheme { code: Code::Int4, group: 32, narrow: true, offsets: false },
+            Quantize::Int8 => Scheme { narrow_inputs: true, ..Scheme::per_output(Code::Int8, inputs) },
+            Quantize::Int4 => {
+                Scheme { code: Code::Int4, group: 32, narrow: true, offsets: false, narrow_inputs: false }
+            }
             Quantize::Fp8 => Scheme::per_output(Code::Fp8, inputs),
         }
     }
 
     /// Returns how the head is quantised.
     pub(crate) fn head_scheme(self) -> Scheme {
-        Scheme { code: Code::Int8, group: 32, narrow: true, offsets: false }
+        Scheme { code: Code::Int8, group: 32, narrow: true, offsets: false, narrow_inputs: false }
     }
 }
 

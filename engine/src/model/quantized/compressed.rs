@@ -31,6 +31,8 @@ struct Rule {
     strategy: Strategy,
     /// Zero points are stored.
     zeros: bool,
+    /// Activations are eight-bit integers, too.
+    narrow_inputs: bool,
 }
 
 #[derive(Debug)]
@@ -166,12 +168,14 @@ impl Rule {
         if zeros && code == Code::Fp8 {
             return Err(".weights.symmetric: false is not supported for float".into());
         }
-        if let Some(activations) = group.get("input_activations").filter(|value| !value.is_null()) {
+        let activations = group.get("input_activations").filter(|value| !value.is_null());
+        if let Some(activations) = activations {
             let at = |problem: String| format!(".input_activations{problem}");
             bits(activations, "num_bits", &[8]).map_err(at)?;
         }
+        let narrow_inputs = activations.is_some() && code == Code::Int8;
         let targets = targets(group, "targets")?;
-        Ok(Self { targets, packed, code, strategy, zeros })
+        Ok(Self { targets, packed, code, strategy, zeros, narrow_inputs })
     }
 
     /// Reads the scales, `[outputs][groups]`, and the inputs of a group.
@@ -196,7 +200,8 @@ impl Rule {
 
     fn scheme(&self, part: &Part<'_, '_>, group: usize, offsets: bool) -> Scheme {
         let narrow = part.dtype("weight_scale") == Some(Dtype::F16);
-        Scheme { code: self.code, group: group.next_multiple_of(8), narrow, offsets }
+        let group = group.next_multiple_of(8);
+        Scheme { code: self.code, group, narrow, offsets, narrow_inputs: self.narrow_inputs }
     }
 
     fn floats<'a>(&self, part: &Part<'a, '_>) -> Result<Grouped<'a>, Error> {

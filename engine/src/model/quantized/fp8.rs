@@ -79,7 +79,12 @@ pub(super) fn in_blocks<'a>(
     let blocks = part.scales(scale, &[part.outputs.div_ceil(rows), groups])?;
     let scales =
         (0..part.outputs).flat_map(|output| blocks[output / rows * groups..][..groups].iter().copied()).collect();
-    grouped(part, scale, Scheme { code: Code::Fp8, group: columns, narrow: false, offsets: false }, scales)
+    grouped(
+        part,
+        scale,
+        Scheme { code: Code::Fp8, group: columns, narrow: false, offsets: false, narrow_inputs: false },
+        scales,
+    )
 }
 
 /// Reads a matrix of e4m3 under `scheme`, given its scales.
