@@ -4,6 +4,36 @@ use super::{Cpu, Shared, Span, attention::AttentionTask, lock, pages::LayerPages
 use crate::KvMemory;
 use std::ops::Range;
 
+/// Tasks for each thread below which parts are computed apart, and pieces for each thread that they then become.
+const FEW_TASKS: usize = 4;
+const PIECES: usize = 8;
+
+/// How attention is dealt out; kept from layer to layer and step to step so that nothing is allocated.
+#[derive(Debug, Default)]
+pub(super) struct Dealing {
+    tiles: Vec<Tile>,
+    pieces: Vec<Piece>,
+    /// What pieces leave; grows to what the longest sequence needs.
+    states: Vec<f32>,
+}
+
+/// Some tokens of a span, which are a task with each group of heads.
+#[derive(Clone, Copy, Debug)]
+struct Tile {
+    span: usize,
+    /// First token, counted from the span's.
+    first: usize,
+}
+
+/// Some parts of a task that are computed apart.
+#[derive(Debug)]
+struct Piece {
+    task: usize,
+    parts: Range<usize>,
+    /// Their states in [`Dealing::states`].
+    floats: Range<usize>,
+}
+
 impl Cpu {
     /// Attends over the pages of layer `layer`; rows of `spans` are those of the step.
     pub(crate) fn attend(&mut self, spans: &[Span<'_>], window: Option<usize>, memory: &KvMemory, layer: usize) {
@@ -18,22 +48,16 @@ impl Cpu {
         let shape = sizes.attention;
         let groups = sizes.heads / shape.group;
         let each = shape.task_tokens();
-        // Later tokens of a prompt see more: tasks go from the back so that the longest start first.
-        let tiles = |span: &Span<'_>| span.tokens.div_ceil(each);
-        let total: usize = spans.iter().map(tiles).sum::<usize>() * groups;
+        let Dealing { tiles, pieces, states } = &mut self.dealing;
+        tiles.clear();
+        for (span, tokens) in spans.iter().map(|span| span.tokens).enumerate() {
+            // Later tokens of a prompt see more: tasks go from the back so that the longest start first.
+            tiles.extend((0..tokens).step_by(each).rev().map(|first| Tile { span, first }));
+        }
+        let total = tiles.len() * groups;
         let task = |index: usize| {
-            let group = index % groups;
-            let mut tile = index / groups;
-            let span = spans.iter().find(|span| {
-                let here = tiles(span);
-                if tile >= here {
-                    tile -= here;
-                    return false;
-                }
-                true
-            });
-            let span = span.expect("the index is below the number of tiles");
-            let first = (tiles(span) - 1 - tile) * each;
+            let (group, Tile { span, first }) = (index % groups, tiles[index / groups]);
+            let span = &spans[span];
             let row = span.first + first;
             AttentionTask {
                 shape,
@@ -52,8 +76,11 @@ impl Cpu {
                 format: sizes.format,
             }
         };
-        let (scratch, kernels) = (&self.scratch, self.kernels);
-        let pieces = if total < 2 * self.pool.threads() { pieces(total, &task) } else { Vec::new() };
+        let (scratch, kernels, threads) = (&self.scratch, self.kernels, self.pool.threads());
+        pieces.clear();
+        if threads > 1 && total < FEW_TASKS * threads {
+            cut(pieces, total, PIECES * threads, &task);
+        }
         if pieces.len() <= total {
             self.pool.run(total, &|index, thread| {
                 // SAFETY: rows lie in the buffers, pages were checked when the step began and their contents are final for
@@ -64,17 +91,18 @@ impl Cpu {
         }
 
         // Fewer tasks than threads could take, and long sequences: their parts are computed apart.
-        let floats = pieces.iter().map(|piece| piece.floats.end).max().unwrap_or(0);
-        if self.parts.len() < floats {
-            self.parts.resize(floats, 0.0);
+        let floats = pieces.last().map_or(0, |piece| piece.floats.end);
+        if states.len() < floats {
+            states.resize(floats, 0.0);
         }
-        let parts = Shared(self.parts.as_mut_ptr());
+        let states = Shared(states.as_mut_ptr());
         self.pool.run(pieces.len(), &|index, thread| {
             let piece = &pieces[index];
             // SAFETY: as above, and every piece has its own floats.
             unsafe {
-                let out = std::slice::from_raw_parts_mut(parts.at(piece.floats.start), piece.floats.len());
-                (kernels.attention_part)(&task(piece.task), piece.part, out, lock(&scratch[thread]).floats_mut());
+                let out = std::slice::from_raw_parts_mut(states.at(piece.floats.start), piece.floats.len());
+                let scratch = &mut *lock(&scratch[thread]);
+                (kernels.attention_parts)(&task(piece.task), piece.parts.clone(), out, scratch.floats_mut());
             }
         });
         self.pool.run(total, &|index, thread| {
@@ -83,33 +111,26 @@ impl Cpu {
             let last = own.next_back().unwrap_or(first);
             // SAFETY: as above; the pieces of a task follow each other and are complete.
             unsafe {
-                let states = std::slice::from_raw_parts_mut(parts.at(first.start), last.end - first.start);
+                let states = std::slice::from_raw_parts_mut(states.at(first.start), last.end - first.start);
                 (kernels.attention_merge)(&task(index), states, lock(&scratch[thread]).floats_mut());
             }
         });
     }
 }
 
-/// One part of an attention task, computed apart.
-#[derive(Debug)]
-struct Piece {
-    task: usize,
-    part: usize,
-    /// Its state in [`Cpu::parts`].
-    floats: Range<usize>,
-}
-
-/// Lists the parts of `tasks` tasks, task by task.
-fn pieces<'a>(tasks: usize, task: &dyn Fn(usize) -> AttentionTask<'a>) -> Vec<Piece> {
-    let mut pieces = Vec::new();
+/// Cuts `tasks` tasks into about `wanted` pieces of whole parts, task by task.
+fn cut<'a>(pieces: &mut Vec<Piece>, tasks: usize, wanted: usize, task: &dyn Fn(usize) -> AttentionTask<'a>) {
+    let parts: usize = (0..tasks).map(|index| task(index).parts().len()).sum();
+    let each = parts.div_ceil(wanted);
     let mut floats = 0;
     for index in 0..tasks {
         let task = task(index);
-        for part in task.parts() {
-            let end = floats + task.state_floats();
-            pieces.push(Piece { task: index, part, floats: floats..end });
+        let parts = task.parts();
+        for first in parts.clone().step_by(each) {
+            let parts = first..parts.end.min(first + each);
+            let end = floats + parts.len() * task.state_floats();
+            pieces.push(Piece { task: index, parts, floats: floats..end });
             floats = end;
         }
     }
-    pieces
 }

@@ -1,32 +1,51 @@
-//! Attention over pages.
+//! Attention over pages: two linears whose weights are the cache, and a softmax between them.
 //!
-//! Positions are cut at fixed places, whatever the batch: into *parts* of 512 and those into *blocks* of 32. Within a part
-//! the softmax runs online over its blocks (arXiv 2205.14135); parts are merged from first to last. Both cuts are counted from
-//! position 0, so a query's bits depend on its position and its window alone: not on the chunk it is computed in, not on its
-//! neighbours, not on whether parts were computed by one thread or by several.
+//! Positions are cut at fixed places, whatever the batch: into *parts* of 512 and those into *blocks* of 64, the columns of a
+//! panel. A block's keys and values are brought into panels ([`panels`]) and meet all rows of a task in the register tiles of
+//! [`super::linear`]: scores are queries times keys, and outputs add probabilities times values. Within a part the softmax runs
+//! online over its blocks (arXiv 2205.14135); parts are merged from first to last. All cuts are counted from position 0, so a
+//! query's bits depend on its position and its window alone: not on the chunk it is computed in, not on its neighbours, not on
+//! whether parts were computed by one thread or by several.
 //!
-//! A task holds queries of one sequence that share a key/value head: the heads of a group for one or several tokens. They
-//! share the loaded keys and values, which are widened to f32 once for all of them. Scores are in units of log2.
+//! A task holds queries of one sequence that share a key/value head: the heads of a group for one or several tokens. Many rows
+//! pay little for a block's panels; one token's rows are as fast as memory gives its keys and values, of which the next block's
+//! are asked for while one is brought in. Scores are in units of log2.
+//!
+//! Precision: where pages hold bf16, or codes that bf16 holds exactly, queries and probabilities are rounded to bf16 as inputs
+//! of bf16 weights are; a token's scale multiplies its scores, and its probabilities before they are rounded. What is divided by
+//! is the sum of rounded probabilities, so that rounding them does not make their sum other than one. With f32 and f16 pages
+//! everything stays f32.
 //!
 //! What a query must not see has probability 0 and is still multiplied where a neighbour sees it: harmless, because
-//! everything up to the last token of a task is finite, and everything after it is zero.
+//! everything up to the last token of a task is finite.
 
 use super::{
     format::Format,
-    pages::{LayerPages, Slot},
+    linear::{Block, F32, PanelSums, Tiled},
+    packed::{Groups, PANEL},
+    pages::LayerPages,
     simd::{Simd, exp2, tanh},
 };
 use crate::model::latent::LatentShape;
 use kv_cache::PageId;
+use panels::{Elements, Panels};
+use std::ops::Range;
+
+mod panels;
 
 /// Positions that are merged online before a part's result is final.
 const PART: usize = 512;
-/// Positions whose scores are computed at once.
-const BLOCK: usize = 32;
-/// Lanes kept of a row's sum of probabilities; a vector of the widest unit.
+/// Positions whose scores are computed at once: the columns of a panel.
+const BLOCK: usize = PANEL;
+/// Lanes kept of a row's sum of probabilities; a vector of the widest unit, others leave the last ones zero.
 const SUM_LANES: usize = 16;
+/// How far scores may rise above a row's reference, in units of log2, before it follows them: often enough the first block's
+/// maximum serves for all, and sums of up to `PART * 2^HEADROOM` are as exact as others.
+const HEADROOM: f32 = 8.0;
 /// Queries of a task, over tokens and heads, unless one group has more.
-const TASK_ROWS: usize = 32;
+const TASK_ROWS: usize = 96;
+/// Rows that go from queries to outputs before the next: whole register tiles whose scores stay in the first-level cache.
+const STRIP: usize = 24;
 
 /// Shape of attention, the same for all layers.
 #[derive(Clone, Copy, Debug)]
@@ -57,19 +76,14 @@ impl AttentionShape {
         (TASK_ROWS / self.group).max(1)
     }
 
-    /// Elements of a key in scratch: whole vectors.
+    /// Elements of a query or key in scratch: whole panels.
     fn padded_dim(&self) -> usize {
-        self.head_dim.next_multiple_of(16)
+        self.head_dim.next_multiple_of(PANEL)
     }
 
-    /// Elements of a value in scratch: whole vectors.
+    /// Elements of a value in scratch: whole panels.
     fn padded_value(&self) -> usize {
-        self.value_dim.next_multiple_of(16)
-    }
-
-    /// Elements of the values of a block in scratch, where they do not stand in its keys.
-    fn value_floats(&self) -> usize {
-        if self.latent { 0 } else { BLOCK * self.padded_value() }
+        self.value_dim.next_multiple_of(PANEL)
     }
 
     /// Returns the f32 that the state of `rows` queries takes: maxima, sums and weighted values.
@@ -80,8 +94,7 @@ impl AttentionShape {
     /// Returns the f32 of scratch that a task needs.
     pub(crate) fn scratch_floats(&self) -> usize {
         let rows = self.task_tokens() * self.group;
-        let block = BLOCK * self.padded_dim() + self.value_floats();
-        2 * self.state_floats(rows) + rows * (self.padded_dim() + BLOCK) + block
+        2 * self.state_floats(rows) + rows * self.padded_dim() + STRIP * BLOCK + Panels::floats(self)
     }
 }
 
@@ -126,23 +139,24 @@ impl AttentionTask<'_> {
     }
 
     /// Returns the parts that hold what the task's tokens see.
-    pub(crate) fn parts(&self) -> std::ops::Range<usize> {
+    pub(crate) fn parts(&self) -> Range<usize> {
         self.first_seen(self.start) / PART..(self.start + self.tokens - 1) / PART + 1
     }
 }
 
-/// Running softmax of some rows: `max[rows]`, `sum[rows][SUM_LANES]`, `values[rows][padded_value]`.
+/// Running softmax of some rows: `max[rows]`, `sum[rows][SUM_LANES]`, `values[padded_value / 64][rows][64]`.
 struct State<'a> {
+    /// What probabilities are relative to: about the largest score.
     max: &'a mut [f32],
     sum: &'a mut [f32],
     values: &'a mut [f32],
 }
 
 impl<'a> State<'a> {
-    fn over(floats: &'a mut [f32], rows: usize, dim: usize) -> Self {
+    fn over(floats: &'a mut [f32], rows: usize, shape: &AttentionShape) -> Self {
         let (max, rest) = floats.split_at_mut(rows.next_multiple_of(16));
         let (sum, values) = rest.split_at_mut(rows * SUM_LANES);
-        Self { max: &mut max[..rows], sum, values: &mut values[..rows * dim] }
+        Self { max: &mut max[..rows], sum, values: &mut values[..rows * shape.padded_value()] }
     }
 
     fn clear(&mut self) {
@@ -150,13 +164,21 @@ impl<'a> State<'a> {
         self.sum.fill(0.0);
         self.values.fill(0.0);
     }
+
+    /// Where row `row` has its values, panel by panel.
+    #[inline(always)]
+    fn row_panels(&self, row: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let stride = self.max.len() * PANEL;
+        (row * PANEL..self.values.len()).step_by(stride).map(|at| at..at + PANEL)
+    }
 }
 
 /// What a task works in.
 struct Work<'a> {
+    panels: Panels<'a>,
+    /// `[rows][padded_dim]`, as the inputs of the pages' elements.
     q: &'a mut [f32],
-    keys: &'a mut [f32],
-    values: &'a mut [f32],
+    /// `[STRIP][BLOCK]`: scores, and in their place probabilities, as inputs from the start of each row on.
     scores: &'a mut [f32],
 }
 
@@ -165,56 +187,83 @@ fn split_scratch<'a>(
     rows: usize,
     scratch: &'a mut [f32],
 ) -> (Work<'a>, State<'a>, &'a mut [f32]) {
-    let dim = shape.padded_dim();
-    let (keys, rest) = scratch.split_at_mut(BLOCK * dim);
-    let (values, rest) = rest.split_at_mut(shape.value_floats());
-    let (q, rest) = rest.split_at_mut(rows * dim);
-    let (scores, rest) = rest.split_at_mut(rows * BLOCK);
+    let (panels, rest) = Panels::split(shape, scratch);
+    let (q, rest) = rest.split_at_mut(rows * shape.padded_dim());
+    let (scores, rest) = rest.split_at_mut(STRIP * BLOCK);
     let (part, total) = rest.split_at_mut(shape.state_floats(rows));
-    (Work { q, keys, values, scores }, State::over(part, rows, shape.padded_value()), total)
+    (Work { panels, q, scores }, State::over(part, rows, shape), total)
 }
 
-/// Computes a whole task.
+/// Computes a whole task; `W` is what bf16 meets its inputs as.
 ///
 /// # Safety
 /// The pointers of `task` are valid for what they are documented to hold, the table's pages lie in the pool and cover the
 /// tokens' positions, nobody writes what is read, and the outputs are ours.
 #[inline(always)]
-pub(crate) unsafe fn run<S: Simd>(simd: S, task: &AttentionTask<'_>, scratch: &mut [f32]) {
-    let (rows, dim) = (task.rows(), task.shape.padded_value());
+pub(crate) unsafe fn run<S: Simd, W: Elements<S>>(simd: S, task: &AttentionTask<'_>, scratch: &mut [f32]) {
+    // SAFETY: passed on.
+    unsafe {
+        match task.pages.keys.fits_bf16() {
+            true => run_as::<S, W>(simd, task, scratch),
+            false => run_as::<S, F32>(simd, task, scratch),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn run_as<S: Simd, W: Elements<S>>(simd: S, task: &AttentionTask<'_>, scratch: &mut [f32]) {
+    let rows = task.rows();
     let (mut work, mut part, total) = split_scratch(&task.shape, rows, scratch);
-    let mut total = State::over(total, rows, dim);
+    let mut total = State::over(total, rows, &task.shape);
     total.clear();
     // SAFETY: passed on.
     unsafe {
-        load_queries(simd, task, work.q);
+        let until = begin::<S, W>(simd, task, task.parts(), &mut work);
         for index in task.parts() {
-            sum_part(simd, task, index, &mut work, &mut part);
-            merge(simd, &mut total, &part, dim);
+            sum_part::<S, W>(simd, task, index, until, &mut work, &mut part);
+            merge(simd, &mut total, &part);
         }
         finish(simd, task, &mut total);
     }
 }
 
-/// Computes one part of a task's positions and leaves its state in `out`, [`AttentionShape::state_floats`] long.
+/// Computes some parts of a task's positions and leaves their states in `out`, each [`AttentionTask::state_floats`] long.
 ///
 /// # Safety
 /// As for [`run`].
 #[inline(always)]
-pub(crate) unsafe fn run_part<S: Simd>(
+pub(crate) unsafe fn run_parts<S: Simd, W: Elements<S>>(
     simd: S,
     task: &AttentionTask<'_>,
-    index: usize,
+    parts: Range<usize>,
     out: &mut [f32],
     scratch: &mut [f32],
 ) {
-    let (rows, dim) = (task.rows(), task.shape.padded_value());
-    let (mut work, _, _) = split_scratch(&task.shape, rows, scratch);
-    let mut state = State::over(out, rows, dim);
     // SAFETY: passed on.
     unsafe {
-        load_queries(simd, task, work.q);
-        sum_part(simd, task, index, &mut work, &mut state);
+        match task.pages.keys.fits_bf16() {
+            true => run_parts_as::<S, W>(simd, task, parts, out, scratch),
+            false => run_parts_as::<S, F32>(simd, task, parts, out, scratch),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn run_parts_as<S: Simd, W: Elements<S>>(
+    simd: S,
+    task: &AttentionTask<'_>,
+    parts: Range<usize>,
+    out: &mut [f32],
+    scratch: &mut [f32],
+) {
+    let rows = task.rows();
+    let (mut work, _, _) = split_scratch(&task.shape, rows, scratch);
+    // SAFETY: passed on.
+    unsafe {
+        let until = begin::<S, W>(simd, task, parts.clone(), &mut work);
+        for (index, out) in parts.zip(out.chunks_exact_mut(task.state_floats())) {
+            sum_part::<S, W>(simd, task, index, until, &mut work, &mut State::over(out, rows, &task.shape));
+        }
     }
 }
 
@@ -224,303 +273,257 @@ pub(crate) unsafe fn run_part<S: Simd>(
 /// As for [`run`].
 #[inline(always)]
 pub(crate) unsafe fn merge_parts<S: Simd>(simd: S, task: &AttentionTask<'_>, parts: &mut [f32], scratch: &mut [f32]) {
-    let (rows, dim) = (task.rows(), task.shape.padded_value());
-    let mut total = State::over(scratch, rows, dim);
+    let rows = task.rows();
+    let mut total = State::over(scratch, rows, &task.shape);
     total.clear();
-    for part in parts.chunks_exact_mut(task.shape.state_floats(rows)).take(task.parts().len()) {
-        merge(simd, &mut total, &State::over(part, rows, dim), dim);
+    for part in parts.chunks_exact_mut(task.state_floats()).take(task.parts().len()) {
+        merge(simd, &mut total, &State::over(part, rows, &task.shape));
     }
     // SAFETY: passed on.
     unsafe { finish(simd, task, &mut total) };
 }
 
-/// Copies the queries to scratch, scaled so that scores are in units of log2 or of the cap, with zeros up to whole vectors.
+/// Brings in the queries while the first block of some parts is on its way, and returns where the parts end.
+///
+/// # Safety
+/// As for [`run`].
 #[inline(always)]
-unsafe fn load_queries<S: Simd>(simd: S, task: &AttentionTask<'_>, out: &mut [f32]) {
+unsafe fn begin<S: Simd, W: Elements<S>>(
+    simd: S,
+    task: &AttentionTask<'_>,
+    parts: Range<usize>,
+    work: &mut Work<'_>,
+) -> usize {
+    let first = task.first_seen(task.start).max(parts.start * PART);
+    let until = (parts.end * PART).min(task.start + task.tokens);
+    panels::prefetch(simd, task, first..until.min(first / BLOCK * BLOCK + BLOCK));
+    // SAFETY: passed on.
+    unsafe { load_queries::<S, W>(simd, task, work.q) };
+    until
+}
+
+/// Copies the queries to scratch as inputs, scaled so that scores are in units of log2 or of the cap, with zeros up to whole
+/// panels.
+#[inline(always)]
+unsafe fn load_queries<S: Simd, W: Elements<S>>(simd: S, task: &AttentionTask<'_>, out: &mut [f32]) {
     let (group, dim, padded) = (task.shape.group, task.shape.head_dim, task.shape.padded_dim());
     let scale = task.shape.scale * task.shape.cap.map_or(std::f32::consts::LOG2_E, f32::recip);
-    for (row, out) in out.chunks_exact_mut(padded).enumerate() {
-        // SAFETY: the caller vouches for the queries of every token and head of the task.
+    let out = out.as_mut_ptr().cast::<u8>();
+    for row in 0..task.rows() {
+        // SAFETY: the caller vouches for the queries of every token and head of the task; `out` holds `padded` f32, or something
+        // smaller, for each, and an array of 64 whole vectors.
         unsafe {
             let head = task.q.add(row / group * task.q_stride + row % group * dim);
-            Format::F32.load_slice(simd, head.cast(), &mut out[..dim]);
+            let out = out.add(row * padded * W::INPUT.bytes());
+            for at in (0..padded).step_by(PANEL) {
+                let mut scaled = [0.0; PANEL];
+                let here = PANEL.min(dim - at);
+                Format::F32.load_slice(simd, head.add(at).cast(), &mut scaled[..here]);
+                scaled.iter_mut().for_each(|value| *value *= scale);
+                for lane in (0..PANEL).step_by(S::LANES) {
+                    W::INPUT.store(simd, out, at + lane, simd.load(scaled.as_ptr().add(lane)));
+                }
+            }
         }
-        out[..dim].iter_mut().for_each(|value| *value *= scale);
-        out[dim..].fill(0.0);
     }
 }
 
-/// Runs the online softmax over the blocks of part `index`.
+/// Runs the online softmax over the blocks of part `index`; positions below `until` follow.
 #[inline(always)]
-unsafe fn sum_part<S: Simd>(
+unsafe fn sum_part<S: Simd, W: Elements<S>>(
     simd: S,
     task: &AttentionTask<'_>,
     index: usize,
+    until: usize,
     work: &mut Work<'_>,
     state: &mut State<'_>,
 ) {
     state.clear();
-    let seen = task.first_seen(task.start).max(index * PART)..(task.start + task.tokens).min((index + 1) * PART);
-    let mut block = seen.start / BLOCK * BLOCK;
-    while block < seen.end {
+    let end = task.start + task.tokens;
+    let seen = task.first_seen(task.start).max(index * PART)..end.min((index + 1) * PART);
+    for block in (seen.start / BLOCK * BLOCK..seen.end).step_by(BLOCK) {
         let positions = seen.start.max(block)..seen.end.min(block + BLOCK);
         // SAFETY: passed on: the positions are covered by the table.
-        unsafe { load_block(simd, task, block, positions.clone(), work) };
-        let used = positions.end - block;
-        score(simd, task.shape.padded_dim(), used, work);
-        for row in 0..task.rows() {
-            let position = task.start + row / task.shape.group;
-            let scores = &mut work.scores[row * BLOCK..][..BLOCK];
-            if let Some(cap) = task.shape.cap {
-                bend(simd, scores, cap);
-            }
-            let first = task.first_seen(position).saturating_sub(block).min(BLOCK);
-            let end = (position + 1).saturating_sub(block).min(BLOCK);
-            scores[..first].fill(f32::NEG_INFINITY);
-            scores[end..].fill(f32::NEG_INFINITY);
-            update_row(simd, row, scores, state);
-        }
-        weigh(simd, &task.shape, used, work, state);
-        block += BLOCK;
-    }
-}
-
-/// Turns scores in units of `cap` into capped ones in units of log2.
-#[inline(always)]
-fn bend<S: Simd>(simd: S, scores: &mut [f32], cap: f32) {
-    for scores in scores.chunks_exact_mut(S::LANES) {
-        // SAFETY: a chunk holds a vector.
         unsafe {
-            let bent = simd.mul(tanh(simd, simd.load(scores.as_ptr())), simd.splat(cap * std::f32::consts::LOG2_E));
-            simd.store(scores.as_mut_ptr(), bent);
+            work.panels.fill::<S, W>(simd, task, block, positions, until);
+            for first in (0..task.rows()).step_by(STRIP) {
+                let rows = first..task.rows().min(first + STRIP);
+                sum_strip::<S, W>(simd, task, block, rows, work, state);
+            }
         }
     }
 }
 
-/// Widens keys and values of `positions` to scratch, whose first row is position `block`; other rows become zero.
+/// Takes some rows through a block, whose panels are ready.
 #[inline(always)]
-unsafe fn load_block<S: Simd>(
+unsafe fn sum_strip<S: Simd, W: Elements<S>>(
     simd: S,
     task: &AttentionTask<'_>,
     block: usize,
-    positions: std::ops::Range<usize>,
+    rows: Range<usize>,
     work: &mut Work<'_>,
+    state: &mut State<'_>,
 ) {
-    let (padded, page_tokens) = (task.shape.padded_dim(), task.pages.page_tokens);
-    // A latent's value stands in its key.
-    let sides = if task.shape.latent { 1 } else { 2 };
-    for rows in [&mut *work.keys, &mut *work.values].into_iter().take(sides) {
-        rows[..(positions.start - block) * padded].fill(0.0);
-        rows[(positions.end - block) * padded..].fill(0.0);
+    let shape = &task.shape;
+    // What the token at `position` sees of the block.
+    let seen = |position: usize| {
+        let first = task.first_seen(position).saturating_sub(block).min(BLOCK);
+        first..(position + 1).saturating_sub(block).min(BLOCK)
+    };
+    let (mut position, mut head) = (task.start + rows.start / shape.group, rows.start % shape.group);
+    let together = seen(position).start..seen(task.start + (rows.end - 1) / shape.group).end;
+    if together.is_empty() {
+        return;
     }
-    let mut position = positions.start;
-    while position < positions.end {
-        let slot = Slot { page: task.table[position / page_tokens].0, token: (position % page_tokens) as u32 };
-        let run = (page_tokens - slot.token as usize).min(positions.end - position);
-        let rows = (position - block) * padded..(position - block + run) * padded;
-        // SAFETY: passed on.
-        unsafe {
-            task.pages.keys.read(simd, slot, task.kv_head, padded, &mut work.keys[rows.clone()]);
-            if !task.shape.latent {
-                task.pages.values.read(simd, slot, task.kv_head, padded, &mut work.values[rows]);
-            }
-        }
-        position += run;
-    }
-}
-
-/// `scores[row][position] = q[row] . keys[position]` for positions below `used`, rounded up to four.
-#[inline(always)]
-fn score<S: Simd>(simd: S, dim: usize, used: usize, work: &mut Work<'_>) {
-    let rows = work.q.len() / dim;
-    let mut row = 0;
-    while row < rows {
-        // SAFETY: the tiles lie in `q`, in the block's keys and in `scores`.
-        unsafe {
-            let q = work.q.as_ptr().add(row * dim);
-            let scores = work.scores.as_mut_ptr().add(row * BLOCK);
-            let keys = work.keys.as_ptr();
-            match (S::SCORE_ROWS, rows - row) {
-                (4, 4..) => score_tile::<S, 4>(simd, dim, used, q, keys, scores),
-                (2.., 2..) => {
-                    score_tile::<S, 2>(simd, dim, used, q, keys, scores);
-                    row += 2;
-                    continue;
-                }
-                _ => {
-                    score_tile::<S, 1>(simd, dim, used, q, keys, scores);
-                    row += 1;
-                    continue;
-                }
-            }
-            row += 4;
-        }
-    }
-}
-
-/// # Safety
-/// `q` holds `ROWS` rows of `dim`, `keys` a block of them, `scores` `ROWS` rows of a block.
-#[inline(always)]
-unsafe fn score_tile<S: Simd, const ROWS: usize>(
-    simd: S,
-    dim: usize,
-    used: usize,
-    q: *const f32,
-    keys: *const f32,
-    scores: *mut f32,
-) {
-    for position in (0..used).step_by(4) {
-        let mut sums = [[simd.splat(0.0); 4]; ROWS];
-        // SAFETY: a block has a multiple of four rows of `dim`, and `dim` is a multiple of LANES.
-        unsafe {
-            for at in (0..dim).step_by(S::LANES) {
-                let mut key = [simd.splat(0.0); 4];
-                for (index, key) in key.iter_mut().enumerate() {
-                    *key = simd.load(keys.add((position + index) * dim + at));
-                }
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    let q = simd.load(q.add(row * dim + at));
-                    for (sum, key) in sums.iter_mut().zip(key) {
-                        *sum = simd.fma(q, key, *sum);
-                    }
-                }
-            }
-            for (row, sums) in sums.into_iter().enumerate() {
-                scores.add(row * BLOCK + position).cast::<[f32; 4]>().write_unaligned(simd.sum4(sums));
-            }
-        }
-    }
-}
-
-/// Turns a row's scores into probabilities relative to its running maximum, and rescales what the row has.
-#[inline(always)]
-fn update_row<S: Simd>(simd: S, row: usize, scores: &mut [f32], state: &mut State<'_>) {
-    assert_eq!(scores.len(), BLOCK);
-    let scores = scores.as_mut_ptr();
-    let old = state.max[row];
-    let sum = state.sum[row * SUM_LANES..][..SUM_LANES].as_mut_ptr();
-    // SAFETY: `scores` holds a block and `sum` SUM_LANES, both multiples of LANES.
+    let input_stride = shape.padded_dim() * W::INPUT.bytes();
+    let scores = work.scores.as_mut_ptr();
+    // SAFETY: the rows lie in `q`, the panels were filled for what is seen, and `scores` and the state hold the sums.
     unsafe {
-        let mut max = simd.load(scores);
-        for at in (S::LANES..BLOCK).step_by(S::LANES) {
-            max = simd.max(max, simd.load(scores.add(at)));
-        }
-        let max = old.max(simd.max_lane(max));
-        if max == f32::NEG_INFINITY {
-            // The row sees nothing up to here.
-            for at in (0..BLOCK).step_by(S::LANES) {
-                simd.store(scores.add(at), simd.splat(0.0));
+        Tiled::<W>::sum(
+            simd,
+            &Block {
+                input: work.q.as_ptr().cast::<u8>().add(rows.start * input_stride),
+                input_stride,
+                rows: rows.len(),
+                inputs: 0..shape.head_dim,
+                panel: work.panels.keys.as_ptr().cast(),
+                groups: Groups::default(),
+                next: work.panels.values.as_ptr().cast(),
+                sums: scores,
+                resume: false,
+            },
+        );
+        for (index, row) in rows.clone().enumerate() {
+            let scores = scores.add(index * BLOCK);
+            let [key_scales, value_scales] = &work.panels.scales;
+            let scaled = task.pages.keys.has_scales();
+            if scaled {
+                multiply(simd, scores, key_scales);
             }
+            if let Some(cap) = shape.cap {
+                bend(simd, scores, cap);
+            }
+            let seen = seen(position);
+            if seen.len() < BLOCK {
+                let all = std::slice::from_raw_parts_mut(scores, BLOCK);
+                all[..seen.start].fill(f32::NEG_INFINITY);
+                all[seen.end..].fill(f32::NEG_INFINITY);
+            }
+            update_row::<S, W>(simd, row, scores, scaled.then_some(&**value_scales), state);
+            (position, head) = if head + 1 == shape.group { (position + 1, 0) } else { (position, head + 1) };
+        }
+        for panel in 0..shape.padded_value() / PANEL {
+            Tiled::<W>::sum(
+                simd,
+                &Block {
+                    input: scores.cast(),
+                    input_stride: BLOCK * 4,
+                    rows: rows.len(),
+                    inputs: together.start / W::STEP * W::STEP..together.end,
+                    panel: work.panels.values.as_ptr().add(panel * BLOCK / W::STEP * PANEL).cast(),
+                    groups: Groups::default(),
+                    next: std::ptr::null(),
+                    sums: state.values.as_mut_ptr().add((panel * state.max.len() + rows.start) * PANEL),
+                    resume: true,
+                },
+            );
+        }
+    }
+}
+
+/// Multiplies a block's scores by their tokens' scales.
+///
+/// # Safety
+/// `scores` holds a block.
+#[inline(always)]
+unsafe fn multiply<S: Simd>(simd: S, scores: *mut f32, scales: &[f32]) {
+    for at in (0..BLOCK).step_by(S::LANES) {
+        // SAFETY: both hold a block; scales do because panels have them.
+        unsafe {
+            let scale = simd.load(scales[at..at + S::LANES].as_ptr());
+            simd.store(scores.add(at), simd.mul(simd.load(scores.add(at)), scale));
+        }
+    }
+}
+
+/// Turns a block's scores in units of `cap` into capped ones in units of log2.
+///
+/// # Safety
+/// `scores` holds a block.
+#[inline(always)]
+unsafe fn bend<S: Simd>(simd: S, scores: *mut f32, cap: f32) {
+    for at in (0..BLOCK).step_by(S::LANES) {
+        // SAFETY: a block is whole vectors.
+        unsafe {
+            let bent = simd.mul(tanh(simd, simd.load(scores.add(at))), simd.splat(cap * std::f32::consts::LOG2_E));
+            simd.store(scores.add(at), bent);
+        }
+    }
+}
+
+/// Turns a row's scores into probabilities relative to its reference, times `scales` and as inputs from the start of the row on.
+/// Where scores rise far above the reference they move it, and rescale what the row has.
+///
+/// # Safety
+/// `scores` holds a block.
+#[inline(always)]
+unsafe fn update_row<S: Simd, W: Elements<S>>(
+    simd: S,
+    row: usize,
+    scores: *mut f32,
+    scales: Option<&[f32]>,
+    state: &mut State<'_>,
+) {
+    let vectors = BLOCK / S::LANES;
+    let mut powers = [simd.splat(0.0); BLOCK / 8];
+    let sum = state.sum[row * SUM_LANES..][..SUM_LANES].as_mut_ptr();
+    // SAFETY: `scores` holds a block and `sum` a vector. No input is larger than an f32, so what is written of a row is behind
+    // what was read of it.
+    unsafe {
+        let mut most = simd.splat(f32::NEG_INFINITY);
+        for (vector, power) in powers[..vectors].iter_mut().enumerate() {
+            *power = simd.load(scores.add(vector * S::LANES));
+            most = simd.max(most, *power);
+        }
+        let most = simd.max_lane(most);
+        if most > state.max[row] + HEADROOM {
+            let mut scale = [0.0f32; 16];
+            simd.store(scale.as_mut_ptr(), exp2(simd, simd.splat(state.max[row] - most)));
+            for panel in state.row_panels(row) {
+                state.values[panel].iter_mut().for_each(|value| *value *= scale[0]);
+            }
+            simd.store(sum, simd.mul(simd.load(sum), simd.splat(scale[0])));
+            state.max[row] = most;
+        } else if state.max[row] == f32::NEG_INFINITY {
+            // The row sees nothing up to here.
+            scores.write_bytes(0, BLOCK);
             return;
         }
-        if max > old {
-            let mut scale = [0.0f32; 16];
-            simd.store(scale.as_mut_ptr(), exp2(simd, simd.splat(old - max)));
-            let dim = state.values.len() / state.max.len();
-            let values = state.values[row * dim..][..dim].as_mut_ptr();
-            for at in (0..dim).step_by(S::LANES) {
-                simd.store(values.add(at), simd.mul(simd.load(values.add(at)), simd.splat(scale[0])));
+        let reference = simd.splat(state.max[row]);
+        let mut total = simd.load(sum);
+        for pair in (0..vectors).step_by(2) {
+            let mut probabilities = [powers[pair], powers[pair + 1]];
+            for power in &mut probabilities {
+                *power = W::power(simd, simd.sub(*power, reference));
             }
-            for at in (0..SUM_LANES).step_by(S::LANES) {
-                simd.store(sum.add(at), simd.mul(simd.load(sum.add(at)), simd.splat(scale[0])));
-            }
-            state.max[row] = max;
-        }
-        for at in (0..BLOCK).step_by(S::LANES) {
-            let probability = exp2(simd, simd.sub(simd.load(scores.add(at)), simd.splat(max)));
-            simd.store(scores.add(at), probability);
-            let sum = sum.add(at % SUM_LANES);
-            simd.store(sum, simd.add(simd.load(sum), probability));
-        }
-    }
-}
-
-/// `state.values[row] += probabilities[row] . values` over positions below `used`.
-#[inline(always)]
-fn weigh<S: Simd>(simd: S, shape: &AttentionShape, used: usize, work: &Work<'_>, state: &mut State<'_>) {
-    let (rows, dim) = (state.max.len(), shape.padded_value());
-    let (block, stride) = if shape.latent { (&*work.keys, shape.padded_dim()) } else { (&*work.values, dim) };
-    let mut row = 0;
-    while row < rows {
-        let count = if rows - row >= 4 { 4 } else { 1 };
-        let mut at = 0;
-        while at < dim {
-            let vectors = match (S::LANES, (dim - at) / S::LANES) {
-                (16, 4..) => 4,
-                (_, 2..) => 2,
-                _ => 1,
+            let Some(scales) = scales else {
+                total = W::put(simd, probabilities, scores.cast(), pair * S::LANES, total);
+                continue;
             };
-            // SAFETY: the tiles lie in the probabilities, in the block's values and in the state's values.
-            unsafe {
-                let probabilities = work.scores.as_ptr().add(row * BLOCK);
-                let values = Values { first: block.as_ptr().add(at), stride, used };
-                let sums = state.values.as_mut_ptr().add(row * dim + at);
-                match (count, vectors) {
-                    (4, 4) => weigh_tile::<S, 4, 4>(simd, probabilities, values, sums, dim),
-                    (4, 2) => weigh_tile::<S, 4, 2>(simd, probabilities, values, sums, dim),
-                    (4, _) => weigh_tile::<S, 4, 1>(simd, probabilities, values, sums, dim),
-                    (_, 4) => weigh_tile::<S, 1, 4>(simd, probabilities, values, sums, dim),
-                    (_, 2) => weigh_tile::<S, 1, 2>(simd, probabilities, values, sums, dim),
-                    _ => weigh_tile::<S, 1, 1>(simd, probabilities, values, sums, dim),
-                }
+            for (vector, probability) in probabilities.iter_mut().enumerate() {
+                total = simd.add(total, *probability);
+                let at = (pair + vector) * S::LANES;
+                *probability = simd.mul(*probability, simd.load(scales[at..at + S::LANES].as_ptr()));
             }
-            at += vectors * S::LANES;
+            W::put(simd, probabilities, scores.cast(), pair * S::LANES, total);
         }
-        row += count;
-    }
-}
-
-/// Values of a block, from a column on.
-#[derive(Clone, Copy)]
-struct Values {
-    first: *const f32,
-    /// f32 from position to position.
-    stride: usize,
-    /// Positions.
-    used: usize,
-}
-
-/// # Safety
-/// `probabilities` holds `ROWS` rows of a block, `values` as many vectors as a tile, `sums` `ROWS` rows of `dim`.
-#[inline(always)]
-unsafe fn weigh_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(
-    simd: S,
-    probabilities: *const f32,
-    values: Values,
-    sums: *mut f32,
-    dim: usize,
-) {
-    let mut tile = [[simd.splat(0.0); VECTORS]; ROWS];
-    // SAFETY: within what the caller vouches for.
-    unsafe {
-        for (row, tile) in tile.iter_mut().enumerate() {
-            for (vector, sum) in tile.iter_mut().enumerate() {
-                *sum = simd.load(sums.add(row * dim + vector * S::LANES));
-            }
-        }
-        for position in 0..values.used {
-            let mut value = [simd.splat(0.0); VECTORS];
-            for (vector, value) in value.iter_mut().enumerate() {
-                *value = simd.load(values.first.add(position * values.stride + vector * S::LANES));
-            }
-            for (row, tile) in tile.iter_mut().enumerate() {
-                let probability = simd.splat(probabilities.add(row * BLOCK + position).read());
-                for (sum, value) in tile.iter_mut().zip(value) {
-                    *sum = simd.fma(probability, value, *sum);
-                }
-            }
-        }
-        for (row, tile) in tile.iter().enumerate() {
-            for (vector, sum) in tile.iter().enumerate() {
-                simd.store(sums.add(row * dim + vector * S::LANES), *sum);
-            }
-        }
+        simd.store(sum, total);
     }
 }
 
 /// Adds a part to what comes before it.
 #[inline(always)]
-fn merge<S: Simd>(simd: S, total: &mut State<'_>, part: &State<'_>, dim: usize) {
+fn merge<S: Simd>(simd: S, total: &mut State<'_>, part: &State<'_>) {
     for row in 0..total.max.len() {
         let (before, here) = (total.max[row], part.max[row]);
         let max = before.max(here);
@@ -536,9 +539,10 @@ fn merge<S: Simd>(simd: S, total: &mut State<'_>, part: &State<'_>, dim: usize) 
         let [old, new] = [scales[0][0], scales[1][0]];
         total.max[row] = max;
         let sums = row * SUM_LANES..(row + 1) * SUM_LANES;
-        let values = row * dim..(row + 1) * dim;
         add_scaled(&mut total.sum[sums.clone()], old, &part.sum[sums], new);
-        add_scaled(&mut total.values[values.clone()], old, &part.values[values], new);
+        for panel in total.row_panels(row) {
+            add_scaled(&mut total.values[panel.clone()], old, &part.values[panel], new);
+        }
     }
 }
 
@@ -552,19 +556,24 @@ fn add_scaled(total: &mut [f32], old: f32, part: &[f32], new: f32) {
 /// Divides by the sums and writes the outputs.
 #[inline(always)]
 unsafe fn finish<S: Simd>(simd: S, task: &AttentionTask<'_>, total: &mut State<'_>) {
-    let (group, dim, padded) = (task.shape.group, task.shape.value_dim, task.shape.padded_value());
-    for (row, values) in total.values.chunks_exact_mut(padded).enumerate() {
+    let (group, dim) = (task.shape.group, task.shape.value_dim);
+    for row in 0..task.rows() {
         let lanes = &total.sum[row * SUM_LANES..][..SUM_LANES];
         let fours: [f32; 4] = std::array::from_fn(|i| (lanes[i] + lanes[i + 4]) + (lanes[i + 8] + lanes[i + 12]));
         let sum = (fours[0] + fours[1]) + (fours[2] + fours[3]);
-        for value in &mut *values {
-            // Adding zero makes minus zero plus zero: how often a probability of 0 was added must not show.
-            *value = *value / sum + 0.0;
-        }
-        // SAFETY: the caller vouches for the outputs of every token and head of the task.
-        unsafe {
-            let to = task.output.add(row / group * task.output_stride);
-            task.format.store_slice(simd, to, task.output_index + row % group * dim, &values[..dim]);
+        for (panel, place) in total.row_panels(row).enumerate() {
+            let values = &mut total.values[place];
+            for value in &mut *values {
+                // Adding zero makes minus zero plus zero: how often a probability of 0 was added must not show.
+                *value = *value / sum + 0.0;
+            }
+            let first = panel * PANEL;
+            // SAFETY: the caller vouches for the outputs of every token and head of the task.
+            unsafe {
+                let to = task.output.add(row / group * task.output_stride);
+                let index = task.output_index + row % group * dim + first;
+                task.format.store_slice(simd, to, index, &values[..PANEL.min(dim - first)]);
+            }
         }
     }
 }

@@ -10,7 +10,7 @@
 //! ```
 
 use super::{
-    Angles, Cpu, Operand, Shared, SharedOutput, Sizes,
+    Angles, Cpu, Deltas, Operand, Shared, SharedOutput, Sizes,
     buffer::Buffer,
     format::Format,
     linear::{LinearTask, Output, TASK_PANELS, TASK_ROWS},
@@ -113,7 +113,7 @@ impl Cpu {
     pub(crate) fn latent_entry(&mut self, linear: &Linear) {
         let buffers = self.latent.as_mut().expect(PRESENT);
         let to = Output::Store { to: buffers.entry.as_mut_ptr().cast(), stride: buffers.strides.entry };
-        self.linear(linear, Operand::Input, to, &[]);
+        self.linear(linear, Operand::Input, to, Deltas::NONE);
     }
 
     /// Norms latents, turns shared keys by rope `rope`, and writes both to the pages of layer `layer`.
@@ -148,7 +148,7 @@ impl Cpu {
             self.latent_narrow(norm);
             let buffers = self.latent.as_mut().expect(PRESENT);
             let to = Output::Store { to: buffers.queries.as_mut_ptr().cast(), stride: buffers.strides.queries };
-            self.linear(up, Operand::Narrow, to, &[]);
+            self.linear(up, Operand::Narrow, to, Deltas::NONE);
         }
         self.split_queries(rope);
 
@@ -235,7 +235,7 @@ impl Cpu {
         let Output::Cast { to, stride, format, columns } = output else { unreachable!("heads are not whole panels") };
         let (rows, heads, input_format) = (self.rows, self.heads(), self.sizes.format);
         let (weights, scratch) = (&linear.packed, &self.scratch);
-        let run = self.kernels.linear(weights.weights(), self.sizes.format);
+        let run = self.kernels.linear_of_floats(weights, self.sizes.format);
         let panels = weights.panels() / heads;
         let run_panels = (panels * heads).div_ceil(4 * self.pool.threads()).clamp(1, TASK_PANELS.min(panels));
         let (runs, row_blocks) = (panels.div_ceil(run_panels), rows.div_ceil(TASK_ROWS));

@@ -3,10 +3,10 @@
 //! f32, bf16 and f16 elements are rounded once and stand for themselves. fp8 and int8 elements are multiples of a scale that
 //! each token has for each head, for its key and for its value ([`kv_cache::PageLayout`] says where). The scale is the smallest
 //! bf16 that brings the head's largest magnitude within the elements' range, so nothing saturates and what a token's bytes are
-//! depends on that token alone. bf16 is enough: rounding it up costs less than one part in 128 of the range, and an element of
-//! at most 8 significant bits times a scale of 8 is an exact f32, so every unit reads the same bits.
+//! depends on that token alone. bf16 is enough: rounding it up costs less than one part in 128 of the range. Elements are exact
+//! as bf16, and attention multiplies scores and probabilities by their scales.
 //!
-//! A head with an element that is not finite has NaN for its scale and reads back as NaN, all of it.
+//! A head with an element that is not finite has NaN for its scale: all of it is NaN.
 
 use super::{format::Format, simd::Simd};
 use crate::KvMemory;
@@ -106,6 +106,22 @@ impl Storage {
             Storage::Scaled(_) => 1,
         }
     }
+
+    /// Reads `LANES` elements at `index`, without their scale.
+    ///
+    /// # Safety
+    /// They can be read.
+    #[inline(always)]
+    unsafe fn load<S: Simd>(self, simd: S, from: *const u8, index: usize) -> S::F {
+        // SAFETY: passed on.
+        unsafe {
+            match self {
+                Storage::Plain(format) => format.load(simd, from, index),
+                Storage::Scaled(Code::E4m3) => simd.load_e4m3(from.add(index)),
+                Storage::Scaled(Code::Int8) => simd.load_i8(from.add(index).cast()),
+            }
+        }
+    }
 }
 
 impl Side {
@@ -143,36 +159,69 @@ impl Side {
         }
     }
 
-    /// Reads what the tokens from `slot` on have for `head`, one to each row of `rows`, `stride` f32 from row to row; what is
-    /// beyond `dim` becomes zero.
+    /// Says whether elements are bf16 or something that bf16 holds exactly.
+    #[inline(always)]
+    pub(crate) fn fits_bf16(&self) -> bool {
+        matches!(self.storage, Storage::Plain(Format::Bf16) | Storage::Scaled(_))
+    }
+
+    /// Says whether elements are multiples of a scale.
+    #[inline(always)]
+    pub(crate) fn has_scales(&self) -> bool {
+        matches!(self.storage, Storage::Scaled(_))
+    }
+
+    /// Returns what the elements of a token for `head` are multiples of.
     ///
     /// # Safety
-    /// The tokens lie in the slot's page and the pool, the head too, and nobody writes them.
+    /// The slot and the head lie in the pool, and nobody writes there.
     #[inline(always)]
-    pub(crate) unsafe fn read<S: Simd>(&self, simd: S, slot: Slot, head: usize, stride: usize, rows: &mut [f32]) {
-        let (elements, scales) = self.at(slot, head);
-        let row_bytes = self.dim * self.storage.bytes();
+    pub(crate) unsafe fn scale(&self, slot: Slot, head: usize) -> f32 {
         match self.storage {
-            // SAFETY: neighbours of the page follow each other.
-            Storage::Plain(format) if self.dim == stride => unsafe { format.load_slice(simd, elements, rows) },
-            Storage::Plain(format) => {
-                for (token, row) in rows.chunks_exact_mut(stride).enumerate() {
-                    let (row, beyond) = row.split_at_mut(self.dim);
-                    beyond.fill(0.0);
-                    // SAFETY: as above.
-                    unsafe { format.load_slice(simd, elements.add(token * row_bytes), row) };
-                }
-            }
-            Storage::Scaled(code) => {
-                for (token, row) in rows.chunks_exact_mut(stride).enumerate() {
-                    let (row, beyond) = row.split_at_mut(self.dim);
-                    beyond.fill(0.0);
-                    // SAFETY: as above, also for their scales.
-                    unsafe {
-                        let scale = scale_from(u16::from_le_bytes(scales.add(token).read()));
-                        code.decode(simd, elements.add(token * row_bytes), scale, row);
-                    }
-                }
+            Storage::Plain(_) => 1.0,
+            // SAFETY: passed on; the layout has a scale for every token and head.
+            Storage::Scaled(_) => scale_from(u16::from_le_bytes(unsafe { self.at(slot, head).1.read() })),
+        }
+    }
+
+    /// Returns the first element of a token for `head` where the page holds `format`. The page's next tokens follow it.
+    #[inline(always)]
+    pub(crate) fn stored_as(&self, slot: Slot, head: usize, format: Format) -> Option<*const u8> {
+        matches!(self.storage, Storage::Plain(stored) if stored == format).then(|| self.at(slot, head).0.cast_const())
+    }
+
+    /// Asks for what `tokens` tokens from `slot` on have for `head`; any slot and number will do.
+    #[inline(always)]
+    pub(crate) fn prefetch<S: Simd>(&self, simd: S, slot: Slot, head: usize, tokens: usize) {
+        let first = self.at(slot, head).0;
+        for line in (0..tokens * self.dim * self.storage.bytes()).step_by(64) {
+            simd.prefetch(first.wrapping_add(line));
+        }
+    }
+
+    /// Reads what a token has for `head` as `format`, f32 or one that holds it exactly, without its scale: `to[dim]`.
+    ///
+    /// # Safety
+    /// The slot and the head lie in the pool, nobody writes there, and `dim` elements of `format` can be written at `to`.
+    #[inline(always)]
+    pub(crate) unsafe fn read<S: Simd>(&self, simd: S, slot: Slot, head: usize, format: Format, to: *mut u8) {
+        let from = self.at(slot, head).0.cast_const();
+        let whole = self.dim - self.dim % S::LANES;
+        for at in (0..whole).step_by(S::LANES) {
+            // SAFETY: both hold LANES elements from `at` on.
+            unsafe { format.store(simd, to, at, self.storage.load(simd, from, at)) };
+        }
+        let rest = self.dim - whole;
+        if rest > 0 {
+            let (mut stored, mut read) = ([0.0f32; 16], [0.0f32; 16]);
+            // SAFETY: both arrays hold a whole vector of any format; `rest` elements are the caller's word.
+            unsafe {
+                let bytes = self.storage.bytes();
+                std::ptr::copy_nonoverlapping(from.add(whole * bytes), stored.as_mut_ptr().cast(), rest * bytes);
+                let vector = self.storage.load(simd, stored.as_ptr().cast(), 0);
+                format.store(simd, read.as_mut_ptr().cast(), 0, vector);
+                let bytes = format.bytes();
+                std::ptr::copy_nonoverlapping(read.as_ptr().cast(), to.add(whole * bytes), rest * bytes);
             }
         }
     }
@@ -222,44 +271,6 @@ impl Code {
             Code::Int8 => pairs.for_each(|(element, value)| *element = narrow_i8(value / scale)),
         }
     }
-
-    /// Multiplies `values.len()` elements by their scale.
-    ///
-    /// # Safety
-    /// The elements can be read.
-    #[inline(always)]
-    unsafe fn decode<S: Simd>(self, simd: S, elements: *const u8, scale: f32, values: &mut [f32]) {
-        let whole = values.len() - values.len() % S::LANES;
-        for at in (0..whole).step_by(S::LANES) {
-            // SAFETY: both hold LANES elements from `at` on.
-            unsafe { simd.store(values.as_mut_ptr().add(at), self.decode_vector(simd, elements.add(at), scale)) };
-        }
-        let rest = &mut values[whole..];
-        if rest.is_empty() {
-            return;
-        }
-        let (mut stored, mut wide) = ([0u8; 16], [0.0f32; 16]);
-        // SAFETY: both arrays hold a whole vector; `rest` elements are the caller's word.
-        unsafe {
-            std::ptr::copy_nonoverlapping(elements.add(whole), stored.as_mut_ptr(), rest.len());
-            simd.store(wide.as_mut_ptr(), self.decode_vector(simd, stored.as_ptr(), scale));
-        }
-        rest.copy_from_slice(&wide[..rest.len()]);
-    }
-
-    /// # Safety
-    /// `LANES` elements can be read.
-    #[inline(always)]
-    unsafe fn decode_vector<S: Simd>(self, simd: S, elements: *const u8, scale: f32) -> S::F {
-        // SAFETY: passed on.
-        let wide = unsafe {
-            match self {
-                Code::E4m3 => simd.load_e4m3(elements),
-                Code::Int8 => simd.load_i8(elements.cast()),
-            }
-        };
-        simd.mul(wide, simd.splat(scale))
-    }
 }
 
 /// Rounds to the nearest integer in -127 ..= 127, ties to even.
@@ -282,6 +293,23 @@ fn narrow_e4m3(value: f32) -> u8 {
     let subnormal = (f32::from_bits(magnitude) + STEPS).to_bits().wrapping_sub(STEPS.to_bits());
     let code = if magnitude < (127 - 6) << 23 { subnormal } else { normal };
     sign | code as u8
+}
+
+#[cfg(test)]
+impl Side {
+    /// Returns what a token has for `head`, its scale included.
+    ///
+    /// # Safety
+    /// As for [`Side::read`].
+    pub(crate) unsafe fn values<S: Simd>(&self, simd: S, slot: Slot, head: usize) -> Vec<f32> {
+        let mut values = vec![f32::NAN; self.dim];
+        // SAFETY: passed on.
+        unsafe {
+            self.read(simd, slot, head, Format::F32, values.as_mut_ptr().cast());
+            let scale = self.scale(slot, head);
+            values.iter().map(|value| value * scale).collect()
+        }
+    }
 }
 
 #[cfg(test)]

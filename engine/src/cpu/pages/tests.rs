@@ -38,25 +38,24 @@ struct Write<'a> {
     slot: Slot,
     head: usize,
     values: &'a [f32],
-    stride: usize,
 }
 
 /// Widens all 256 codes.
 fn decode_all<S: Simd>(simd: S, code: Code, to: &mut [f32]) {
     let codes: Vec<u8> = (0..=255).collect();
-    // SAFETY: both hold 256 elements.
-    unsafe { code.decode(simd, codes.as_ptr(), 1.0, to) };
+    for (codes, to) in codes.chunks(S::LANES).zip(to.chunks_mut(S::LANES)) {
+        // SAFETY: both hold a vector.
+        unsafe { simd.store(to.as_mut_ptr(), Storage::Scaled(code).load(simd, codes.as_ptr(), 0)) };
+    }
 }
 
-/// Writes one token's head and reads it back, in a row of `stride`.
+/// Writes one token's head and reads it back.
 fn write_and_read<S: Simd>(simd: S, side: &Side, write: &Write<'_>) -> Vec<f32> {
-    let mut row = vec![f32::NAN; write.stride];
     // SAFETY: the tests' slots lie in the pages.
     unsafe {
         side.write(simd, write.slot, write.head, write.values);
-        side.read(simd, write.slot, write.head, write.stride, &mut row);
+        side.values(simd, write.slot, write.head)
     }
-    row
 }
 
 /// What the format's definition says of a finite code (arXiv 2209.05433, table 1).
@@ -161,18 +160,15 @@ fn fill(unit: &str, layout: &PageLayout, seed: usize, access: Access<'_>) -> Vec
             let values: Vec<f32> = (0..side.dim)
                 .map(|at| ((at * 7919 + place as usize * 31 + index + seed) % 2003) as f32 / 500.0 - 2.0)
                 .collect();
-            let stride = side.dim.next_multiple_of(16);
-            let row = access(side, &Write { slot, head, values: &values, stride });
-            assert!(row[side.dim..].iter().all(|value| value.to_bits() == 0), "{unit}: padding");
+            let row = access(side, &Write { slot, head, values: &values });
             expected.push((index, slot, head, row));
         }
     }
     // What was read back when it was written is still there after all others.
     for (index, slot, head, expected) in &expected {
         let side = [pages.keys, pages.values][*index];
-        let mut row = vec![0.0; expected.len()];
         // SAFETY: the slot lies in the pages.
-        unsafe { side.read(Portable, *slot, *head, expected.len(), &mut row) };
+        let row = unsafe { side.values(Portable, *slot, *head) };
         assert_eq!(&row, expected, "{unit} {layout:?} {slot:?} {head}");
     }
     // Every byte of the pool belongs to some place, and none before it does.
@@ -203,7 +199,7 @@ fn a_token_leaves_the_bytes_of_its_neighbours_alone() {
         let pages = LayerPages::at(&layout, buffer.bytes_mut()[start..].as_mut_ptr());
         for (side, plane) in [(pages.keys, layout.keys()), (pages.values, layout.values())] {
             buffer.bytes_mut().fill(0xaa);
-            let write = Write { slot: Slot { page: 1, token: 2 }, head: 1, values: &[1.0; 8], stride: 16 };
+            let write = Write { slot: Slot { page: 1, token: 2 }, head: 1, values: &[1.0; 8] };
             write_and_read(Portable, &side, &write);
             let (element, scale) = (8 * dtype.bytes(), dtype.scale_bytes());
             let block = start + layout.block_bytes();
@@ -227,12 +223,12 @@ fn a_head_that_is_not_finite_reads_back_as_nan_and_one_of_zeros_as_zeros() {
             for odd in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let mut values = [3.0; 20];
                 values[17] = odd;
-                let row = access(&pages.values, &Write { slot, head: 1, values: &values, stride: 32 });
-                assert!(row[..20].iter().all(|value| value.is_nan()), "{unit} {dtype} {odd}: {row:?}");
+                let row = access(&pages.values, &Write { slot, head: 1, values: &values });
+                assert!(row.iter().all(|value| value.is_nan()), "{unit} {dtype} {odd}: {row:?}");
                 let bytes = &buffer.bytes_mut()[start + layout.pool_bytes() - 2..];
                 assert_eq!(bytes, [0xc0, 0x7f], "one NaN whatever it was");
             }
-            let row = access(&pages.values, &Write { slot, head: 1, values: &[0.0; 20], stride: 32 });
+            let row = access(&pages.values, &Write { slot, head: 1, values: &[0.0; 20] });
             assert!(row.iter().all(|value| *value == 0.0), "{unit} {dtype}");
         });
     }
@@ -252,9 +248,15 @@ proptest! {
             prop_assert!(fits, "{scale} for {largest}");
             let mut elements = vec![0; values.len()];
             code.encode(&values, scale, &mut elements);
-            let mut read = vec![0.0; values.len()];
-            // SAFETY: as many elements as values.
-            unsafe { code.decode(Portable, elements.as_ptr(), scale, &mut read) };
+            elements.resize(256, 0);
+            let mut read = [0.0; 256];
+            for at in (0..256).step_by(Portable::LANES) {
+                // SAFETY: both hold 256 elements.
+                unsafe {
+                    let vector = Storage::Scaled(code).load(Portable, elements.as_ptr(), at);
+                    Portable.store(read.as_mut_ptr().add(at), Portable.mul(vector, Portable.splat(scale)));
+                }
+            }
             for (value, read) in values.iter().zip(&read) {
                 let step = match code {
                     // 3 bits of mantissa, or the step of the smallest numbers.
