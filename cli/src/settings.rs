@@ -80,7 +80,7 @@ pub(crate) struct Compute {
     /// Element type of keys and values; all workers of a model need the same one [default: auto]
     #[arg(long, value_name = "TYPE", env = "BATON_KV_DTYPE")]
     pub(crate) kv_dtype: Option<KvDtype>,
-    /// Threads that compute, per worker [default: the cores of this machine; with `up`, shared out]
+    /// Threads that compute, per worker [default: the cores this process may use; with `up`, shared out]
     #[arg(long, value_name = "N", env = "BATON_THREADS", value_parser = at_least_one::<usize>)]
     pub(crate) threads: Option<usize>,
     /// Quantise the weights while they load; every worker of a cluster alike [default: as stored]

@@ -268,9 +268,7 @@ impl Runner {
             meters.started(tokens, &usage);
         }
         let started = Instant::now();
-        let computed =
-            scheduler
-                .compute(plan, &mut |rows, on_layer| engine.step(rows, on_layer), &mut |_, _| {}, &|| epoch.elapsed());
+        let computed = scheduler.compute(plan, engine, &mut |_, _| {}, &|| epoch.elapsed());
         let accepted = computed.verified.iter().map(|verified| verified.accepted).sum();
         meters.step(StepTokens { prompt, single: tokens - prompt - drafts, drafts, accepted }, began.elapsed());
         if let Some(speculator) = &mut self.speculator {

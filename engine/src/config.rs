@@ -20,7 +20,8 @@ pub struct Config {
     pub token_budget: u32,
     /// Most sequences in one step.
     pub max_sequences: u32,
-    /// Threads that compute; unset = the cores this process may use.
+    /// Threads that compute; unset = the cores this process may use, by its affinity and its control group's quota. A pool that has as
+    /// many or more is spread over the machine's memory nodes; a smaller one runs wherever the system puts it.
     pub threads: Option<usize>,
 }
 

@@ -15,6 +15,7 @@
 //! down             gated             +> residual     as output
 //! keep             residual, qkv                     after the last pages are written only sampled rows go on
 //! logits           input             -> logits       scaled and capped where the model says so
+//! largest          input             -> logits       of each panel's logits the largest alone
 //! ```
 
 pub(crate) mod adapter;
@@ -23,11 +24,13 @@ pub(crate) mod amx;
 mod attend;
 pub(crate) mod attention;
 pub(crate) mod buffer;
+pub(crate) mod encode;
 mod experts;
 pub(crate) mod format;
 pub(crate) mod kernels;
 pub(crate) mod latent;
 pub(crate) mod linear;
+pub(crate) mod nodes;
 pub(crate) mod norm;
 pub(crate) mod packed;
 pub(crate) mod pages;
@@ -45,6 +48,7 @@ use crate::{
         weights::{HeadAttention, Linear, Norm, Weights},
     },
 };
+use attend::Dealing;
 use attention::AttentionShape;
 use buffer::Buffer;
 use experts::ExpertBuffers;
@@ -52,12 +56,12 @@ use format::Format;
 use kernels::Kernels;
 use kv_cache::{PageId, TokenId};
 use latent::LatentBuffers;
-use linear::Output;
+use linear::{Largest, Output};
 use norm::{NormOutput, NormTask};
 use packed::PANEL;
 use pages::{LayerPages, Slot};
 use pool::Pool;
-use products::{DeltaRows, Operand, SharedOutput, deltas};
+use products::{DeltaLists, Deltas, Operand, SharedOutput};
 use rotary::{HeadNorms, RotaryTask};
 use simd::portable::Portable;
 use std::{
@@ -119,21 +123,21 @@ pub(crate) struct Cpu {
     attended: Buffer,
     /// `[rows][intermediate]`, format of the weights.
     gated: Buffer,
-    /// An input in the order of the weights it meets, f32; for weights of act-order checkpoints, untouched by others.
-    ordered: Buffer,
+    /// An operand as the linear at hand reads it, where that is not how it lies in its buffer.
+    encoded: Buffer,
     /// `[rows][hidden]` f32: what half a block gives, where it is normed before it is added.
     outcome: Buffer,
-    /// `[sampled rows][vocab]` f32.
+    /// `[sampled rows][vocab]` f32, or the start of it `[sampled rows][panels]` of the largest.
     logits: Buffer,
     /// The angles of each of the decoder's ropes.
     angles: Vec<Angles>,
     slots: Vec<Slot>,
     experts: Option<ExpertBuffers>,
     latent: Option<LatentBuffers>,
-    /// States of attention parts that are computed apart; grows to what the longest sequence needs.
-    parts: Vec<f32>,
+    dealing: Dealing,
     /// What adapters make of the rows' inputs, `[rows][ranks]`; grows to the largest ranks in use.
     hidden: Vec<f32>,
+    delta_lists: DeltaLists,
     /// One for each thread.
     scratch: Vec<Mutex<Buffer>>,
 }
@@ -155,10 +159,12 @@ struct Sizes {
     residual: usize,
     qkv: usize,
     logits: usize,
+    vocab: usize,
     /// Bytes from row to row.
     input: usize,
     attended: usize,
     gated: usize,
+    encoded: usize,
     heads: usize,
     kv_heads: usize,
     pairs: usize,
@@ -205,15 +211,16 @@ impl Cpu {
             qkv: Buffer::new(tokens * sizes.qkv * 4)?,
             attended: Buffer::new(whole_tiles * sizes.attended)?,
             gated: Buffer::new(whole_tiles * sizes.gated)?,
-            ordered: Buffer::new(whole_tiles * sizes.input.max(sizes.attended).max(sizes.gated))?,
+            encoded: Buffer::new(whole_tiles * sizes.encoded)?,
             outcome: Buffer::new(if post_norms { tokens * sizes.residual * 4 } else { 0 })?,
             logits: Buffer::new(samples * sizes.logits * 4)?,
             angles: decoder.ropes.iter().map(angles).collect(),
             slots: Vec::with_capacity(tokens),
             experts: experts.transpose()?,
             latent: latent.transpose()?,
-            parts: Vec::new(),
+            dealing: Dealing::default(),
             hidden: Vec::new(),
+            delta_lists: DeltaLists::default(),
             scratch: scratch.collect::<Result<_, _>>()?,
             sizes,
         })
@@ -285,7 +292,7 @@ impl Cpu {
     }
 
     /// Adds the product of an operand and `linear` to the residual, through a norm where there is one.
-    fn add(&mut self, linear: &Linear, operand: Operand, norm: Option<&Norm>, deltas: &[DeltaRows<'_>]) {
+    fn add(&mut self, linear: &Linear, operand: Operand, norm: Option<&Norm>, deltas: Deltas<'_>) {
         let (residual, stride) = (self.residual.as_mut_ptr().cast(), self.sizes.residual);
         if norm.is_none() {
             return self.linear(linear, operand, Output::Add { to: residual, stride }, deltas);
@@ -298,7 +305,7 @@ impl Cpu {
     /// Computes q, k and v.
     pub(crate) fn qkv(&mut self, linear: &Linear, spans: &[Span<'_>], layer: usize) {
         let to = Output::Store { to: self.qkv.as_mut_ptr().cast(), stride: self.sizes.qkv };
-        self.linear(linear, Operand::Input, to, &deltas(spans, layer, |layer| &layer.qkv));
+        self.linear(linear, Operand::Input, to, Deltas::new(spans, layer, |layer| &layer.qkv));
     }
 
     /// Norms q and k, turns them by rope `rope`, and writes k and v to the pages of layer `layer`.
@@ -340,28 +347,26 @@ impl Cpu {
 
     /// Adds the attention's output projection, normed by `norm`, to the residual.
     pub(crate) fn output(&mut self, linear: &Linear, norm: Option<&Norm>, spans: &[Span<'_>], layer: usize) {
-        let deltas = deltas(spans, layer, |layer| &layer.output);
-        self.add(linear, Operand::Attended, norm, &deltas);
+        self.add(linear, Operand::Attended, norm, Deltas::new(spans, layer, |layer| &layer.output));
     }
 
     /// Computes `activation(gate) * up`.
     pub(crate) fn gate_up(&mut self, linear: &Linear, spans: &[Span<'_>], layer: usize) {
         let Sizes { gated: stride, format, activation, .. } = self.sizes;
         let to = Output::Gate { to: self.gated.as_mut_ptr(), stride, format, activation };
-        self.linear(linear, Operand::Input, to, &deltas(spans, layer, |layer| &layer.up));
+        self.linear(linear, Operand::Input, to, Deltas::new(spans, layer, |layer| &layer.up));
     }
 
     /// Computes `activation(up)`.
     pub(crate) fn up(&mut self, linear: &Linear, spans: &[Span<'_>], layer: usize) {
         let Sizes { gated: stride, format, activation, .. } = self.sizes;
         let to = Output::Activate { to: self.gated.as_mut_ptr(), stride, format, activation };
-        self.linear(linear, Operand::Input, to, &deltas(spans, layer, |layer| &layer.up));
+        self.linear(linear, Operand::Input, to, Deltas::new(spans, layer, |layer| &layer.up));
     }
 
     /// Adds the down projection, normed by `norm`, to the residual.
     pub(crate) fn down(&mut self, linear: &Linear, norm: Option<&Norm>, spans: &[Span<'_>], layer: usize) {
-        let deltas = deltas(spans, layer, |layer| &layer.down);
-        self.add(linear, Operand::Gated, norm, &deltas);
+        self.add(linear, Operand::Gated, norm, Deltas::new(spans, layer, |layer| &layer.down));
     }
 
     /// Moves `rows`, in ascending order, to the front of the residual and of what queries come from, and forgets all others.
@@ -411,13 +416,9 @@ impl Cpu {
 
     /// Computes the logits of `rows`, which thereby become the rows of the step. Slices follow each other in ascending order.
     pub(crate) fn compute_logits(&mut self, head: &Linear, rows: Range<usize>) {
-        let stride = self.sizes.input;
-        if rows.start > 0 {
-            self.input.bytes_mut().copy_within(rows.start * stride..rows.end * stride, 0);
-        }
-        self.rows = rows.len();
+        self.move_input(rows);
         let to = Output::Store { to: self.logits.as_mut_ptr().cast(), stride: self.sizes.logits };
-        self.linear(head, Operand::Input, to, &[]);
+        self.linear(head, Operand::Input, to, Deltas::NONE);
         let Sizes { logit_scale, logit_cap, .. } = self.sizes;
         if logit_scale == 1.0 && logit_cap.is_none() {
             return;
@@ -432,6 +433,35 @@ impl Cpu {
                 run(logits, logit_scale, logit_cap);
             }
         });
+    }
+
+    /// Finds the largest logit of each panel for `rows`, as [`Cpu::compute_logits`] would compute them, and writes no other.
+    pub(crate) fn compute_largest(&mut self, head: &Linear, rows: Range<usize>) {
+        self.move_input(rows);
+        let Sizes { logits, vocab, logit_scale: scale, logit_cap: cap, .. } = self.sizes;
+        let to = self.logits.as_mut_ptr().cast::<Largest>();
+        let to = Output::Largest { to, stride: logits / PANEL, first: 0, columns: vocab, scale, cap };
+        self.linear(head, Operand::Input, to, Deltas::NONE);
+    }
+
+    /// Returns the token with the largest logit of row `row`, the lowest of equals, as [`Cpu::compute_largest`] left it.
+    pub(crate) fn most_likely(&self, row: usize) -> Option<TokenId> {
+        let panels = self.sizes.logits / PANEL;
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        // SAFETY: the buffer has room for 64 f32 where one panel's largest stands; it is aligned to 64 bytes and initialised, and
+        // any bits are an f32 and an u32.
+        let largest =
+            unsafe { std::slice::from_raw_parts(self.logits.as_ptr().cast::<Largest>().add(row * panels), panels) };
+        Largest::first(largest)
+    }
+
+    /// Makes `rows` of what the next linear reads the rows of the step.
+    fn move_input(&mut self, rows: Range<usize>) {
+        let stride = self.sizes.input;
+        if rows.start > 0 {
+            self.input.bytes_mut().copy_within(rows.start * stride..rows.end * stride, 0);
+        }
+        self.rows = rows.len();
     }
 
     /// Returns the logits computed last.
@@ -449,6 +479,8 @@ impl Sizes {
     fn new(decoder: &Decoder, format: Format) -> Self {
         let whole = |width: usize| width.next_multiple_of(PANEL);
         let shared = decoder.mixture.as_ref().map_or(0, |mixture| mixture.shared);
+        let intermediate = decoder.intermediate.max(shared);
+        let narrow = decoder.latent.as_ref().and_then(|shape| shape.query_rank).unwrap_or(0);
         let (qkv, attended) = match &decoder.latent {
             Some(shape) => (decoder.query_dim(), decoder.heads * shape.value),
             None => (decoder.query_dim() + 2 * decoder.kv_dim(), decoder.query_dim()),
@@ -459,9 +491,12 @@ impl Sizes {
             residual: whole(decoder.hidden),
             qkv: whole(qkv),
             logits: whole(decoder.vocab_size),
+            vocab: decoder.vocab_size,
             input: format.stride(decoder.hidden),
             attended: format.stride(attended),
-            gated: format.stride(decoder.intermediate.max(shared)),
+            gated: format.stride(intermediate),
+            // Of all encodings f32 take the most room.
+            encoded: Format::F32.stride(decoder.hidden.max(attended).max(intermediate).max(narrow)),
             heads: decoder.heads,
             kv_heads: decoder.kv_heads,
             pairs: decoder.ropes[0].pairs(),

@@ -17,6 +17,7 @@ mod lora;
 pub mod machine;
 mod memory;
 mod model;
+mod reuse;
 mod sampling;
 pub mod scheduler;
 pub mod speculation;
@@ -31,8 +32,8 @@ pub use kv_cache::TokenId;
 pub use lora::{Adapter, AdapterError, Adapters};
 pub use memory::KvMemory;
 pub use model::{ElementType, ExpertShape, LatentRanks, LoadProgress, Model, ModelInfo, ModelShape, Quantize};
-pub use sampling::{Logprobs, Sample, Sampled, Sampling, Stuck, draw};
-pub use step::{Engine, PromptLogprobs, Row, Yield};
+pub use sampling::{Logprobs, Sample, Sampled, Sampling, Stuck};
+pub use step::{Engine, ExpertTraffic, PromptLogprobs, Row, Step, Yield};
 
 #[cfg(test)]
 mod tests;

@@ -11,7 +11,7 @@ mod random;
 use grammar::{Mask, Matcher};
 use kv_cache::TokenId;
 use random::Numbers;
-use std::{cmp::Ordering, collections::HashMap};
+use std::cmp::Ordering;
 
 /// How tokens of one sequence are drawn.
 #[derive(Clone, Debug, PartialEq)]
@@ -112,7 +112,26 @@ pub enum Stuck {
     NoLogits,
 }
 
+impl Sampling {
+    fn penalises(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0
+    }
+}
+
 impl Sample<'_> {
+    /// Says whether the most likely token is wanted, and nothing else about it.
+    pub(crate) fn is_plain(&self) -> bool {
+        let greedy = self.sampling.temperature < GREEDY && self.sampling.logprobs.is_none();
+        greedy && self.grammar.is_none() && !self.adjusts()
+    }
+
+    /// Says whether anything but a grammar changes single logits.
+    fn adjusts(&self) -> bool {
+        let Sampling { allowed_tokens, bad_words, logit_bias, .. } = self.sampling;
+        let restricted = !allowed_tokens.is_empty() || !bad_words.is_empty() || !self.forbidden().is_empty();
+        restricted || !logit_bias.is_empty() || self.sampling.penalises()
+    }
+
     /// Returns the tokens that must not be drawn now.
     fn forbidden(&self) -> &[TokenId] {
         if self.history.len().saturating_sub(self.prompt_tokens) < self.min_tokens { self.forbidden } else { &[] }
@@ -139,6 +158,23 @@ impl Sample<'_> {
 /// A temperature below this means greedy.
 const GREEDY: f32 = 1e-5;
 
+/// What draws work in: one for each thread, so that none allocates memory.
+#[derive(Clone, Debug)]
+pub(crate) struct Scratch {
+    /// Logits as what changes single ones leaves them.
+    adjusted: Vec<f32>,
+    candidates: Vec<Candidate>,
+    /// Per token of the vocabulary; all 0 between draws.
+    seen: Vec<u32>,
+}
+
+impl Scratch {
+    /// Reserves room for a vocabulary of `tokens` tokens; memory is taken when it is first written.
+    pub(crate) fn new(tokens: usize) -> Self {
+        Self { adjusted: Vec::with_capacity(tokens), candidates: Vec::with_capacity(tokens), seen: vec![0; tokens] }
+    }
+}
+
 /// Draws the token after `sample.history` from its logits, `[vocab]`, if `mask` allows it.
 ///
 /// Among equal logits the lowest token id counts as the more likely. A NaN counts as minus infinity, and what is minus infinity
@@ -146,57 +182,61 @@ const GREEDY: f32 = 1e-5;
 ///
 /// # Errors
 /// [`Stuck`] when that leaves no token.
-pub fn draw(logits: &[f32], sample: &Sample<'_>, mask: Option<&Mask>) -> Result<Sampled, Stuck> {
-    let adjusted = adjust(logits, sample, mask);
+pub(crate) fn draw(
+    logits: &[f32],
+    sample: &Sample<'_>,
+    mask: Option<&Mask>,
+    scratch: &mut Scratch,
+) -> Result<Sampled, Stuck> {
+    let Scratch { adjusted, candidates, seen } = scratch;
     let sampling = sample.sampling;
-    let scores = adjusted.as_deref().unwrap_or(logits);
+    let scores = if sample.adjusts() || mask.is_some() {
+        adjust(logits, sample, mask, adjusted, seen);
+        adjusted
+    } else {
+        logits
+    };
     let best = most_likely(scores).ok_or_else(|| sample.stuck(logits, mask))?;
     let token = if sampling.temperature < GREEDY {
         best
     } else {
         let index = sample.history.len().saturating_sub(sample.prompt_tokens);
-        race(&candidates(scores, best, sampling), Numbers::new(sampling.seed, sampling.choice, index as u64))
+        choose(scores, best, sampling, candidates);
+        race(candidates, Numbers::new(sampling.seed, sampling.choice, index as u64))
     };
     Ok(Sampled { token, logprobs: sampling.logprobs.map(|count| logprobs(logits, token, count as usize)) })
 }
 
-/// Applies what changes single logits; `None` when nothing does.
-fn adjust(logits: &[f32], sample: &Sample<'_>, mask: Option<&Mask>) -> Option<Vec<f32>> {
+/// Writes the logits that a draw goes by to `adjusted`.
+fn adjust(logits: &[f32], sample: &Sample<'_>, mask: Option<&Mask>, adjusted: &mut Vec<f32>, seen: &mut [u32]) {
     let sampling = sample.sampling;
-    let penalised =
-        sampling.repetition_penalty != 1.0 || sampling.frequency_penalty != 0.0 || sampling.presence_penalty != 0.0;
-    let restricted = mask.is_some() || !sampling.allowed_tokens.is_empty() || !sampling.bad_words.is_empty();
-    let forbidden = sample.forbidden();
-    if !restricted && forbidden.is_empty() && sampling.logit_bias.is_empty() && !penalised {
-        return None;
-    }
-    let mut logits = logits.to_vec();
-    if let Some(mask) = mask {
-        keep(&mut logits, mask);
-    }
-    if !sampling.allowed_tokens.is_empty() {
-        let none = vec![f32::NEG_INFINITY; logits.len()];
-        let all = std::mem::replace(&mut logits, none);
+    adjusted.clear();
+    if sampling.allowed_tokens.is_empty() {
+        adjusted.extend_from_slice(logits);
+    } else {
+        adjusted.resize(logits.len(), f32::NEG_INFINITY);
         for &token in &sampling.allowed_tokens {
-            if let (Some(logit), Some(own)) = (logits.get_mut(token as usize), all.get(token as usize)) {
+            if let (Some(logit), Some(own)) = (adjusted.get_mut(token as usize), logits.get(token as usize)) {
                 *logit = *own;
             }
         }
     }
-    for &token in bad_words(sample).chain(forbidden) {
-        if let Some(logit) = logits.get_mut(token as usize) {
+    if let Some(mask) = mask {
+        keep(adjusted, mask);
+    }
+    for &token in bad_words(sample).chain(sample.forbidden()) {
+        if let Some(logit) = adjusted.get_mut(token as usize) {
             *logit = f32::NEG_INFINITY;
         }
     }
     for (token, bias) in &sampling.logit_bias {
-        if let Some(logit) = logits.get_mut(*token as usize) {
+        if let Some(logit) = adjusted.get_mut(*token as usize) {
             *logit += bias;
         }
     }
-    if penalised {
-        penalise(&mut logits, sample);
+    if sampling.penalises() {
+        penalise(adjusted, sample, seen);
     }
-    Some(logits)
 }
 
 /// Forbids what `mask` does not allow.
@@ -221,18 +261,24 @@ fn bad_words<'a>(sample: &Sample<'a>) -> impl Iterator<Item = &'a TokenId> {
 }
 
 /// Repetition penalty over prompt and output (arXiv 1909.05858, section 4.1), the other two over the output only.
-fn penalise(logits: &mut [f32], sample: &Sample<'_>) {
+fn penalise(logits: &mut [f32], sample: &Sample<'_>, seen: &mut [u32]) {
     let sampling = sample.sampling;
-    let mut counts: HashMap<TokenId, u32> = HashMap::new();
-    for (index, token) in sample.history.iter().enumerate() {
-        *counts.entry(*token).or_default() += u32::from(index >= sample.prompt_tokens);
+    // One more than how often the output has a token.
+    for (index, &token) in sample.history.iter().enumerate() {
+        if let Some(seen) = seen.get_mut(token as usize) {
+            *seen = (*seen).max(1) + u32::from(index >= sample.prompt_tokens);
+        }
     }
-    for (token, count) in counts {
-        let Some(logit) = logits.get_mut(token as usize) else { continue };
-        let penalty = sampling.repetition_penalty;
+    for &token in sample.history {
+        let Some(seen) = seen.get_mut(token as usize) else { continue };
+        let count = std::mem::take(seen);
+        if count == 0 {
+            continue;
+        }
+        let (logit, penalty) = (&mut logits[token as usize], sampling.repetition_penalty);
         *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
-        if count > 0 {
-            *logit -= sampling.frequency_penalty * count as f32 + sampling.presence_penalty;
+        if count > 1 {
+            *logit -= sampling.frequency_penalty * (count - 1) as f32 + sampling.presence_penalty;
         }
     }
 }
@@ -260,12 +306,14 @@ fn by_weight(a: &Candidate, b: &Candidate) -> Ordering {
     b.weight.total_cmp(&a.weight).then(a.token.cmp(&b.token))
 }
 
-/// Returns the tokens that survive min-p, top-k and top-p, of which `best` is the most likely. Never empty; in order of token id
-/// when nothing was cut by rank.
-fn candidates(logits: &[f32], best: TokenId, sampling: &Sampling) -> Vec<Candidate> {
+/// Fills `kept` with the tokens that survive min-p, top-k and top-p, of which `best` is the most likely. Never empty; in order of
+/// token id when nothing was cut by rank.
+fn choose(logits: &[f32], best: TokenId, sampling: &Sampling, kept: &mut Vec<Candidate>) {
+    kept.clear();
     let max = logits[best as usize];
     if max.is_infinite() {
-        return vec![Candidate { token: best, weight: 1.0 }];
+        kept.push(Candidate { token: best, weight: 1.0 });
+        return;
     }
     let scale = 1.0 / f64::from(sampling.temperature);
     let weigh = |(token, logit): (usize, &f32)| {
@@ -273,7 +321,7 @@ fn candidates(logits: &[f32], best: TokenId, sampling: &Sampling) -> Vec<Candida
         // A NaN fails the comparison too.
         (weight > 0.0 && weight >= f64::from(sampling.min_p)).then_some(Candidate { token: token as TokenId, weight })
     };
-    let mut kept: Vec<Candidate> = logits.iter().enumerate().filter_map(weigh).collect();
+    kept.extend(logits.iter().enumerate().filter_map(weigh));
     let top_k = sampling.top_k as usize;
     if top_k > 0 && top_k < kept.len() {
         kept.select_nth_unstable_by(top_k - 1, by_weight);
@@ -281,9 +329,8 @@ fn candidates(logits: &[f32], best: TokenId, sampling: &Sampling) -> Vec<Candida
         kept.sort_unstable_by(by_weight);
     }
     if sampling.top_p < 1.0 {
-        keep_mass(&mut kept, f64::from(sampling.top_p));
+        keep_mass(kept, f64::from(sampling.top_p));
     }
-    kept
 }
 
 /// Keeps the fewest most likely candidates that together have at least `share` of the mass, at least one.

@@ -27,7 +27,7 @@ mod simulation;
 #[cfg(test)]
 mod tests;
 
-pub use compute::{Computed, Fault, StepFn};
+pub use compute::{Computed, Fault};
 pub use history::History;
 pub use landing::{Landing, NoRoom};
 pub use plan::{Chunk, Plan};
@@ -114,6 +114,9 @@ pub struct Scheduler {
     /// Between `schedule` and `complete` the engine writes pages: what is given up meanwhile waits here.
     stepping: bool,
     after_step: Vec<Vec<PageId>>,
+    /// The memory of the last step's plan and rows, for the next.
+    spare_plan: Plan,
+    spare_rows: Vec<Row<'static>>,
 }
 
 impl Scheduler {
@@ -146,6 +149,8 @@ impl Scheduler {
             next_number: 0,
             stepping: false,
             after_step: Vec::new(),
+            spare_plan: Plan::default(),
+            spare_rows: Vec::new(),
         })
     }
 
@@ -170,7 +175,7 @@ impl Scheduler {
     /// When the plan before is neither completed nor abandoned.
     pub fn schedule(&mut self, now: Duration) -> Plan {
         assert!(!self.stepping, "one step at a time");
-        let mut plan = Plan::default();
+        let mut plan = std::mem::take(&mut self.spare_plan);
         self.plan_single_tokens(&mut plan, now);
         self.plan_drafts(&mut plan);
         self.plan_chunks(&mut plan);
@@ -186,12 +191,12 @@ impl Scheduler {
         plan.chunks.iter().map(|chunk| self.running[&chunk.id].row(chunk))
     }
 
-    /// Takes what the engine made of the rows of `plan`, and names the pages that are full now. What was cancelled meanwhile is ignored.
-    pub fn complete(&mut self, plan: Plan, yields: Vec<Yield>, now: Duration) -> Computed {
+    /// Takes what the engine made of the rows of `plan` out of `yields`, and names the pages that are full now. What was cancelled meanwhile is ignored.
+    pub fn complete(&mut self, plan: Plan, yields: &mut [Yield], now: Duration) -> Computed {
         assert_eq!(plan.chunks.len(), yields.len(), "a step answers every row");
-        let mut computed = Computed::default();
+        let mut computed = Computed { drawn: Vec::with_capacity(plan.chunks.len()), ..Computed::default() };
         for (chunk, made) in plan.chunks.iter().zip(yields) {
-            let Yield { sampled, prompt_logprobs, stuck } = made;
+            let (sampled, stuck) = (&mut made.sampled, made.stuck.take());
             let answered = !sampled.is_empty() || stuck.is_some();
             assert_eq!(answered, chunk.sample, "tokens are drawn exactly where they were asked for");
             assert!(sampled.len() <= 1 + chunk.drafts, "one token, and one for each draft that was right");
@@ -200,9 +205,9 @@ impl Scheduler {
                 let (id, drafts, accepted) = (chunk.id, chunk.drafts, sampled.len() - 1);
                 computed.verified.push(Verified { id, drafts, accepted });
             }
-            computed.reported.extend(sequence.report(chunk, prompt_logprobs));
+            computed.reported.extend(sequence.report(chunk, std::mem::take(&mut made.prompt_logprobs)));
             sequence.advance(chunk.tokens - chunk.drafts, self.page_tokens, &mut self.pool);
-            for (right, sampled) in sampled.into_iter().enumerate() {
+            for (right, sampled) in sampled.drain(..).enumerate() {
                 if right > 0 {
                     // The token before this one was a draft, so it is computed.
                     sequence.advance(1, self.page_tokens, &mut self.pool);
@@ -225,7 +230,7 @@ impl Scheduler {
                 computed.faults.push(Fault { id, error: stuck.to_string(), hopeless, ended });
             }
         }
-        self.end_step();
+        self.end_step(plan);
         computed
     }
 
@@ -253,8 +258,8 @@ impl Scheduler {
     }
 
     /// Takes back a plan whose step computed nothing.
-    pub fn abandon(&mut self, _plan: Plan) {
-        self.end_step();
+    pub fn abandon(&mut self, plan: Plan) {
+        self.end_step(plan);
     }
 
     /// Returns the pages of a sequence, all that its known tokens need; none while it waits.
@@ -427,10 +432,11 @@ impl Scheduler {
         Ended { usage, hold: None }
     }
 
-    fn end_step(&mut self) {
+    fn end_step(&mut self, plan: Plan) {
         self.stepping = false;
-        for pages in std::mem::take(&mut self.after_step) {
+        for pages in self.after_step.drain(..) {
             self.pool.release(&pages);
         }
+        self.spare_plan = plan.cleared();
     }
 }

@@ -1,4 +1,7 @@
 //! One forward pass over rows of several sequences.
+//!
+//! A step allocates nothing once the engine has seen its like: what it works in belongs to the engine and keeps its memory. What is
+//! still allocated was asked for: log-probabilities, a grammar's masks, hidden states, the reason of an error.
 
 use crate::{
     Adapter, Config, Error, KvMemory, Logprobs, Model, Pooling, Sample, Sampled, Stuck, TokenId,
@@ -7,12 +10,13 @@ use crate::{
         checkpoint::ElementType,
         weights::{Attention, Dense, Mlp, Plain},
     },
-    sampling,
+    reuse::reuse,
+    sampling::{self, Scratch},
 };
 use kv_cache::{KvDtype, PageId, PageLayout};
 use std::{
     ops::Range,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 /// What one sequence computes in a step.
@@ -58,10 +62,36 @@ pub struct Yield {
     pub stuck: Option<Stuck>,
 }
 
+/// What carries out a step: [`Engine::step`], or what stands in for it.
+pub trait Step {
+    /// Computes `rows` and returns what it made of each, until the next step.
+    ///
+    /// # Errors
+    /// As [`Engine::step`].
+    fn step(&mut self, rows: &[Row<'_>], on_layer: &mut dyn FnMut(u32)) -> Result<&mut [Yield], Error>;
+}
+
+impl Step for Engine {
+    fn step(&mut self, rows: &[Row<'_>], on_layer: &mut dyn FnMut(u32)) -> Result<&mut [Yield], Error> {
+        Engine::step(self, rows, on_layer)
+    }
+}
+
 impl From<Sampled> for Yield {
     fn from(sampled: Sampled) -> Self {
         Self { sampled: vec![sampled], ..Self::default() }
     }
+}
+
+/// Bytes of the weights of experts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExpertTraffic {
+    /// Of all experts of the model.
+    pub all: u64,
+    /// Of those that tokens chose, once for each step and layer: what had to be read since the engine was made.
+    pub chosen: u64,
+    /// What was read since then.
+    pub read: u64,
 }
 
 /// A model with the pages and buffers of one worker.
@@ -75,9 +105,23 @@ pub struct Engine {
     limits: Limits,
     /// Tokens of the step at hand, flat.
     tokens: Vec<TokenId>,
+    /// What the step at hand computes, row by row; empty between steps.
+    spans: Vec<Span<'static>>,
+    /// The spans that are left of it after the last pages are written; empty between steps.
+    kept: Vec<Span<'static>>,
+    /// The tokens after which logits are wanted.
+    places: Vec<Place>,
+    /// What was drawn at each place.
+    drawn: Vec<Mutex<Option<Result<Sampled, Stuck>>>>,
+    /// What the last step made of its rows, and what is left of longer ones.
+    yields: Vec<Yield>,
+    /// One for each thread.
+    scratch: Vec<Mutex<Scratch>>,
     /// Per page: the step in which it was last written, counted from 1.
     written: Vec<u64>,
     steps: u64,
+    /// Whether the last rows of logits were computed, and not only the largest of each found.
+    logits_kept: bool,
     /// Per row of the last step: which row of the logits its first draw was made from.
     logits_rows: Vec<Option<usize>>,
     /// Hidden states that the last step's rows asked for, flat `[tokens, hidden]`.
@@ -127,7 +171,7 @@ impl Engine {
             Some(threads) => threads,
             None => std::thread::available_parallelism().map_or(1, |threads| threads.get()),
         };
-        let format = kernels.format(model.weights.types());
+        let format = kernels.format(model.weights.packed());
         // Not the limit that the pool's size gives: workers with pools of different sizes exchange pages.
         let context = config.max_model_len.map_or(model.decoder.max_position, |len| len as usize);
         let (tokens, logits) = (limits.token_budget, limits.logits_rows());
@@ -143,6 +187,7 @@ impl Engine {
             "engine ready"
         );
         let tokens = Vec::with_capacity(limits.token_budget);
+        let scratch = (0..threads).map(|_| Mutex::new(Scratch::new(limits.vocab_size))).collect();
         let written = vec![0; limits.pages];
         let config = config.clone();
         Ok(Self {
@@ -153,8 +198,15 @@ impl Engine {
             cpu,
             limits,
             tokens,
+            spans: Vec::new(),
+            kept: Vec::new(),
+            places: Vec::new(),
+            drawn: Vec::new(),
+            yields: Vec::new(),
+            scratch,
             written,
             steps: 0,
+            logits_kept: false,
             logits_rows: Vec::new(),
             hidden: Vec::new(),
             hidden_rows: Vec::new(),
@@ -187,7 +239,8 @@ impl Engine {
         self.limits.max_model_len
     }
 
-    /// Computes `rows` (at most `token_budget` tokens in all) and draws tokens for each row that asks.
+    /// Computes `rows` (at most `token_budget` tokens in all), draws tokens for each row that asks, and returns what it made of each
+    /// row.
     ///
     /// Drafts decide how many tokens a step yields and never which: every token is drawn as if the ones before it had been computed
     /// one at a time.
@@ -198,31 +251,52 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::Row`] names the row at fault; nothing is computed then.
-    pub fn step(&mut self, rows: &[Row<'_>], on_layer: &mut dyn FnMut(u32)) -> Result<Vec<Yield>, Error> {
+    pub fn step(&mut self, rows: &[Row<'_>], on_layer: &mut dyn FnMut(u32)) -> Result<&mut [Yield], Error> {
         self.limits.check(rows)?;
         self.check_adapters(rows)?;
         self.claim_pages(rows)?;
-        self.tokens.clear();
-        self.logits_rows.clear();
-        let mut spans = Vec::with_capacity(rows.len());
-        for row in rows {
-            let (first, tokens) = (self.tokens.len(), row.tokens.len());
-            spans.push(Span { first, tokens, start: row.start, pages: row.pages, adapter: row.adapter });
-            self.tokens.extend_from_slice(row.tokens);
-        }
-        let (places, kept) = places(rows, &spans);
-        self.forward(&spans, &places, &kept, on_layer);
-        let places = self.take_hidden(rows, places);
-        Ok(self.draw(rows, &places))
+        let (mut spans, mut kept) = (reuse(std::mem::take(&mut self.spans)), reuse(std::mem::take(&mut self.kept)));
+        self.list(rows, &mut spans, &mut kept);
+        self.forward(&spans, &kept, on_layer);
+        (self.spans, self.kept) = (reuse(spans), reuse(kept));
+        self.take_hidden(rows);
+        self.draw(rows);
+        self.collect(rows);
+        Ok(&mut self.yields[..rows.len()])
     }
 
-    /// Returns the logits, `[vocab]`, from which the last step drew the first token of its row `row`; `None` when it drew none, or
-    /// when more logits were asked for than are kept at a time.
+    /// Lists the tokens of `rows`, the `spans` they make, the places after which logits are wanted, and the spans that these make when
+    /// they are all that is left of the step.
+    fn list<'a>(&mut self, rows: &[Row<'a>], spans: &mut Vec<Span<'a>>, kept: &mut Vec<Span<'a>>) {
+        self.tokens.clear();
+        self.places.clear();
+        for (index, row) in rows.iter().enumerate() {
+            let (first, tokens) = (self.tokens.len(), row.tokens.len());
+            let span = Span { first, tokens, start: row.start, pages: row.pages, adapter: row.adapter };
+            spans.push(span);
+            self.tokens.extend_from_slice(row.tokens);
+            for tokens in row.wanted().into_iter().filter(|tokens| !tokens.is_empty()) {
+                let (first, start) = (self.places.len(), row.start + tokens.start);
+                kept.push(Span { first, tokens: tokens.len(), start, ..span });
+                self.places.extend(tokens.map(|token| Place { row: index, token }));
+            }
+        }
+    }
+
+    /// Returns the logits, `[vocab]`, from which the last step drew the first token of its row `row`; `None` when it drew none, when
+    /// more logits were asked for than are kept at a time, or when all its rows wanted the most likely token and nothing else: then
+    /// there are none. [`Sampling::logprobs`](crate::Sampling::logprobs) makes them be there.
     ///
     /// For tests and tools: a step's caller needs them only to see how close a decision was.
     pub fn logits(&self, row: usize) -> Option<&[f32]> {
         let index = (*self.logits_rows.get(row)?)?;
         Some(&self.cpu.logits().row(index)[..self.limits.vocab_size])
+    }
+
+    /// Returns how much of the experts' weights steps have read.
+    pub fn expert_traffic(&self) -> ExpertTraffic {
+        let (chosen, read) = self.cpu.expert_bytes();
+        ExpertTraffic { all: self.model.weights.expert_bytes(), chosen, read }
     }
 
     fn check_adapters(&self, rows: &[Row<'_>]) -> Result<(), Error> {
@@ -243,25 +317,25 @@ impl Engine {
         self.hidden[tokens.start * width..tokens.end * width].chunks_exact(width)
     }
 
-    /// Keeps the hidden states that rows ask for and returns the places of all others, which are those of logits.
-    fn take_hidden(&mut self, rows: &[Row<'_>], places: Vec<Place>) -> Vec<Place> {
+    /// Keeps the hidden states that rows ask for; the places that are left are those of logits.
+    fn take_hidden(&mut self, rows: &[Row<'_>]) {
         self.hidden.clear();
         self.hidden_rows.clear();
         if rows.iter().all(|row| row.pooling.is_none()) {
-            return places;
+            return;
         }
         let width = self.model.decoder.hidden;
+        let pooled = |place: &Place| rows[place.row].pooling.is_some();
         self.hidden_rows.resize(rows.len(), 0..0);
-        for (index, place) in places.iter().enumerate().filter(|(_, place)| rows[place.row].pooling.is_some()) {
+        for (index, place) in self.places.iter().enumerate().filter(|(_, place)| pooled(place)) {
             let token = self.hidden.len() / width;
             let tokens = &mut self.hidden_rows[place.row];
             *tokens = if tokens.start == tokens.end { token } else { tokens.start }..token + 1;
             self.hidden.resize((token + 1) * width, 0.0);
             self.cpu.read_input(index, &mut self.hidden[token * width..]);
         }
-        let others = |(_, place): &(usize, &Place)| rows[place.row].pooling.is_none();
-        self.cpu.keep_input(places.iter().enumerate().filter(others).map(|(index, _)| index));
-        places.into_iter().filter(|place| rows[place.row].pooling.is_none()).collect()
+        self.cpu.keep_input(self.places.iter().enumerate().filter(|(_, place)| !pooled(place)).map(|(index, _)| index));
+        self.places.retain(|place| !pooled(place));
     }
 
     /// Makes sure that no page is written twice: rows are computed at the same time, and a page has one writer.
@@ -278,8 +352,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Runs the decoder up to the last norm over the tokens at `places`, whose spans are `kept`.
-    fn forward(&mut self, spans: &[Span<'_>], places: &[Place], kept: &[Span<'_>], on_layer: &mut dyn FnMut(u32)) {
+    /// Runs the decoder over `spans`, and up to the last norm over the places, whose spans are `kept`.
+    fn forward(&mut self, spans: &[Span<'_>], kept: &[Span<'_>], on_layer: &mut dyn FnMut(u32)) {
         let (cpu, memory, decoder, weights) = (&mut self.cpu, &*self.memory, &self.model.decoder, &self.model.weights);
         if spans.is_empty() {
             return;
@@ -304,7 +378,7 @@ impl Engine {
             on_layer(layer as u32);
             if layer + 1 == weights.layers.len() {
                 // The last pages are written. From here on a token matters only to its own logits.
-                cpu.keep(places.iter().map(|place| all[place.row].first + place.token));
+                cpu.keep(self.places.iter().map(|place| all[place.row].first + place.token));
                 spans = kept;
                 if spans.is_empty() {
                     return;
@@ -352,32 +426,55 @@ impl Engine {
         cpu.norm(Some(&weights.final_norm));
     }
 
-    /// Computes the logits at `places`, a bounded number at a time, and makes of them what the rows ask: each on whichever thread
+    /// Computes the logits at the places, a bounded number at a time, and makes of them what the rows ask: each on whichever thread
     /// has time.
-    fn draw(&mut self, rows: &[Row<'_>], places: &[Place]) -> Vec<Yield> {
+    fn draw(&mut self, rows: &[Row<'_>]) {
         let (head, vocab, at_once) = (&self.model.weights.head, self.limits.vocab_size, self.limits.logits_rows());
-        let drawn: Vec<Mutex<Option<Result<Sampled, Stuck>>>> = places.iter().map(|_| Mutex::new(None)).collect();
+        let (places, scratch) = (&self.places, &self.scratch);
+        if self.drawn.len() < places.len() {
+            self.drawn.resize_with(places.len(), Mutex::default);
+        }
+        let drawn = &self.drawn;
         for first in (0..places.len()).step_by(at_once) {
             let slice = first..places.len().min(first + at_once);
+            let plain = |place: &Place| rows[place.row].is_plain(place.token);
+            self.logits_kept = !places[slice.clone()].iter().all(plain);
+            if !self.logits_kept {
+                self.cpu.compute_largest(head, slice.clone());
+                for (index, drawn) in drawn[slice].iter().enumerate() {
+                    let token = self.cpu.most_likely(index).ok_or(Stuck::NoLogits);
+                    *lock(drawn) = Some(token.map(|token| Sampled { token, logprobs: None }));
+                }
+                continue;
+            }
             self.cpu.compute_logits(head, slice.clone());
             let (pool, logits) = self.cpu.pool_and_logits();
-            pool.run(slice.len(), &|index, _| {
+            pool.run(slice.len(), &|index, thread| {
                 let place = places[first + index];
-                let sampled = rows[place.row].draw(place.token, &logits.row(index)[..vocab]);
-                *drawn[first + index].lock().unwrap_or_else(PoisonError::into_inner) = Some(sampled);
+                let logits = &logits.row(index)[..vocab];
+                let sampled = rows[place.row].draw(place.token, logits, &mut lock(&scratch[thread]));
+                *lock(&drawn[first + index]) = Some(sampled);
             });
         }
+    }
+
+    /// Puts together what was drawn for each row.
+    fn collect(&mut self, rows: &[Row<'_>]) {
         self.logits_rows.clear();
         self.logits_rows.resize(rows.len(), None);
-        let mut yields = vec![Yield::default(); rows.len()];
-        for (index, (place, drawn)) in places.iter().zip(drawn).enumerate() {
-            let sampled = drawn.into_inner().unwrap_or_else(PoisonError::into_inner).expect("every place was visited");
-            let (row, made) = (&rows[place.row], &mut yields[place.row]);
+        if self.yields.len() < rows.len() {
+            self.yields.resize_with(rows.len(), Yield::default);
+        }
+        self.yields[..rows.len()].iter_mut().for_each(Yield::clear);
+        for (index, (place, drawn)) in self.places.iter().zip(&self.drawn).enumerate() {
+            let sampled = lock(drawn).take().expect("every place was visited");
+            let (row, made) = (&rows[place.row], &mut self.yields[place.row]);
             if place.token < row.reported() {
                 made.prompt_logprobs.extend(sampled.into_iter().filter_map(|sampled| sampled.logprobs));
                 continue;
             }
-            if place.token == row.first_drawn() && places.len() <= at_once {
+            let one_slice = self.places.len() <= self.limits.logits_rows();
+            if place.token == row.first_drawn() && one_slice && self.logits_kept {
                 self.logits_rows[place.row] = Some(index);
             }
             // What follows a draft that was wrong was drawn from a history that is none.
@@ -391,8 +488,21 @@ impl Engine {
                 }
             }
         }
-        yields
     }
+}
+
+impl Yield {
+    /// Makes it that of a row that asked for nothing.
+    fn clear(&mut self) {
+        self.sampled.clear();
+        self.prompt_logprobs.clear();
+        self.stuck = None;
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A step that panicked is over, and the next one starts afresh.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Row<'_> {
@@ -418,23 +528,33 @@ impl Row<'_> {
         [0..self.reported(), drawn]
     }
 
+    /// Returns how what follows the token `token` is drawn.
+    fn sample_after(&self, token: usize) -> Sample<'_> {
+        let sample = self.sample.expect("tokens are drawn where a sample says how");
+        let known = sample.history.len() - (self.tokens.len() - 1 - token);
+        Sample { history: &sample.history[..known], ..sample }
+    }
+
+    /// Says whether all that is wanted after the token `token` is the most likely one.
+    fn is_plain(&self, token: usize) -> bool {
+        token >= self.reported() && self.sample_after(token).is_plain()
+    }
+
     /// Makes of the logits after the token `token` what is asked.
-    fn draw(&self, token: usize, logits: &[f32]) -> Result<Sampled, Stuck> {
+    fn draw(&self, token: usize, logits: &[f32], scratch: &mut Scratch) -> Result<Sampled, Stuck> {
         if let Some(PromptLogprobs { targets, top }) = self.prompt_logprobs
             && let Some(&token) = targets.get(token)
         {
             return Ok(Sampled { token, logprobs: Some(sampling::logprobs(logits, token, top as usize)) });
         }
-        let sample = self.sample.expect("tokens are drawn where a sample says how");
-        let known = sample.history.len() - (self.tokens.len() - 1 - token);
-        let sample = Sample { history: &sample.history[..known], ..sample };
-        let Some(matcher) = sample.grammar else { return sampling::draw(logits, &sample, None) };
+        let sample = self.sample_after(token);
+        let Some(matcher) = sample.grammar else { return sampling::draw(logits, &sample, None, scratch) };
         let masks = matcher.masks().map_err(|error| Stuck::Forbidden(error.to_string()))?;
         let mask = masks.at(token - self.first_drawn());
         // Behind such a draft nothing is drawn: it is wrong, or the last token of the sequence.
         let mask =
             mask.ok_or_else(|| Stuck::Forbidden("a draft before it does not fit the grammar, or ends it".into()))?;
-        sampling::draw(logits, &sample, Some(mask))
+        sampling::draw(logits, &sample, Some(mask), scratch)
     }
 }
 
@@ -529,18 +649,6 @@ impl Limits {
         }
         Ok(())
     }
-}
-
-/// Returns the tokens after which logits are wanted, and the spans that they make when they are all that is left of the step.
-fn places<'a>(rows: &[Row<'_>], spans: &[Span<'a>]) -> (Vec<Place>, Vec<Span<'a>>) {
-    let (mut places, mut kept) = (Vec::new(), Vec::new());
-    for (row, span) in spans.iter().enumerate() {
-        for tokens in rows[row].wanted().into_iter().filter(|tokens| !tokens.is_empty()) {
-            kept.push(Span { first: places.len(), tokens: tokens.len(), start: span.start + tokens.start, ..*span });
-            places.extend(tokens.map(|token| Place { row, token }));
-        }
-    }
-    (places, kept)
 }
 
 /// Names what an engine whose longest context is `context` writes to pages.

@@ -9,6 +9,7 @@ mod footprint;
 mod gguf;
 mod golden;
 mod grammars;
+mod greedy;
 mod hostile;
 mod invariance;
 mod limits;
@@ -42,6 +43,11 @@ pub(crate) fn small_config() -> Config {
         max_model_len: Some(1024),
         ..Config::default()
     }
+}
+
+/// Draws the most likely token and leaves the logits to be looked at.
+pub(crate) fn watched() -> Sampling {
+    Sampling { logprobs: Some(0), ..Sampling::default() }
 }
 
 /// An engine and a sequence that grows in it.
@@ -88,7 +94,7 @@ impl Runner {
                 sample: (end == tokens.len()).then_some(sample),
                 ..Row::default()
             };
-            last = self.engine.step(&[row], &mut |_| {}).expect("a good row").remove(0).sampled.pop();
+            last = self.engine.step(&[row], &mut |_| {}).expect("a good row")[0].sampled.pop();
             at = end;
         }
         last.expect("the last chunk samples")
@@ -108,7 +114,7 @@ impl Runner {
                 prompt_logprobs: Some(PromptLogprobs { targets, top: 3 }),
                 ..Row::default()
             };
-            logprobs.extend(self.engine.step(&[row], &mut |_| {}).expect("a good row").remove(0).prompt_logprobs);
+            logprobs.append(&mut self.engine.step(&[row], &mut |_| {}).expect("a good row")[0].prompt_logprobs);
         }
         logprobs
     }

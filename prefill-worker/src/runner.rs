@@ -254,7 +254,7 @@ impl Runner {
         };
         scheduler.compute(
             plan,
-            &mut |rows, on_layer| engine.step(rows, on_layer),
+            engine,
             &mut |chunks, layer| chunks.iter().for_each(|chunk| push(chunk, layer)),
             &|| epoch.elapsed(),
         )

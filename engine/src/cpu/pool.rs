@@ -6,7 +6,13 @@
 //! Nobody waits for a thread that has not come. A job is a number of tasks and a counter; the caller opens it, works itself,
 //! closes it when no task is left, and waits only for the threads that joined before that. When the cores are shared with
 //! others, a thread that gets no time costs nothing but its help.
+//!
+//! Tasks that follow each other read weights that do. On a machine with several memory nodes ([`super::nodes`]) a thread takes the
+//! tasks of its node's share first, and those of the others when there are no more. For that it must stay on its node's cores,
+//! which it does when the pool has a thread for every core: a smaller one is best placed by the system. The caller is never told
+//! where to run, because threads inherit that.
 
+use super::nodes::Nodes;
 use crate::Error;
 use std::{
     cell::UnsafeCell,
@@ -15,6 +21,7 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        mpsc,
     },
     thread::{self, JoinHandle, Thread},
     time::{Duration, Instant},
@@ -41,12 +48,21 @@ type Task<'a> = dyn Fn(usize, usize) + Sync + 'a;
 struct Shared {
     state: AtomicU64,
     job: UnsafeCell<Option<Job>>,
-    next_task: AtomicUsize,
+    nodes: Nodes,
+    /// The next task of each node's share.
+    next: Vec<Counter>,
+    /// The node of each thread.
+    home: Vec<usize>,
     parked: Vec<AtomicBool>,
     caller_parked: AtomicBool,
     panicked: AtomicBool,
     stop: AtomicBool,
 }
+
+/// On cache lines of its own: threads of one node do not disturb the others, nor those that wait.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Counter(AtomicUsize);
 
 #[derive(Clone)]
 struct Job {
@@ -68,24 +84,40 @@ impl fmt::Debug for Pool {
 }
 
 impl Pool {
-    /// Starts `threads - 1` threads beside the caller.
+    /// Starts `threads - 1` threads beside the caller, and returns when they run: what a thread needs to start is not part of a job.
     pub(crate) fn new(threads: usize) -> Result<Self, Error> {
+        let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
+        Self::on(if threads < cores { Nodes::one() } else { Nodes::machine().clone() }, threads)
+    }
+
+    /// Starts threads that are spread over `nodes`.
+    fn on(nodes: Nodes, threads: usize) -> Result<Self, Error> {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
             job: UnsafeCell::new(None),
-            next_task: AtomicUsize::new(0),
+            next: (0..nodes.count()).map(|_| Counter::default()).collect(),
+            home: (0..threads.max(1)).map(|thread| nodes.of_thread(thread, threads)).collect(),
+            nodes,
             parked: (1..threads).map(|_| AtomicBool::new(false)).collect(),
             caller_parked: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         });
-        let start = |id: usize| {
-            let shared = shared.clone();
-            thread::Builder::new().name(format!("engine-{id}")).spawn(move || shared.work(id))
-        };
-        let workers =
-            (1..threads).map(start).collect::<Result<_, _>>().map_err(Error::system("start engine threads"))?;
-        Ok(Self { shared, workers })
+        let mut pool = Self { shared: shared.clone(), workers: Vec::new() };
+        let (started, running) = mpsc::channel();
+        for id in 1..threads {
+            let (shared, started) = (shared.clone(), started.clone());
+            let work = move || {
+                let _ = started.send(());
+                drop(started);
+                shared.nodes.stay(id, threads);
+                shared.work(id);
+            };
+            let thread = thread::Builder::new().name(format!("engine-{id}"));
+            pool.workers.push(thread.spawn(work).map_err(Error::system("start engine threads"))?);
+        }
+        running.iter().take(pool.workers.len()).for_each(drop);
+        Ok(pool)
     }
 
     /// Returns the number of threads, the caller included.
@@ -111,7 +143,9 @@ impl Pool {
         let job = Job { tasks, run, caller: thread::current() };
         // SAFETY: no job is open and no thread joined (the last `run` ended with `close`), so nobody reads the slot.
         unsafe { *shared.job.get() = Some(job) };
-        shared.next_task.store(0, Ordering::Relaxed);
+        for (node, next) in shared.next.iter().enumerate() {
+            next.0.store(shared.nodes.share(node, tasks).start, Ordering::Relaxed);
+        }
         shared.state.fetch_add(JOB | OPEN, Ordering::SeqCst);
         for (worker, parked) in self.workers.iter().zip(&shared.parked) {
             if parked.load(Ordering::SeqCst) {
@@ -130,12 +164,16 @@ impl Pool {
 
 impl Shared {
     fn take_tasks(&self, tasks: usize, task: &Task<'_>, thread: usize) {
-        loop {
-            let index = self.next_task.fetch_add(1, Ordering::Relaxed);
-            if index >= tasks {
-                return;
+        let nodes = self.next.len();
+        for node in (0..nodes).map(|turn| (self.home[thread] + turn) % nodes) {
+            let end = self.nodes.share(node, tasks).end;
+            loop {
+                let index = self.next[node].0.fetch_add(1, Ordering::Relaxed);
+                if index >= end {
+                    break;
+                }
+                task(index, thread);
             }
-            task(index, thread);
         }
     }
 
@@ -236,11 +274,31 @@ impl Drop for Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::nodes;
+
+    #[test]
+    fn a_thread_takes_the_tasks_of_its_node_first() {
+        let threads = 4;
+        let mut pool = Pool::on(nodes::made_up(), threads).expect("threads");
+        // The first task of each thread, which waits for the others to have one.
+        let first: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(usize::MAX)).collect();
+        pool.run(40, &|task, thread| {
+            let _ = first[thread].compare_exchange(usize::MAX, task, Ordering::SeqCst, Ordering::SeqCst);
+            let start = Instant::now();
+            while first.iter().any(|task| task.load(Ordering::SeqCst) == usize::MAX) {
+                assert!(start.elapsed() < Duration::from_secs(10), "nobody joined");
+                thread::yield_now();
+            }
+        });
+        let of_first_node = |thread: usize| first[thread].load(Ordering::SeqCst) < 20;
+        assert_eq!((0..threads).map(of_first_node).collect::<Vec<_>>(), [true, true, false, false]);
+    }
 
     #[test]
     fn every_task_runs_once() {
-        for threads in [1, 2, 5] {
-            let mut pool = Pool::new(threads).expect("threads");
+        let all = [1, 2, 5].into_iter().flat_map(|threads| [(threads, Nodes::one()), (threads, nodes::made_up())]);
+        for (threads, nodes) in all {
+            let mut pool = Pool::on(nodes, threads).expect("threads");
             for tasks in [0, 1, 2, 3, 7, 100] {
                 let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
                 for round in 1..=50 {
@@ -286,5 +344,38 @@ mod tests {
             ran.fetch_add(1, Ordering::Relaxed);
         });
         assert_eq!(ran.load(Ordering::Relaxed), 8);
+    }
+
+    /// `cargo test -p engine --lib -- --ignored --nocapture pool::tests::speed`
+    #[test]
+    #[ignore = "prints times; asserts nothing"]
+    fn speed() {
+        let mut pool = Pool::new(2).expect("threads");
+        let spin = |micros: u64| {
+            let start = Instant::now();
+            while start.elapsed() < Duration::from_micros(micros) {}
+        };
+        let mut measure = |name: &str, rounds: usize, between: &dyn Fn()| {
+            let round = |_| {
+                between();
+                let begun = AtomicUsize::new(0);
+                let start = Instant::now();
+                // Each task waits for the other to begin: both threads take part.
+                pool.run(2, &|_, _| {
+                    begun.fetch_add(1, Ordering::Relaxed);
+                    while begun.load(Ordering::Relaxed) < 2 {
+                        std::hint::spin_loop();
+                    }
+                });
+                start.elapsed().as_secs_f64() * 1e6
+            };
+            let mut times: Vec<f64> = (0..rounds).map(round).collect();
+            times.sort_by(f64::total_cmp);
+            let at = |percent: usize| times[(rounds - 1) * percent / 100];
+            println!("{name}: {:.2} us, 90 % {:.2}, 99 % {:.2}", at(50), at(90), at(99));
+        };
+        measure("back to back", 200_000, &|| {});
+        measure("after 20 us alone", 20_000, &|| spin(20));
+        measure("after 1 ms alone, the other parked", 2_000, &|| spin(1000));
     }
 }

@@ -22,7 +22,7 @@ fn try_drawn(
     forbidden: &[TokenId],
 ) -> Result<Sampled, Stuck> {
     let sample = Sample { sampling, history, prompt_tokens, forbidden, min_tokens: usize::MAX, grammar: None };
-    draw(logits, &sample, None)
+    draw(logits, &sample, None, &mut Scratch::new(logits.len()))
 }
 
 fn warm() -> Sampling {
@@ -76,7 +76,8 @@ fn cuts_keep_what_they_say() {
 #[test]
 fn a_large_flat_distribution_is_cut_by_mass() {
     let logits = vec![0.0; 5000];
-    let mut kept = candidates(&logits, 0, &Sampling { top_p: 0.5, ..warm() });
+    let mut kept = Vec::new();
+    choose(&logits, 0, &Sampling { top_p: 0.5, ..warm() }, &mut kept);
     assert_eq!(kept.len(), 2500);
     kept.sort_unstable_by_key(|candidate| candidate.token);
     assert_eq!(kept.last().map(|candidate| candidate.token), Some(2499), "ties go to the lower id");
@@ -143,6 +144,7 @@ fn penalties_tell_prompt_from_output() {
     penalise(
         &mut logits,
         &Sample { sampling: &sampling, history: &[0], prompt_tokens: 1, forbidden: &[], min_tokens: 0, grammar: None },
+        &mut [0; 2],
     );
     assert_eq!(logits, [-2.0, -1.05]);
 }
@@ -200,7 +202,7 @@ fn support_after(
         let sampling = Sampling { seed, ..sampling.clone() };
         let sample =
             Sample { sampling: &sampling, history, prompt_tokens: 2, forbidden: &[3], min_tokens: 1, grammar: None };
-        seen.push(draw(logits, &sample, mask)?.token);
+        seen.push(draw(logits, &sample, mask, &mut Scratch::new(logits.len()))?.token);
     }
     seen.sort_unstable();
     seen.dedup();
@@ -253,7 +255,7 @@ fn masks_do_not_touch_the_log_probabilities() {
     let sampling = Sampling { logprobs: Some(1), allowed_tokens: vec![0, 1], ..Sampling::default() };
     let sample =
         Sample { sampling: &sampling, history: &[], prompt_tokens: 0, forbidden: &[], min_tokens: 0, grammar: None };
-    let sampled = draw(&logits, &sample, Some(&Mask::of(4, &[0]))).expect("a token");
+    let sampled = draw(&logits, &sample, Some(&Mask::of(4, &[0])), &mut Scratch::new(4)).expect("a token");
     let logprobs = sampled.logprobs.expect("asked for");
     assert_eq!((sampled.token, logprobs.rank, logprobs.top[0].0), (0, 4, 3));
     assert!((logprobs.logprob - 0.1f32.ln()).abs() < 1e-6);
@@ -302,7 +304,7 @@ fn infinite_logits_are_certain() {
             grammar: None,
         };
         let mask = mask.map(|allowed| Mask::of(logits.len(), allowed));
-        let sampled = draw(logits, &sample, mask.as_ref()).expect("a token");
+        let sampled = draw(logits, &sample, mask.as_ref(), &mut Scratch::new(logits.len())).expect("a token");
         assert_eq!((sampled.token, sampled.logprobs.expect("asked for").logprob), (token, logprob), "{logits:?}");
     };
     check(&[1.0, infinite, 3.0], None, 1, 0.0);

@@ -1,7 +1,7 @@
 //! One planned step, carried out.
 
 use super::{Chunk, Drawn, Ended, Plan, Reported, Scheduler, SequenceId, Verified};
-use crate::{Error, Row, Yield};
+use crate::{Error, Row, Step, reuse::reuse};
 use std::time::Duration;
 
 /// What a step came to.
@@ -30,11 +30,8 @@ pub struct Fault {
     pub ended: Ended,
 }
 
-/// The engine, as a step sees it: [`crate::Engine::step`].
-pub type StepFn<'a> = dyn FnMut(&[Row<'_>], &mut dyn FnMut(u32)) -> Result<Vec<Yield>, Error> + 'a;
-
 impl Scheduler {
-    /// Carries out `plan` by `step` and completes it. `on_layer` is told the chunks being computed with each layer that is
+    /// Carries out `plan` on `engine` and completes it. `on_layer` is told the chunks being computed with each layer that is
     /// final; `clock` is read when the step is over.
     ///
     /// What grammars allow is worked out on their own threads while the engine computes.
@@ -44,7 +41,7 @@ impl Scheduler {
     pub fn compute(
         &mut self,
         plan: Plan,
-        step: &mut StepFn<'_>,
+        engine: &mut dyn Step,
         on_layer: &mut dyn FnMut(&[Chunk], u32),
         clock: &dyn Fn() -> Duration,
     ) -> Computed {
@@ -52,15 +49,16 @@ impl Scheduler {
         for chunk in plan.chunks.iter().filter(|chunk| chunk.sample) {
             self.running[&chunk.id].prepare(chunk);
         }
-        let rows: Vec<Row<'_>> = self.rows(&plan).collect();
-        let result = step(&rows, &mut |layer| on_layer(&plan.chunks, layer));
-        drop(rows);
+        let mut rows: Vec<Row<'_>> = reuse(std::mem::take(&mut self.spare_rows));
+        rows.extend(self.rows(&plan));
+        let result = engine.step(&rows, &mut |layer| on_layer(&plan.chunks, layer));
+        self.spare_rows = reuse(rows);
         match result {
             Ok(yields) => computed = self.complete(plan, yields, clock()),
             Err(Error::Row(_)) if plan.chunks.len() > 1 => {
                 for single in self.split(plan) {
                     self.stepping = true;
-                    let part = self.compute(single, step, on_layer, clock);
+                    let part = self.compute(single, engine, on_layer, clock);
                     computed.drawn.extend(part.drawn);
                     computed.reported.extend(part.reported);
                     computed.verified.extend(part.verified);

@@ -64,6 +64,15 @@ impl Plan {
         self.chunks.is_empty()
     }
 
+    /// Returns an empty plan in the memory of this one.
+    pub(super) fn cleared(mut self) -> Self {
+        self.chunks.clear();
+        self.started.clear();
+        self.preempted.clear();
+        self.tokens = 0;
+        self
+    }
+
     pub(super) fn push(&mut self, chunk: Chunk) {
         self.tokens += chunk.tokens;
         self.chunks.push(chunk);

@@ -381,7 +381,7 @@ impl World {
             self.scheduler.abandon(plan);
             return;
         }
-        let computed = self.scheduler.complete(plan, made, self.now);
+        let computed = self.scheduler.complete(plan, &mut made, self.now);
         for reported in &computed.reported {
             let expected = &mut self.live.get_mut(&reported.id).expect("only live sequences report").reported;
             assert!(reported.position <= *expected, "without a gap");

@@ -1,7 +1,7 @@
 //! One rule each, in the smallest world that shows it. Pages of 4 tokens.
 
 use super::*;
-use crate::{Sampled, Sampling};
+use crate::{Sampled, Sampling, Step};
 
 const START: Duration = Duration::ZERO;
 
@@ -30,12 +30,29 @@ fn drawn(sample: bool, token: u32) -> Yield {
     if sample { Sampled { token, logprobs: None }.into() } else { Yield::default() }
 }
 
+/// An engine of one layer that draws 7 whatever it is asked, unless it `fails`.
+struct Fake {
+    fails: fn(&[Row<'_>]) -> Option<Error>,
+    made: Vec<Yield>,
+}
+
+impl Step for Fake {
+    fn step(&mut self, rows: &[Row<'_>], on_layer: &mut dyn FnMut(u32)) -> Result<&mut [Yield], Error> {
+        if let Some(error) = (self.fails)(rows) {
+            return Err(error);
+        }
+        on_layer(0);
+        self.made = rows.iter().map(|_| drawn(true, 7)).collect();
+        Ok(&mut self.made)
+    }
+}
+
 /// Runs one step in which every sequence draws `token`. Returns the plan's chunks as (start, tokens, sample), and what was drawn.
 fn step(scheduler: &mut Scheduler, token: u32) -> (Vec<(usize, usize, bool)>, Vec<Drawn>) {
     let plan = scheduler.schedule(START);
     let chunks = plan.chunks().iter().map(|chunk| (chunk.start, chunk.tokens, chunk.sample)).collect();
-    let sampled = plan.chunks().iter().map(|chunk| drawn(chunk.sample, token)).collect();
-    (chunks, scheduler.complete(plan, sampled, START).drawn)
+    let mut made: Vec<Yield> = plan.chunks().iter().map(|chunk| drawn(chunk.sample, token)).collect();
+    (chunks, scheduler.complete(plan, &mut made, START).drawn)
 }
 
 fn chunks(scheduler: &mut Scheduler) -> Vec<(usize, usize, bool)> {
@@ -133,8 +150,7 @@ fn stop_ids_are_forbidden_until_min_tokens() {
             (sample.forbidden, sample.min_tokens, sample.history.len() - sample.prompt_tokens),
             (&[2][..], 1, known - 4)
         );
-        let sampled = vec![drawn(true, 7)];
-        assert_eq!(scheduler.complete(plan, sampled, START).drawn.len(), 1);
+        assert_eq!(scheduler.complete(plan, &mut [drawn(true, 7)], START).drawn.len(), 1);
     }
 }
 
@@ -167,7 +183,7 @@ fn a_cancel_in_the_middle_of_a_step_frees_pages_after_it() {
     assert!(scheduler.cancel(id, START).is_some());
     let ticket = scheduler.ticket(0);
     assert_eq!(scheduler.reserve(ticket, &[], 3).unwrap_err(), NoRoom::Now, "the step still writes them");
-    assert!(scheduler.complete(plan, vec![drawn(true, 7)], START).drawn.is_empty());
+    assert!(scheduler.complete(plan, &mut [drawn(true, 7)], START).drawn.is_empty());
     let landing = scheduler.reserve(ticket, &[], 3).unwrap();
     let hold = scheduler.forgo(landing);
     scheduler.give_back(hold);
@@ -210,12 +226,12 @@ fn a_row_that_cannot_be_computed_ends_alone() {
     let mut layers = Vec::new();
     let computed = scheduler.compute(
         plan,
-        &mut |rows, on_layer| {
-            if rows.iter().any(|row| row.tokens[0] == 100) {
-                return Err(Error::Row("row 1 is broken".into()));
-            }
-            on_layer(0);
-            Ok(rows.iter().map(|_| drawn(true, 7)).collect())
+        &mut Fake {
+            fails: |rows| {
+                let broken = rows.iter().any(|row| row.tokens[0] == 100);
+                broken.then(|| Error::Row("row 1 is broken".into()))
+            },
+            made: Vec::new(),
         },
         &mut |chunks, layer| layers.push((chunks[0].id, layer)),
         &|| START,
@@ -232,8 +248,12 @@ fn an_engine_that_gives_up_ends_the_whole_step() {
     let mut scheduler = scheduler(16, 32, 4);
     (0..2).for_each(|family| assert!(scheduler.submit(prompt(family, 5), START).is_ok()));
     let plan = scheduler.schedule(START);
-    let error = || Error::System { action: "allocate", source: std::io::ErrorKind::OutOfMemory.into() };
-    let computed = scheduler.compute(plan, &mut |_, _| Err(error()), &mut |_, _| {}, &|| START);
+    let error = |_: &[Row<'_>]| {
+        let source = std::io::ErrorKind::OutOfMemory.into();
+        Some(Error::System { action: "allocate", source })
+    };
+    let mut engine = Fake { fails: error, made: Vec::new() };
+    let computed = scheduler.compute(plan, &mut engine, &mut |_, _| {}, &|| START);
     assert_eq!(computed.faults.len(), 2);
     assert_eq!(scheduler.pool().stats().held(), 0);
 }

@@ -59,13 +59,7 @@ impl Worker {
                 speculator.propose(&mut self.scheduler);
             }
             let plan = self.scheduler.schedule(START);
-            let engine = &mut self.engine;
-            let computed = self.scheduler.compute(
-                plan,
-                &mut |rows, on_layer| engine.step(rows, on_layer),
-                &mut |_, _| {},
-                &|| START,
-            );
+            let computed = self.scheduler.compute(plan, &mut self.engine, &mut |_, _| {}, &|| START);
             assert!(computed.faults.is_empty(), "{:?}", computed.faults);
             if let Some(speculator) = &mut self.speculator {
                 speculator.observe(&computed, 1, 1, Duration::ZERO);
@@ -213,6 +207,7 @@ fn tiny(seed: u64, hidden: usize) -> Arc<Model> {
         qkv_bias: false,
         max_position: 512,
         dtype: ElementType::F32,
+        quantize: None,
         experts: None,
         latent: None,
     };
@@ -318,7 +313,7 @@ fn acceptance_of_both_rules() {
 /// The distribution of the token after `tokens` at `temperature`.
 fn distribution(engine: &mut Engine, tokens: &[TokenId], temperature: f64) -> Vec<f64> {
     let pages: Vec<PageId> = (0..engine.memory().layout().pages).map(PageId).collect();
-    let sampling = Sampling::default();
+    let sampling = Sampling { logprobs: Some(0), ..Sampling::default() };
     let sample = Sample {
         sampling: &sampling,
         history: tokens,

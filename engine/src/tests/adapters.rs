@@ -1,7 +1,7 @@
 //! Adapters that cannot be used, each named by file and field or tensor; and adapters that equal merged weights.
 
-use super::{Runner, load, repository};
-use crate::{Adapter, AdapterError, Adapters, Error, Model, Row, Sampling, cpu::kernels::Kernels};
+use super::{Runner, load, repository, watched};
+use crate::{Adapter, AdapterError, Adapters, Error, Model, Row, cpu::kernels::Kernels};
 use safetensors::{
     Dtype, SafeTensors,
     tensor::{TensorView, serialize},
@@ -239,7 +239,7 @@ fn factors_stay_as_stored_and_count_as_their_f32_values() {
             let [narrow, wide] = adapters.clone().map(|adapter| {
                 let mut runner = Runner::new(model.clone(), kernels);
                 runner.adapter = Some(adapter);
-                runner.draw(&[5, 9, 2, 77, 140, 8, 31], 0, 4, &Sampling::default());
+                runner.draw(&[5, 9, 2, 77, 140, 8, 31], 0, 4, &watched());
                 runner.engine.logits(0).expect("sampled").to_vec()
             });
             assert!(narrow == wide, "{base} {dtype:?} {}", kernels.name);
@@ -298,7 +298,7 @@ fn equals_merged(base: &str) {
         let mut runner = Runner::new(model, Kernels::detect());
         runner.adapter = adapter;
         let tokens: Vec<u32> = (0..40).map(|at| at * 7 % 900).collect();
-        runner.draw(&tokens, 0, 33, &Sampling::default());
+        runner.draw(&tokens, 0, 33, &watched());
         runner.engine.logits(0).expect("sampled").to_vec()
     };
     let model = load(base);

@@ -1,7 +1,7 @@
 //! Hidden states against what the reference recorded, through the head: `logits = head * hidden` determines a hidden state, for
 //! a head has more rows than columns.
 
-use super::{Runner, load, repository, small_config};
+use super::{Runner, load, repository, small_config, watched};
 use crate::{Config, Embedding, Pooling, Row, Sampling, TokenId, cpu::kernels::Kernels};
 use kv_cache::PageId;
 use safetensors::SafeTensors;
@@ -84,7 +84,7 @@ fn the_mean_is_that_of_the_logits_of_all_positions() {
         for prompt in prompts().into_iter().filter(|prompt| prompt.ids.len() <= 100) {
             let mut sums = vec![0.0; head.len() / model.decoder.hidden];
             for at in 0..prompt.ids.len() {
-                runner.draw(&prompt.ids[..=at], at, 1, &Sampling::default());
+                runner.draw(&prompt.ids[..=at], at, 1, &watched());
                 let logits = runner.engine.logits(0).expect("the row was sampled");
                 sums.iter_mut().zip(logits).for_each(|(sum, logit)| *sum += f64::from(*logit));
             }
@@ -111,7 +111,7 @@ fn an_embedding_has_the_same_bits_in_any_chunks_and_any_batch() {
             }
             // Between rows that draw, whose tokens must not change either.
             let (before, after) = (ids[40..70].to_vec(), ids[90..101].to_vec());
-            let sampling = Sampling::default();
+            let sampling = watched();
             let sample = |history| crate::Sample { history, ..sample_of(&sampling) };
             let all = runner.pages.clone();
             let (first, rest) = all.split_at(20);
@@ -119,13 +119,13 @@ fn an_embedding_has_the_same_bits_in_any_chunks_and_any_batch() {
             let drawing = |tokens, pages| Row { tokens, pages, sample: Some(sample(tokens)), ..Row::default() };
             let alone: Vec<_> = [(&before[..], first), (&after[..], last)]
                 .map(|(tokens, pages): (&[TokenId], &[PageId])| {
-                    let made = runner.engine.step(&[drawing(tokens, pages)], &mut |_| {}).expect("a good row");
+                    let made = runner.engine.step(&[drawing(tokens, pages)], &mut |_| {}).expect("a good row").to_vec();
                     (made, bits(runner.engine.logits(0).expect("it drew").to_vec()))
                 })
                 .into();
             let row = Row { tokens: &ids, pages: own, pooling: Some(pooling), ..Row::default() };
             let rows = [drawing(&before, first), row, drawing(&after, last)];
-            let made = runner.engine.step(&rows, &mut |_| {}).expect("good rows");
+            let made = runner.engine.step(&rows, &mut |_| {}).expect("good rows").to_vec();
             let mut embedding = Embedding::new(pooling);
             embedding.add(0, runner.engine.hidden(1));
             assert_eq!(bits(embedding.finish()), whole, "{path} {} in a batch", kernels.name);

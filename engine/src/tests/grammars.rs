@@ -186,8 +186,7 @@ impl World {
             }
             let plan = self.scheduler.schedule(START);
             let Self { engine, scheduler, .. } = self;
-            let step = &mut |rows: &[crate::Row<'_>], on_layer: &mut dyn FnMut(u32)| engine.step(rows, on_layer);
-            let Computed { drawn, faults, .. } = scheduler.compute(plan, step, &mut |_, _| {}, &|| START);
+            let Computed { drawn, faults, .. } = scheduler.compute(plan, engine, &mut |_, _| {}, &|| START);
             assert!(faults.is_empty(), "{faults:?}");
             for drawn in drawn {
                 let emitted = self.running.get_mut(&drawn.id).expect("a live sequence");

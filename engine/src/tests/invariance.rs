@@ -3,9 +3,9 @@
 //! The kernels promise it; this is where the promise is kept. Each case computes the same sequences twice, once alone on one
 //! thread in one piece, and once interleaved at random on several threads, and compares logits and pages bit by bit.
 
-use super::{load, repository, small_config};
+use super::{load, repository, small_config, watched};
 use crate::{
-    Adapter, Config, ElementType, Engine, ExpertShape, KvMemory, LatentRanks, Model, ModelShape, Row, Sample, Sampling,
+    Adapter, Config, ElementType, Engine, ExpertShape, KvMemory, LatentRanks, Model, ModelShape, Quantize, Row, Sample,
     TokenId,
     cpu::kernels::Kernels,
     model::{
@@ -42,7 +42,7 @@ impl Sequence {
 
 /// Computes the next tokens of some sequences in one step: `(sequence, tokens)`, each sampled at its end.
 fn step(engine: &mut Engine, sequences: &mut [Sequence], parts: &[(usize, usize)]) {
-    let sampling = Sampling::default();
+    let sampling = watched();
     let rows: Vec<Row<'_>> = parts
         .iter()
         .map(|&(index, count)| {
@@ -145,6 +145,8 @@ fn run_adapted(
     poison(engine.memory());
     let layout = engine.memory().layout().clone();
     let vocab = model.info().vocab_size;
+    // Strides are primes: one that divides the pool would name pages twice.
+    let page_stride = if (layout.pages as usize).is_multiple_of(plan.page_stride) { 1 } else { plan.page_stride };
     let mut next_page = 0;
     let mut sequences: Vec<Sequence> = lengths
         .iter()
@@ -152,15 +154,13 @@ fn run_adapted(
         .map(|(index, &length)| {
             let tokens = (0..length).map(|at| ((at * at * 31 + at * 7 + index * 1009) as u32) % vocab).collect();
             let pages = layout.pages_for(length);
-            let all = (next_page..next_page + pages)
-                .map(|page| PageId((page * plan.page_stride % layout.pages as usize) as u32));
+            let all =
+                (next_page..next_page + pages).map(|page| PageId((page * page_stride % layout.pages as usize) as u32));
             next_page += pages;
             Sequence::new(tokens, all.collect(), adapters[index % adapters.len()].clone())
         })
         .collect();
     assert!(next_page <= layout.pages as usize, "{next_page} pages in a pool of {}", layout.pages);
-    let coprime = plan.page_stride == 1 || !(layout.pages as usize).is_multiple_of(plan.page_stride);
-    assert!(coprime, "every page is to appear once");
     for parts in &plan.steps {
         let mut budget = config.token_budget as usize;
         let mut rows = Vec::new();
@@ -358,7 +358,10 @@ fn shapes() -> impl Strategy<Value = ModelShape> {
     let parts = prop_oneof![(latent.clone(), Just(None)), (Just(None), experts.clone()), (latent, experts),];
     let dtype = prop::sample::select(vec![ElementType::F32, ElementType::F16, ElementType::Bf16, ElementType::Bf16]);
     let heads = prop::sample::select(vec![1usize, 2, 6, 36]);
-    (parts, dtype, heads, 30usize..140).prop_map(|((latent, experts), dtype, heads, hidden)| ModelShape {
+    let quantize =
+        prop::sample::select(vec![None, None, Some(Quantize::Int8), Some(Quantize::Int4), Some(Quantize::Fp8)]);
+    let parts = (parts, dtype, quantize, heads, 30usize..140);
+    parts.prop_map(|((latent, experts), dtype, quantize, heads, hidden)| ModelShape {
         name: "small",
         vocab_size: 300,
         hidden,
@@ -372,6 +375,7 @@ fn shapes() -> impl Strategy<Value = ModelShape> {
         qkv_bias: false,
         max_position: 512,
         dtype,
+        quantize,
     })
 }
 

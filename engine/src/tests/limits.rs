@@ -1,7 +1,7 @@
 //! Rows and settings that the engine refuses.
 
-use super::{load, small_config};
-use crate::{Config, Engine, Error, Row, Sample, Sampling, Yield};
+use super::{load, small_config, watched};
+use crate::{Config, Engine, Error, Row, Sample, Yield};
 use kv_cache::PageId;
 
 fn engine(config: Config) -> Result<Engine, Error> {
@@ -71,7 +71,7 @@ fn an_empty_step_and_one_without_samples_are_fine() {
     assert_eq!(layers, [0, 1, 2]);
     assert!(engine.logits(0).is_none() && engine.logits(1).is_none());
 
-    let sampling = Sampling::default();
+    let sampling = watched();
     let sample = Sample {
         sampling: &sampling,
         history: &[1, 2, 3, 4],
