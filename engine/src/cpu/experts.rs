@@ -1,18 +1,21 @@
 //! Experts: every token goes through a few of a layer's gated linears, chosen by its scores.
 //!
 //! The pairs of a token and an expert are sorted by expert, so that the weights of an expert are read once for all its tokens,
-//! and those of an expert that nobody chose not at all. A task of the gated linear copies its tokens' inputs side by side
-//! first: little beside the weights it reads. Its outputs stay in the order of the pairs, where the way back finds them.
+//! and those of an expert that nobody chose not at all. A task of the gated linear copies its tokens' inputs side by side and
+//! then goes through as many of the expert's panels as leaves the other threads some, so that the copies stay in its cache and
+//! cost next to nothing. Its outputs stay in the order of the pairs, where the way back finds them.
 //!
 //! On the way back a task owns columns of the residual and goes through all experts in order: a token's outputs are added in
 //! the order of its experts' numbers, whatever else is in the step, and no buffer for the outputs of all pairs is needed.
 
 use super::{
-    Cpu, Operand, Shared, Sizes,
+    Cpu, Deltas, Operand, Shared, Sizes,
     buffer::Buffer,
+    encode::Encoding,
     linear::{FEW_ROWS, LinearTask, Output, TASK_PANELS, TASK_ROWS},
     lock,
     packed::PANEL,
+    products::encode,
 };
 use crate::{
     Error,
@@ -22,7 +25,10 @@ use crate::{
         weights::{Experts, Linear},
     },
 };
-use std::sync::Mutex;
+use std::sync::{
+    Mutex,
+    atomic::{AtomicU64, Ordering},
+};
 
 /// Tokens of one task of the choice.
 const CHUNK: usize = 4;
@@ -41,16 +47,23 @@ pub(super) struct ExpertBuffers {
     gated: Buffer,
     /// Bytes from pair to pair.
     gated_stride: usize,
+    /// The same as the way back reads it, untouched where that is how it lies.
+    encoded: Buffer,
     /// One for each thread: the inputs of a block, or its outputs.
     scratch: Vec<Mutex<Buffer>>,
+    /// Bytes of experts that were chosen, once for each step and layer.
+    chosen_bytes: u64,
+    /// Bytes that tasks read.
+    read_bytes: AtomicU64,
 }
 
 impl ExpertBuffers {
     /// Reserves buffers for steps of up to `tokens` tokens on `threads` threads.
     pub(super) fn new(mixture: &Mixture, sizes: &Sizes, threads: usize, tokens: usize) -> Result<Self, Error> {
-        let stride = mixture.routing.experts.next_multiple_of(PANEL);
+        let stride = mixture.routing.ranks().next_multiple_of(PANEL);
         let pairs = tokens * mixture.routing.chosen;
         let gated_stride = sizes.format.stride(mixture.intermediate);
+        // Where inputs are encoded they lie as f32, and take less once they are.
         let scratch_bytes = TASK_ROWS * sizes.input.max(4 * TASK_PANELS * PANEL);
         Ok(Self {
             pairs: Pairs::new(&mixture.routing, tokens),
@@ -60,7 +73,10 @@ impl ExpertBuffers {
             // The tile unit reads whole tiles from any pair on.
             gated: Buffer::new((pairs + 16) * gated_stride)?,
             gated_stride,
+            encoded: Buffer::new((pairs + 16) * gated_stride)?,
             scratch: (0..threads).map(|_| Buffer::new(scratch_bytes).map(Mutex::new)).collect::<Result<_, _>>()?,
+            chosen_bytes: 0,
+            read_bytes: AtomicU64::new(0),
         })
     }
 }
@@ -125,6 +141,11 @@ impl Pairs {
         }
     }
 
+    /// Returns how many experts have pairs.
+    fn experts(&self) -> usize {
+        self.blocks.chunk_by(|a, b| a.expert == b.expert).count()
+    }
+
     /// Returns the pairs of a block.
     fn of(&self, block: &Block) -> &[Pair] {
         &self.sorted[block.first..][..block.rows]
@@ -136,10 +157,20 @@ impl Cpu {
     pub(crate) fn experts(&mut self, layer: &Experts) {
         let buffers = self.experts.as_mut().expect("a model with experts has buffers for them");
         let to = Output::Store { to: buffers.scores.as_mut_ptr().cast(), stride: 2 * buffers.stride };
-        self.linear(&layer.router, Operand::Input, to, &[]);
+        self.linear(&layer.router, Operand::Input, to, Deltas::NONE);
         self.choose(layer.correction.as_deref());
         self.gate_up_of_experts(&layer.gate_up);
         self.down_of_experts(&layer.down);
+        let buffers = self.experts.as_mut().expect("a model with experts has buffers for them");
+        let each = (layer.gate_up.packed.bytes() + layer.down.packed.bytes()) / buffers.pairs.routing.experts;
+        buffers.chosen_bytes += (buffers.pairs.experts() * each) as u64;
+    }
+
+    /// Returns the bytes of experts that were chosen, once for each step and layer, and the bytes that were read.
+    pub(crate) fn expert_bytes(&self) -> (u64, u64) {
+        self.experts
+            .as_ref()
+            .map_or((0, 0), |buffers| (buffers.chosen_bytes, buffers.read_bytes.load(Ordering::Relaxed)))
     }
 
     /// Chooses the experts of all rows by their scores.
@@ -157,7 +188,7 @@ impl Cpu {
                     (scores, std::slice::from_raw_parts_mut(choices.at(row * chosen), chosen))
                 };
                 let (scores, ranks) = scores.split_at_mut(stride);
-                routing.choose(&mut scores[..experts], correction, &mut ranks[..experts], choices);
+                routing.choose(&mut scores[..experts], correction, &mut ranks[..routing.ranks()], choices);
             }
         });
         buffers.pairs.sort(&buffers.choices[..rows * chosen]);
@@ -166,55 +197,76 @@ impl Cpu {
     /// Computes `silu(gate) * up` of all pairs.
     fn gate_up_of_experts(&mut self, linear: &Linear) {
         let buffers = self.experts.as_mut().expect("a model with experts has buffers for them");
-        let (weights, run) = (&linear.packed, self.kernels.linear(linear.packed.weights(), self.sizes.format));
-        let (pairs, input_stride, threads) = (&buffers.pairs, self.sizes.input, self.pool.threads());
+        let weights = &linear.packed;
+        let (pairs, threads) = (&buffers.pairs, self.pool.threads());
         let gated = SharedBytes::of(&mut buffers.gated, buffers.gated_stride);
-        let input = Shared(self.input.as_mut_ptr());
-        let (gathered, scratch) = (&buffers.scratch, &self.scratch);
         let Sizes { format, activation, .. } = self.sizes;
+        let (run, encoding) = self.kernels.linear(weights);
+        let mut input = SharedBytes::of(&mut self.input, self.sizes.input);
+        if encoding != Encoding::Floats(format) {
+            let to = SharedBytes::of(&mut self.encoded, encoding.stride(weights.depth()));
+            assert!(self.rows * to.stride <= self.encoded.len(), "every operand fits");
+            let from = (&input.start, input.stride, format);
+            encode(&mut self.pool, self.kernels.encode, from, weights, self.rows, (&to.start, to.stride, encoding));
+            input = to;
+        }
+        let (gathered, scratch) = (&buffers.scratch, &self.scratch);
+        let read_bytes = &buffers.read_bytes;
 
         let panels = weights.panels() / pairs.routing.experts;
+        // Copies for a few pairs cost nothing, and shorter tasks leave less to wait for at the end.
         let few = pairs.blocks.iter().all(|block| block.rows <= FEW_ROWS);
-        let most = if few { 16 } else { TASK_PANELS };
+        let most = if few { panels.min(16) } else { panels };
         let run_panels = (panels * pairs.blocks.len()).div_ceil(4 * threads).clamp(1, most);
         let runs = panels.div_ceil(run_panels);
         self.pool.run(pairs.blocks.len() * runs, &|index, thread| {
-            let (block, panel) = (&pairs.blocks[index / runs], index % runs * run_panels);
-            let mut gathered = lock(&gathered[thread]);
-            for (pair, to) in pairs.of(block).iter().zip(gathered.bytes_mut().chunks_exact_mut(input_stride)) {
+            let (block, first) = (&pairs.blocks[index / runs], index % runs * run_panels);
+            let (mut gathered, mut scratch) = (lock(&gathered[thread]), lock(&scratch[thread]));
+            for (pair, to) in pairs.of(block).iter().zip(gathered.bytes_mut().chunks_exact_mut(input.stride)) {
                 // SAFETY: the pair's row lies in the input, which nobody writes now.
-                to.copy_from_slice(unsafe {
-                    std::slice::from_raw_parts(input.at(pair.row as usize * input_stride), input_stride)
-                });
+                to.copy_from_slice(unsafe { std::slice::from_raw_parts(input.row(pair.row as usize), input.stride) });
             }
-            let first = block.expert * panels + panel;
             let output = Output::Gate { to: gated.row(block.first), stride: gated.stride, format, activation };
-            let task = LinearTask {
-                input: gathered.as_ptr(),
-                input_stride,
-                rows: block.rows,
-                depth: weights.depth(),
-                panel: weights.panel(first),
-                panel_bytes: weights.panel_bytes(),
-                panels: run_panels.min(panels - panel),
-                groups: weights.groups(),
-                bias: None,
-                adapted: None,
-                output: output.part(0, panel),
-            };
-            // SAFETY: inputs of a block fit the scratch in whole tiles, and every task has its own pairs and columns.
-            unsafe { run(&task, lock(&scratch[thread]).floats_mut()) };
+            let last = panels.min(first + run_panels);
+            let at_once = if block.rows <= FEW_ROWS { run_panels } else { TASK_PANELS };
+            for panel in (first..last).step_by(at_once) {
+                let task = LinearTask {
+                    input: gathered.as_ptr(),
+                    input_stride: input.stride,
+                    rows: block.rows,
+                    depth: weights.depth(),
+                    panel: weights.panel(block.expert * panels + panel),
+                    panel_bytes: weights.panel_bytes(),
+                    panels: at_once.min(last - panel),
+                    groups: weights.groups(),
+                    bias: None,
+                    adapted: None,
+                    output: output.part(0, panel),
+                };
+                read_bytes.fetch_add((task.panels * task.panel_bytes) as u64, Ordering::Relaxed);
+                // SAFETY: inputs of a block fit the scratch in whole tiles, and every task has its own pairs and columns.
+                unsafe { run(&task, scratch.floats_mut()) };
+            }
         });
     }
 
     /// Adds the weighted outputs of all pairs to the residual.
     fn down_of_experts(&mut self, linear: &Linear) {
         let buffers = self.experts.as_mut().expect("a model with experts has buffers for them");
-        let (weights, run) = (&linear.packed, self.kernels.linear(linear.packed.weights(), self.sizes.format));
-        let (pairs, threads) = (&buffers.pairs, self.pool.threads());
-        let gated = SharedBytes::of(&mut buffers.gated, buffers.gated_stride);
+        let weights = &linear.packed;
+        let (pairs, threads, format) = (&buffers.pairs, self.pool.threads(), self.sizes.format);
+        let (run, encoding) = self.kernels.linear(weights);
+        let mut gated = SharedBytes::of(&mut buffers.gated, buffers.gated_stride);
+        if encoding != Encoding::Floats(format) {
+            let to = SharedBytes::of(&mut buffers.encoded, encoding.stride(weights.depth()));
+            let rows = self.rows * pairs.routing.chosen;
+            assert!(rows * to.stride <= buffers.encoded.len(), "every pair fits");
+            let from = (&gated.start, gated.stride, format);
+            encode(&mut self.pool, self.kernels.encode, from, weights, rows, (&to.start, to.stride, encoding));
+            gated = to;
+        }
         let (residual, residual_stride) = (Shared(self.residual.as_mut_ptr().cast::<f32>()), self.sizes.residual);
-        let (outputs, scratch) = (&buffers.scratch, &self.scratch);
+        let (outputs, scratch, read_bytes) = (&buffers.scratch, &self.scratch, &buffers.read_bytes);
 
         let panels = weights.panels() / pairs.routing.experts;
         let run_panels = panels.div_ceil(4 * threads).clamp(1, TASK_PANELS);
@@ -236,6 +288,7 @@ impl Cpu {
                     adapted: None,
                     output: Output::Store { to: outputs.as_mut_ptr().cast(), stride: width },
                 };
+                read_bytes.fetch_add((task.panels * task.panel_bytes) as u64, Ordering::Relaxed);
                 // SAFETY: pairs lie in the buffer with room for whole tiles; outputs of a block fit this thread's scratch.
                 unsafe { run(&task, lock(&scratch[thread]).floats_mut()) };
                 for (pair, output) in pairs.of(block).iter().zip(outputs.floats().chunks_exact(width)) {
@@ -271,7 +324,8 @@ impl SharedBytes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::routing::Scoring;
+    use crate::{Config, Engine, ExpertShape, Model, ModelShape, Pooling, Quantize, Row, model::routing::Scoring};
+    use kv_cache::PageId;
 
     fn pairs(experts: usize, chosen: usize, choices: &[u32]) -> Pairs {
         let routing =
@@ -290,6 +344,7 @@ mod tests {
         assert!(pairs.of(&pairs.blocks[1]).iter().all(|pair| pair.weight == 3.0));
         let block = |expert, first, rows| Block { expert, first, rows };
         assert_eq!(pairs.blocks, [block(0, 0, 3), block(3, 3, 2), block(4, 5, 1)]);
+        assert_eq!(pairs.experts(), 3);
     }
 
     #[test]
@@ -297,11 +352,53 @@ mod tests {
         let pairs = pairs(2, 1, &[1; TASK_ROWS + 5]);
         let block = |first, rows| Block { expert: 1, first, rows };
         assert_eq!(pairs.blocks, [block(0, TASK_ROWS), block(TASK_ROWS, 5)]);
+        assert_eq!(pairs.experts(), 1);
         assert!(pairs.sorted.iter().enumerate().all(|(at, pair)| pair.row as usize == at));
     }
 
     #[test]
     fn nothing_is_no_blocks() {
         assert!(pairs(4, 2, &[]).blocks.is_empty());
+    }
+
+    /// The bar is 1.1; nothing is read twice, nor what nobody chose.
+    #[test]
+    fn a_small_batch_reads_each_expert_it_chose_once() {
+        let experts = Some(ExpertShape { count: 24, chosen: 4, intermediate: 100, shared: 30 });
+        let shape = ModelShape {
+            experts,
+            hidden: 200,
+            intermediate: 96,
+            layers: 4,
+            vocab_size: 300,
+            ..ModelShape::qwen3_moe()
+        };
+        let shape = ModelShape { heads: 2, kv_heads: 1, head_dim: 32, max_position: 64, ..shape };
+        for (quantize, threads) in [(None, 1), (None, 3), (Some(Quantize::Int8), 2), (Some(Quantize::Int4), 2)] {
+            let model = Model::random(&ModelShape { quantize, ..shape.clone() }, 3).expect("memory");
+            let config = Config {
+                kv_bytes: 1 << 20,
+                token_budget: 8,
+                max_sequences: 8,
+                threads: Some(threads),
+                ..Config::default()
+            };
+            let mut engine = Engine::new(model, &config).expect("an engine");
+            for step in 0..20 {
+                let tokens: Vec<u32> = (0..8).map(|row| (step * 89 + row * 31) % 300).collect();
+                let pages: Vec<PageId> = (0..8).map(PageId).collect();
+                let rows = tokens.chunks(1).zip(pages.chunks(1));
+                let rows: Vec<Row<'_>> = rows
+                    .map(|(tokens, pages)| Row { tokens, pages, pooling: Some(Pooling::Last), ..Row::default() })
+                    .collect();
+                let before = engine.expert_traffic();
+                engine.step(&rows, &mut |_| {}).expect("good rows");
+                let after = engine.expert_traffic();
+                let (chosen, read) = (after.chosen - before.chosen, after.read - before.read);
+                assert_eq!(read, chosen);
+                // Three layers, and four to all of the experts in each.
+                assert!(chosen * 6 >= after.all && chosen <= after.all, "{chosen} of {}", after.all);
+            }
+        }
     }
 }

@@ -83,7 +83,7 @@ impl Routing {
     /// Chooses the experts of one token.
     ///
     /// `scores` are the token's logits, `[experts]`, and become its scores. `correction`, `[experts]`, is added to what experts
-    /// are chosen by and not to what they weigh. `ranks`, `[experts]`, is scratch. `choices`, `[chosen]`, come out best first.
+    /// are chosen by and not to what they weigh. `ranks`, [`Routing::ranks`] long, is scratch. `choices`, `[chosen]`, come out best first.
     pub(crate) fn choose(
         &self,
         scores: &mut [f32],
@@ -91,14 +91,15 @@ impl Routing {
         ranks: &mut [f32],
         choices: &mut [Choice],
     ) {
-        assert!(scores.len() == self.experts && ranks.len() == self.experts && choices.len() == self.chosen);
+        assert!(scores.len() == self.experts && ranks.len() == self.ranks() && choices.len() == self.chosen);
+        let (ranks, worths) = ranks.split_at_mut(self.experts);
         self.score(scores);
         ranks.copy_from_slice(scores);
         if let Some(correction) = correction {
             ranks.iter_mut().zip(correction).for_each(|(rank, correction)| *rank += correction);
         }
         if let Some(groups) = self.groups {
-            groups.restrict(ranks);
+            groups.restrict(ranks, worths);
         }
         for choice in &mut *choices {
             let expert = take_best(ranks);
@@ -111,6 +112,11 @@ impl Routing {
             }
             choice.weight *= self.scale;
         }
+    }
+
+    /// Returns the f32 that a choice needs to rank experts, and their groups, in.
+    pub(crate) fn ranks(&self) -> usize {
+        self.experts + self.groups.map_or(0, |groups| groups.count)
     }
 
     /// Turns logits into scores.
@@ -128,14 +134,14 @@ impl Routing {
 }
 
 impl Groups {
-    /// Makes the experts outside the best groups impossible to choose.
-    fn restrict(&self, ranks: &mut [f32]) {
+    /// Makes the experts outside the best groups impossible to choose. `worths` is scratch, one for each group.
+    fn restrict(&self, ranks: &mut [f32], worths: &mut [f32]) {
         let size = ranks.len() / self.count;
-        let mut worths: Vec<f32> = ranks.chunks_exact(size).map(|group| self.worth(group)).collect();
+        worths.iter_mut().zip(ranks.chunks_exact(size)).for_each(|(worth, group)| *worth = self.worth(group));
         for _ in 0..self.kept {
-            take_best(&mut worths);
+            take_best(worths);
         }
-        for (group, _) in ranks.chunks_exact_mut(size).zip(&worths).filter(|(_, worth)| **worth != TAKEN) {
+        for (group, _) in ranks.chunks_exact_mut(size).zip(worths).filter(|(_, worth)| **worth != TAKEN) {
             group.fill(TAKEN);
         }
     }
@@ -184,7 +190,7 @@ mod tests {
     /// Chooses for one token and compares, weights within a millionth.
     fn check(routing: &Routing, logits: &[f32], correction: Option<&[f32]>, expected: &[(u32, f32)]) {
         let mut scores = logits.to_vec();
-        let mut ranks = vec![0.0; logits.len()];
+        let mut ranks = vec![0.0; routing.ranks()];
         let mut choices = vec![Choice::default(); routing.chosen];
         routing.check().expect("a good routing");
         routing.choose(&mut scores, correction, &mut ranks, &mut choices);
@@ -253,7 +259,7 @@ mod tests {
     fn what_is_not_a_number_does_no_harm() {
         let mut choices = [Choice::default(); 2];
         let routing = Routing { groups: groups(3, 1, 2), ..PLAIN };
-        routing.choose(&mut [f32::NAN; 6], None, &mut [0.0; 6], &mut choices);
+        routing.choose(&mut [f32::NAN; 6], None, &mut [0.0; 9], &mut choices);
         assert!(choices.iter().all(|choice| choice.expert < 6));
     }
 
