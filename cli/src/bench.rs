@@ -25,13 +25,8 @@ pub(crate) fn run(settings: &Settings) -> anyhow::Result<()> {
         eprintln!("note: this is a debug build, its figures mean little; `make bench` builds a release");
     }
     let mut report = Report::create(Path::new("target/bench.jsonl"), &settings.only)?;
-    let bounded_by_peak = ["engine/", "machine/bf16_gflops", "machine/f32_gflops", "machine/read_gbs"];
-    let peak = bounded_by_peak.iter().any(|rows| report.wants(rows)).then(machine::Peak::measure).transpose();
-    let peak = peak.context("measure the machine")?;
-    machine::run(&mut report, peak.as_ref()).context("bench machine")?;
-    if let Some(peak) = &peak {
-        engine::run(&mut report, peak).context("bench engine")?;
-    }
+    machine::run(&mut report).context("bench machine")?;
+    engine::run(&mut report).context("bench engine")?;
     handoff::run(&mut report).context("bench handoff")?;
     router::run(&mut report).context("bench router")?;
     report.finish()

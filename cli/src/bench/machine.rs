@@ -3,7 +3,7 @@
 use super::{report::Report, stats::Samples};
 use crate::model::cores;
 use anyhow::Context;
-use engine::machine::{self, Arithmetic};
+use engine::machine::{Arithmetic, Probes};
 use std::{
     io::{Read, Write},
     net::{TcpListener, TcpStream},
@@ -16,38 +16,19 @@ const LARGE: usize = 256 << 20;
 /// Repetitions; the best counts, since disturbance only ever slows.
 const REPEAT: usize = 5;
 
-/// What bounds an engine.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Peak {
-    /// Billions of bf16 multiplications and additions per second, all cores.
-    pub(super) bf16_gflops: f64,
-    /// The same in f32.
-    pub(super) f32_gflops: f64,
-    /// Billions of bytes read from memory per second, all cores.
-    pub(super) read_gbs: f64,
-}
-
-impl Peak {
-    /// Measures, for about two seconds.
-    pub(super) fn measure() -> anyhow::Result<Self> {
-        let threads = cores();
-        Ok(Self {
-            bf16_gflops: machine::peak_gflops(Arithmetic::Bf16, threads)?,
-            f32_gflops: machine::peak_gflops(Arithmetic::F32, threads)?,
-            read_gbs: machine::read_gigabytes_per_second(threads)?,
-        })
-    }
-}
-
 /// Measures every `machine/` row that is wanted.
-pub(super) fn run(report: &mut Report, peak: Option<&Peak>) -> anyhow::Result<()> {
-    if let Some(peak) = peak {
-        report.row("machine/bf16_gflops", peak.bf16_gflops, "GFLOP/s", None)?;
-        report.row("machine/f32_gflops", peak.f32_gflops, "GFLOP/s", None)?;
-        report.row("machine/read_gbs", peak.read_gbs, "GB/s", None)?;
-    }
-    if report.wants("machine/memcpy_gbs") {
-        report.row("machine/memcpy_gbs", machine::copy_gigabytes_per_second(cores())?, "GB/s", None)?;
+pub(super) fn run(report: &mut Report) -> anyhow::Result<()> {
+    if report.wants("machine/") {
+        let mut probes = Probes::new(cores())?;
+        for (row, arithmetic) in [
+            ("machine/bf16_gflops", Arithmetic::Bf16),
+            ("machine/f32_gflops", Arithmetic::F32),
+            ("machine/int8_gops", Arithmetic::Int8),
+        ] {
+            report.row(row, probes.peak(arithmetic), "Gop/s", None)?;
+        }
+        report.row("machine/read_gbs", probes.read(), "GB/s", None)?;
+        report.row("machine/memcpy_gbs", probes.copy(), "GB/s", None)?;
     }
     if report.wants("machine/loopback_tcp_gbs") {
         report.row("machine/loopback_tcp_gbs", loopback_tcp_gbs()?, "GB/s", None)?;

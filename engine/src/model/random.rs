@@ -5,6 +5,7 @@ use super::{
     decoder::Decoder,
     experts::Mixture,
     latent::LatentShape,
+    quantized::Quantize,
     rope::Rope,
     weights::{
         Attention, Dense, Embedding, Experts, HeadAttention, Latent, Layer, Linear, LowRank, Mlp, Norm, Weights,
@@ -12,8 +13,12 @@ use super::{
 };
 use crate::{
     Error,
-    cpu::packed::{PANEL, Packed},
+    cpu::{
+        packed::{PANEL, Packed},
+        scheme::{Code, QuantizedRow, Scheme},
+    },
 };
+use half::f16;
 
 /// Shape of a model whose weights do not matter.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +49,9 @@ pub struct ModelShape {
     pub max_position: usize,
     /// Element type of the weights.
     pub dtype: ElementType,
+    /// What matrices are quantised to, as [`Model::load_quantized`](crate::Model::load_quantized) does it, but for the groups of
+    /// int4: they are of 128 inputs, as in most checkpoints of GPTQ and AWQ.
+    pub quantize: Option<Quantize>,
 }
 
 /// Experts of a [`ModelShape`].
@@ -91,6 +99,7 @@ impl ModelShape {
             qkv_bias: false,
             max_position: 131_072,
             dtype: ElementType::Bf16,
+            quantize: None,
         }
     }
 
@@ -110,13 +119,14 @@ impl ModelShape {
             qkv_bias: true,
             max_position: 32_768,
             dtype: ElementType::Bf16,
+            quantize: None,
         }
     }
 
     /// Five of the 48 layers of Qwen3 30B-A3B, one of them dense: 2.9 G parameters of which a token uses 0.6 G.
     pub fn qwen3_moe() -> Self {
         Self {
-            name: "qwen3-moe-5-layers",
+            name: "qwen3-moe",
             vocab_size: 151_936,
             hidden: 2048,
             intermediate: 6144,
@@ -129,6 +139,7 @@ impl ModelShape {
             qkv_bias: false,
             max_position: 32_768,
             dtype: ElementType::Bf16,
+            quantize: None,
         }
     }
 
@@ -165,7 +176,9 @@ impl ModelShape {
 
     /// Fills all weights from `seed`.
     pub(super) fn weights(&self, seed: u64) -> Result<Weights, Error> {
-        let mut filler = Filler { dtype: self.dtype, seed, matrices: 0, parameters: 0 };
+        let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
+        let (dtype, quantize) = (self.dtype, self.quantize);
+        let mut filler = Filler { dtype, quantize, threads, seed, matrices: 0, parameters: 0 };
         let qkv_dim = (self.heads + 2 * self.kv_heads) * self.head_dim;
         let ones = || {
             let mut weight = vec![1.0; self.hidden];
@@ -189,9 +202,9 @@ impl ModelShape {
             })
         };
         let layers = (0..self.layers).map(layer).collect::<Result<_, Error>>()?;
-        let head = filler.linear(self.vocab_size, self.hidden)?;
+        let head = filler.linear_as(self.quantize.map(Quantize::head_scheme), self.vocab_size, self.hidden)?;
         Ok(Weights {
-            dtype: self.dtype.name().to_owned(),
+            dtype: self.quantize.map_or(self.dtype.name(), Quantize::name).to_owned(),
             stored: self.dtype,
             embedding: Embedding::Tied,
             embedding_scale: 1.0,
@@ -205,6 +218,8 @@ impl ModelShape {
 
 struct Filler {
     dtype: ElementType,
+    quantize: Option<Quantize>,
+    threads: usize,
     seed: u64,
     matrices: u64,
     parameters: u64,
@@ -235,8 +250,8 @@ impl Filler {
             entry: self.linear(latent.query_rank.unwrap_or(queries) + latent.key(), shape.hidden)?,
             query,
             norm: vec![1.0; latent.rank],
-            key: self.blocks(shape.heads, latent.rank, latent.plain)?,
-            value: self.blocks(shape.heads, latent.value, latent.rank)?,
+            key: self.blocks(None, shape.heads, latent.rank, latent.plain)?,
+            value: self.blocks(None, shape.heads, latent.value, latent.rank)?,
             output: self.linear(shape.hidden, shape.heads * latent.value)?,
         })
     }
@@ -247,10 +262,10 @@ impl Filler {
 
     fn experts(&mut self, hidden: usize, experts: &ExpertShape) -> Result<Experts, Error> {
         Ok(Experts {
-            router: self.linear(experts.count, hidden)?,
+            router: self.linear_as(None, experts.count, hidden)?,
             correction: None,
-            gate_up: self.blocks(experts.count, 2 * experts.intermediate, hidden)?,
-            down: self.blocks(experts.count, hidden, experts.intermediate)?,
+            gate_up: self.blocks(self.scheme(hidden), experts.count, 2 * experts.intermediate, hidden)?,
+            down: self.blocks(self.scheme(experts.intermediate), experts.count, hidden, experts.intermediate)?,
             shared: match experts.shared {
                 0 => None,
                 width => Some(self.dense(hidden, width)?),
@@ -259,19 +274,41 @@ impl Filler {
     }
 
     /// Makes `count` matrices, each on panels of its own.
-    fn blocks(&mut self, count: usize, outputs: usize, inputs: usize) -> Result<Linear, Error> {
+    fn blocks(&mut self, scheme: Option<Scheme>, count: usize, outputs: usize, inputs: usize) -> Result<Linear, Error> {
         let whole = outputs.next_multiple_of(PANEL);
-        let linear = self.linear(count * whole, inputs)?;
+        let linear = self.linear_as(scheme, count * whole, inputs)?;
         self.parameters -= (count * (whole - outputs) * inputs) as u64;
         Ok(linear)
     }
 
+    /// Returns how a linear of `inputs` inputs is quantised, if it is.
+    fn scheme(&self, inputs: usize) -> Option<Scheme> {
+        self.quantize.map(|quantize| match quantize.scheme(inputs) {
+            scheme if scheme.code == Code::Int4 => Scheme { group: 128, ..scheme },
+            scheme => scheme,
+        })
+    }
+
     /// Makes a matrix of elements of either sign around `1 / sqrt(inputs)`, which keeps activations in range.
+    fn linear(&mut self, outputs: usize, inputs: usize) -> Result<Linear, Error> {
+        self.linear_as(self.scheme(inputs), outputs, inputs)
+    }
+
+    /// The same under a scheme, or as floats.
     ///
     /// Columns beyond `outputs` are as random as the others; nobody reads their sums.
-    fn linear(&mut self, outputs: usize, inputs: usize) -> Result<Linear, Error> {
+    fn linear_as(&mut self, scheme: Option<Scheme>, outputs: usize, inputs: usize) -> Result<Linear, Error> {
         self.matrices += 1;
         self.parameters += (outputs * inputs) as u64;
+        let (seed, panels) = (self.seed ^ self.matrices << 32, outputs.div_ceil(PANEL));
+        let packed = match scheme {
+            Some(scheme) => self.codes(seed, scheme, panels, inputs),
+            None => self.floats(seed, panels, inputs),
+        };
+        Ok(Linear { packed: packed?, bias: None })
+    }
+
+    fn floats(&self, seed: u64, panels: usize, inputs: usize) -> Result<Packed, Error> {
         let exponent = -((inputs as f64).log2() / 2.0).round() as i64;
         // Sign and mantissa are random, the exponent is fixed: one mask and one or make a finite number of any type.
         let (random, fixed) = match self.dtype {
@@ -283,16 +320,32 @@ impl Filler {
             ElementType::F32 => fixed << 32 | fixed,
             ElementType::F16 | ElementType::Bf16 => fixed << 48 | fixed << 32 | fixed << 16 | fixed,
         };
-        let seed = self.seed ^ self.matrices << 32;
-        let mut packed = Packed::zeroed(self.dtype, outputs.div_ceil(PANEL), inputs)?;
-        let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
-        packed.for_each_panel(threads, &|panel, bytes| {
+        let mut packed = Packed::zeroed(self.dtype, panels, inputs)?;
+        packed.for_each_panel(self.threads, &|panel, bytes| {
             let mut state = seed ^ panel as u64;
             for word in bytes.chunks_exact_mut(8) {
                 word.copy_from_slice(&(split_mix(&mut state) & random | fixed).to_le_bytes());
             }
         });
-        Ok(Linear { packed, bias: None })
+        Ok(packed)
+    }
+
+    fn codes(&self, seed: u64, scheme: Scheme, panels: usize, inputs: usize) -> Result<Packed, Error> {
+        // Codes that are all possible, and their root of the mean square; no e4m3 has these bits and is not a number.
+        let (random, spread) = match scheme.code {
+            Code::Int4 => (0x0f0f_0f0f_0f0f_0f0f, 4.6),
+            Code::Int8 => (u64::MAX, 74.0),
+            Code::Fp8 => (0xf7f7_f7f7_f7f7_f7f7, 80.0),
+        };
+        let scale = f16::from_f32(1.5 / spread / (inputs as f32).sqrt()).to_f32();
+        Packed::pack_quantized(scheme, panels, inputs, self.threads, None, &|column, row: &mut QuantizedRow| {
+            let mut state = seed ^ column as u64;
+            for codes in row.codes.chunks_mut(8) {
+                codes.copy_from_slice(&(split_mix(&mut state) & random).to_le_bytes()[..codes.len()]);
+            }
+            row.scales.fill(scale);
+            true
+        })
     }
 }
 
@@ -313,7 +366,9 @@ mod tests {
 
     #[test]
     fn random_models_of_every_type_compute_finite_logits() {
-        for dtype in [ElementType::F32, ElementType::F16, ElementType::Bf16] {
+        let floats = [ElementType::F32, ElementType::F16, ElementType::Bf16].map(|dtype| (dtype, None));
+        let codes = [Quantize::Int8, Quantize::Int4, Quantize::Fp8].map(|code| (ElementType::Bf16, Some(code)));
+        for (dtype, quantize) in floats.into_iter().chain(codes) {
             let shape = ModelShape {
                 name: "tiny",
                 vocab_size: 300,
@@ -328,9 +383,10 @@ mod tests {
                 qkv_bias: true,
                 max_position: 128,
                 dtype,
+                quantize,
             };
             let model = Model::random(&shape, 7).expect("memory");
-            assert_eq!(model.info().dtype, dtype.name());
+            assert_eq!(model.info().dtype, quantize.map_or(dtype.name(), Quantize::name));
             assert_eq!(model.info().parameters, 300 * 96 + 3 * (96 * 10 * 16 + 96 * 96 + 3 * 200 * 96));
             assert_ne!(model.info().fingerprint, Model::random(&shape, 8).expect("memory").info().fingerprint);
 
@@ -338,7 +394,7 @@ mod tests {
             let mut engine = Engine::new(model, &config).expect("an engine");
             let tokens: Vec<u32> = (0..50).collect();
             let pages: Vec<PageId> = (0..4).map(PageId).collect();
-            let sampling = Sampling::default();
+            let sampling = Sampling { logprobs: Some(0), ..Sampling::default() };
             let sample = Sample {
                 sampling: &sampling,
                 history: &tokens,
