@@ -35,11 +35,12 @@ async fn answers(mode: Policy, speculation: Speculation) -> anyhow::Result<(Vec<
         anyhow::ensure!(answer.status == 200, "{}", answer.text);
         answers.push(answer.json()["choices"].clone());
     }
+    // The last counts arrive with the workers' next report, as the pages do.
+    super::cancel::pages_come_back(client).await?;
     let (drafts, accepted) = (
         before("baton_speculation_drafts_total").await - drafts,
         before("baton_speculation_accepted_total").await - accepted,
     );
-    super::cancel::pages_come_back(client).await?;
     cluster.stop().await?;
     Ok((answers, drafts, accepted))
 }
