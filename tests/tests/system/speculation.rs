@@ -23,6 +23,8 @@ async fn answers(mode: Policy, speculation: Speculation) -> anyhow::Result<(Vec<
         chat(json!({"temperature": 0.8, "n": 3})),
         chat(json!({"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1, "presence_penalty": 0.4})),
         chat(json!({"temperature": 0, "min_tokens": 30, "stop": ["cache"]})),
+        // It says one thing only, so that every guess from its own text is right, whichever the policy has time for.
+        chat(json!({"temperature": 0, "ignore_eos": true, "allowed_token_ids": [300]})),
     ];
     let client = &cluster.client;
     let before = |name: &'static str| async move { client.metric(name, &[]).await.unwrap_or(0.0) };
@@ -53,9 +55,7 @@ async fn answers_are_the_same_with_and_without() -> anyhow::Result<()> {
         for speculation in [Speculation::Ngrams, Speculation::Draft(root().join("models/demo-draft"))] {
             let (speculated, drafts, accepted) = answers(mode, speculation.clone()).await?;
             assert_eq!(speculated, plain, "{mode:?} {speculation:?}");
-            // How often the prompt is searched depends on what else the batch computes, and few of its guesses are right.
-            let enough = matches!(speculation, Speculation::Ngrams) || accepted > 0.0;
-            assert!(drafts >= accepted && enough, "{mode:?} {speculation:?}: {accepted} of {drafts}");
+            assert!(drafts >= accepted && accepted > 0.0, "{mode:?} {speculation:?}: {accepted} of {drafts}");
         }
     }
     Ok(())
