@@ -239,13 +239,13 @@ macro_rules! kernels {
             $(#[target_feature(enable = $features)])?
             #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
             unsafe fn linear_int4(task: &LinearTask<'_>, scratch: &mut [f32]) {
-                unsafe { linear::run::<_, Coded<codes::Int4>>($token, task, scratch) }
+                unsafe { linear::run::<_, Coded<codes::Integers<4>>>($token, task, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?
             #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
             unsafe fn linear_int8(task: &LinearTask<'_>, scratch: &mut [f32]) {
-                unsafe { linear::run::<_, Coded<codes::Int8>>($token, task, scratch) }
+                unsafe { linear::run::<_, Coded<codes::Integers<8>>>($token, task, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?

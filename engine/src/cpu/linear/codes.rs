@@ -81,57 +81,27 @@ impl Inputs {
     }
 }
 
-/// Four-bit integers and codes of sixteen bits.
-pub(crate) struct Int4;
+/// Integers of `BITS` bits, four or eight, and codes of sixteen.
+pub(crate) struct Integers<const BITS: usize>;
 
-impl<S: Simd> Code<S> for Int4 {
-    const CODE: scheme::Code = scheme::Code::Int4;
+impl<S: Simd, const BITS: usize> Code<S> for Integers<BITS> {
+    const CODE: scheme::Code = if BITS == 4 { scheme::Code::Int4 } else { scheme::Code::Int8 };
     const INPUTS: Inputs = Inputs::Halves;
     const TILE_ROWS: usize = 5;
-    const STEPS: usize = 4;
+    const STEPS: usize = 16 / BITS;
     type Sum = S::W;
     type Columns = S::W;
 
     #[inline(always)]
     fn start(simd: S, inputs: i32) -> S::W {
-        simd.splat_word((-8 * inputs) as u32)
+        let zero = 1 << (BITS - 1);
+        simd.splat_word((-zero * inputs) as u32)
     }
 
     #[inline(always)]
     fn step(simd: S, words: S::W, step: usize) -> S::W {
-        simd.field(words, step, 0x000f_000f)
-    }
-
-    #[inline(always)]
-    fn accumulate(simd: S, sum: S::W, input: u32, columns: S::W) -> S::W {
-        simd.dot_halves(sum, columns, simd.splat_word(input))
-    }
-
-    #[inline(always)]
-    fn finish(simd: S, sum: S::W) -> S::F {
-        simd.integers(sum)
-    }
-}
-
-/// Eight-bit integers and codes of sixteen bits.
-pub(crate) struct Int8;
-
-impl<S: Simd> Code<S> for Int8 {
-    const CODE: scheme::Code = scheme::Code::Int8;
-    const INPUTS: Inputs = Inputs::Halves;
-    const TILE_ROWS: usize = 5;
-    const STEPS: usize = 2;
-    type Sum = S::W;
-    type Columns = S::W;
-
-    #[inline(always)]
-    fn start(simd: S, inputs: i32) -> S::W {
-        simd.splat_word((-128 * inputs) as u32)
-    }
-
-    #[inline(always)]
-    fn step(simd: S, words: S::W, step: usize) -> S::W {
-        simd.field(words, 2 * step, 0x00ff_00ff)
+        let code = (1 << BITS) - 1;
+        simd.field(words, step * BITS / 4, code << 16 | code)
     }
 
     #[inline(always)]
