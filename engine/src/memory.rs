@@ -8,7 +8,7 @@ use std::{fs::File, io};
 /// The page pool of one worker: anonymous shared memory (a memfd on Linux, an unlinked temporary file elsewhere), mapped.
 ///
 /// It is a file so that a transport can map the same bytes by itself, in this process or another, without the two crates
-/// sharing a pointer. Memory is taken when it is first written, so a large pool costs nothing at start.
+/// sharing a pointer. Its size is sealed: nobody who maps it can lose memory under their hands. Memory is taken when it is first written, so a large pool costs nothing at start.
 #[derive(Debug)]
 pub struct KvMemory {
     layout: PageLayout,
@@ -28,6 +28,8 @@ impl KvMemory {
         }
         let file = anonymous_file().map_err(Error::system("create page memory"))?;
         file.set_len(bytes as u64).map_err(Error::system("size page memory"))?;
+        #[cfg(target_os = "linux")]
+        seal(&file).map_err(Error::system("seal page memory"))?;
         let map = MmapOptions::new().len(bytes).map_raw(&file).map_err(Error::system("map page memory"))?;
         // Where the system gives huge pages to shared memory that asks (`transparent_hugepage/shmem_enabled` is `advise`), reading
         // a long context costs fewer table walks. Most systems give none, and then nothing is lost.
@@ -58,12 +60,24 @@ impl KvMemory {
 fn anonymous_file() -> io::Result<File> {
     use std::os::fd::{FromRawFd, OwnedFd};
     // SAFETY: the name is a C string; the call touches no other memory of ours.
-    let fd = unsafe { libc::memfd_create(c"baton-pages".as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = unsafe { libc::memfd_create(c"baton-pages".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: the descriptor was just made, is valid, and nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into())
+}
+
+/// Fixes the size of `file`, so that another process can map it without fear that its memory is cut off.
+#[cfg(target_os = "linux")]
+fn seal(file: &File) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: the call takes numbers alone, and the descriptor is open.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 #[cfg(not(target_os = "linux"))]
@@ -96,6 +110,16 @@ mod tests {
         // SAFETY: the byte is the last one of the map, and nobody writes at the same time.
         let (first, last) = unsafe { (memory.as_mut_ptr().read(), memory.as_mut_ptr().add(bytes - 1).read()) };
         assert_eq!((first, last), (0, 7));
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn the_size_cannot_change() {
+        let memory = KvMemory::new(layout(3)).expect("memory");
+        let bytes = memory.layout().pool_bytes() as u64;
+        for size in [bytes - 1, bytes + 1] {
+            assert_eq!(memory.file().set_len(size).expect_err("sealed").kind(), io::ErrorKind::PermissionDenied);
+        }
     }
 
     #[test]

@@ -1,12 +1,18 @@
 //! Attention of a step: which tasks there are, and when their parts are computed apart.
 
-use super::{Cpu, Shared, Span, attention::AttentionTask, lock, pages::LayerPages};
+use super::{
+    Cpu, Shared, Span,
+    attention::{AttentionTask, parts},
+    lock,
+    pages::LayerPages,
+};
 use crate::KvMemory;
 use std::ops::Range;
 
-/// Tasks for each thread below which parts are computed apart, and pieces for each thread that they then become.
-const FEW_TASKS: usize = 4;
-const PIECES: usize = 8;
+/// Parts are computed apart when the longest task takes longer than this share of what each thread has to do.
+const LONG_TASK: usize = 4;
+/// Pieces for each thread that there are at least when heads are joined or parts are computed apart, where lengths allow it.
+const PIECES: usize = 16;
 
 /// How attention is dealt out; kept from layer to layer and step to step so that nothing is allocated.
 #[derive(Debug, Default)]
@@ -54,11 +60,15 @@ impl Cpu {
             // Later tokens of a prompt see more: tasks go from the back so that the longest start first.
             tiles.extend((0..tokens).step_by(each).rev().map(|first| Tile { span, first }));
         }
-        let total = tiles.len() * groups;
+        let threads = self.pool.threads();
+        let heads = joined(tiles, spans, (groups, sizes.kv_heads), each, window, PIECES * threads);
+        let (total, tasks_of_tile) = (tiles.len() * groups / heads, groups / heads);
         let task = |index: usize| {
-            let (group, Tile { span, first }) = (index % groups, tiles[index / groups]);
+            let (group, Tile { span, first }) = (index % tasks_of_tile * heads, tiles[index / tasks_of_tile]);
             let span = &spans[span];
             let row = span.first + first;
+            // Heads that share a key/value head are one group, unless they are too many.
+            let kv_head = group * sizes.kv_heads / groups;
             AttentionTask {
                 shape,
                 q: q.at(row * sizes.qkv + group * shape.group * shape.head_dim),
@@ -68,18 +78,17 @@ impl Cpu {
                 window,
                 table: span.pages,
                 pages,
-                // Heads that share a key/value head are one group, unless they are too many.
-                kv_head: group * sizes.kv_heads / groups,
+                kv_heads: kv_head..kv_head + heads,
                 output: attended.at(row * attended_stride),
                 output_stride: attended_stride,
                 output_index: group * shape.group * shape.value_dim,
                 format: sizes.format,
             }
         };
-        let (scratch, kernels, threads) = (&self.scratch, self.kernels, self.pool.threads());
+        let (scratch, kernels) = (&self.scratch, self.kernels);
         pieces.clear();
-        if threads > 1 && total < FEW_TASKS * threads {
-            cut(pieces, total, PIECES * threads, &task);
+        if threads > 1 {
+            cut(pieces, total, threads, &task);
         }
         if pieces.len() <= total {
             self.pool.run(total, &|index, thread| {
@@ -105,23 +114,49 @@ impl Cpu {
                 (kernels.attention_parts)(&task(piece.task), piece.parts.clone(), out, scratch.floats_mut());
             }
         });
-        self.pool.run(total, &|index, thread| {
+        self.pool.run(total * heads, &|index, thread| {
+            let (index, head) = (index / heads, index % heads);
             let mut own = pieces.iter().filter(|piece| piece.task == index).map(|piece| &piece.floats);
             let first = own.next().expect("a task has a part");
             let last = own.next_back().unwrap_or(first);
-            // SAFETY: as above; the pieces of a task follow each other and are complete.
+            // SAFETY: as above; the pieces of a task follow each other, are complete, and are only read now.
             unsafe {
-                let states = std::slice::from_raw_parts_mut(states.at(first.start), last.end - first.start);
-                (kernels.attention_merge)(&task(index), states, lock(&scratch[thread]).floats_mut());
+                let states = std::slice::from_raw_parts(states.at(first.start), last.end - first.start);
+                (kernels.attention_merge)(&task(index), head, states, lock(&scratch[thread]).floats_mut());
             }
         });
     }
 }
 
-/// Cuts `tasks` tasks into about `wanted` pieces of whole parts, task by task.
-fn cut<'a>(pieces: &mut Vec<Piece>, tasks: usize, wanted: usize, task: &dyn Fn(usize) -> AttentionTask<'a>) {
-    let parts: usize = (0..tasks).map(|index| task(index).parts().len()).sum();
-    let each = parts.div_ceil(wanted);
+/// Returns how many key/value heads a task takes, which pass over the same pages one after the other: as many as leave `wanted`
+/// pieces, of those that divide all `groups`.
+fn joined(
+    tiles: &[Tile],
+    spans: &[Span<'_>],
+    (groups, kv_heads): (usize, usize),
+    most_tokens: usize,
+    window: Option<usize>,
+    wanted: usize,
+) -> usize {
+    if groups != kv_heads {
+        return 1;
+    }
+    let tokens = |tile: &Tile| most_tokens.min(spans[tile.span].tokens - tile.first);
+    let longest = tiles.iter().map(tokens).max().unwrap_or(1);
+    let parts: usize =
+        tiles.iter().map(|tile| parts(spans[tile.span].start + tile.first, tokens(tile), window).len()).sum();
+    let fits = |heads: &usize| groups.is_multiple_of(*heads) && parts * (groups / heads) >= wanted;
+    (2..=groups.min(most_tokens / longest)).rev().find(fits).unwrap_or(1)
+}
+
+/// Cuts tasks into pieces of whole parts, task by task, when one of them is so long that others would wait for it.
+fn cut<'a>(pieces: &mut Vec<Piece>, tasks: usize, threads: usize, task: &dyn Fn(usize) -> AttentionTask<'a>) {
+    let parts = |index: usize| task(index).parts().len();
+    let (all, longest) = (0..tasks).map(parts).fold((0, 0), |(all, longest), parts| (all + parts, longest.max(parts)));
+    if longest * LONG_TASK * threads <= all {
+        return;
+    }
+    let each = all.div_ceil(PIECES * threads);
     let mut floats = 0;
     for index in 0..tasks {
         let task = task(index);

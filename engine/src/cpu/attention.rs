@@ -21,14 +21,14 @@
 
 use super::{
     format::Format,
-    linear::{Block, F32, PanelSums, Tiled},
+    linear::{Block, Columns, F32, Tiled},
     packed::{Groups, PANEL},
     pages::LayerPages,
     simd::{Simd, exp2, tanh},
 };
 use crate::model::latent::LatentShape;
 use kv_cache::PageId;
-use panels::{Elements, Panels};
+use panels::{Elements, Panels, Upcoming, Woven};
 use std::ops::Range;
 
 mod panels;
@@ -94,15 +94,16 @@ impl AttentionShape {
     /// Returns the f32 of scratch that a task needs.
     pub(crate) fn scratch_floats(&self) -> usize {
         let rows = self.task_tokens() * self.group;
-        2 * self.state_floats(rows) + rows * self.padded_dim() + STRIP * BLOCK + Panels::floats(self)
+        // The maxima of each key/value head begin a vector.
+        2 * (self.state_floats(rows) + 16 * rows) + rows * self.padded_dim() + STRIP * BLOCK + Panels::floats(self)
     }
 }
 
-/// Some tokens of one sequence, and one key/value head.
+/// Some tokens of one sequence, and some key/value heads.
 #[derive(Debug)]
 pub(crate) struct AttentionTask<'a> {
     pub(crate) shape: AttentionShape,
-    /// First token's first query head of the group; the heads of the group follow each other.
+    /// First token's first query head of the first group; heads follow each other.
     pub(crate) q: *const f32,
     /// f32 from token to token.
     pub(crate) q_stride: usize,
@@ -115,8 +116,9 @@ pub(crate) struct AttentionTask<'a> {
     /// The sequence's pages.
     pub(crate) table: &'a [PageId],
     pub(crate) pages: LayerPages,
-    pub(crate) kv_head: usize,
-    /// First token's first output of the group, as a row of `format` and an element in it.
+    /// Each is shared by a group of heads. Blocks go by with all of them, one after the other: memory is read as it lies.
+    pub(crate) kv_heads: Range<usize>,
+    /// First token's first output of the first group, as a row of `format` and an element in it.
     pub(crate) output: *mut u8,
     pub(crate) output_stride: usize,
     pub(crate) output_index: usize,
@@ -124,24 +126,39 @@ pub(crate) struct AttentionTask<'a> {
 }
 
 impl AttentionTask<'_> {
+    /// Rows that meet one key/value head.
     fn rows(&self) -> usize {
         self.tokens * self.shape.group
     }
 
     /// Returns the f32 of the state that a part of the task leaves.
     pub(crate) fn state_floats(&self) -> usize {
+        self.kv_heads.len() * self.head_floats()
+    }
+
+    /// f32 of the state of one key/value head.
+    fn head_floats(&self) -> usize {
         self.shape.state_floats(self.rows())
     }
 
     /// First position that the token at `position` sees.
     fn first_seen(&self, position: usize) -> usize {
-        self.window.map_or(0, |window| (position + 1).saturating_sub(window))
+        first_seen(position, self.window)
     }
 
     /// Returns the parts that hold what the task's tokens see.
     pub(crate) fn parts(&self) -> Range<usize> {
-        self.first_seen(self.start) / PART..(self.start + self.tokens - 1) / PART + 1
+        parts(self.start, self.tokens, self.window)
     }
+}
+
+fn first_seen(position: usize, window: Option<usize>) -> usize {
+    window.map_or(0, |window| (position + 1).saturating_sub(window))
+}
+
+/// Returns the parts that hold what `tokens` tokens from position `start` on see.
+pub(crate) fn parts(start: usize, tokens: usize, window: Option<usize>) -> Range<usize> {
+    first_seen(start, window) / PART..(start + tokens - 1) / PART + 1
 }
 
 /// Running softmax of some rows: `max[rows]`, `sum[rows][SUM_LANES]`, `values[padded_value / 64][rows][64]`.
@@ -173,25 +190,29 @@ impl<'a> State<'a> {
     }
 }
 
+/// The states of a task's key/value heads in `floats`.
+fn states<'a>(floats: &'a mut [f32], task: &AttentionTask<'_>) -> impl Iterator<Item = State<'a>> {
+    let (rows, shape) = (task.rows(), task.shape);
+    floats[..task.state_floats()].chunks_exact_mut(task.head_floats()).map(move |head| State::over(head, rows, &shape))
+}
+
 /// What a task works in.
 struct Work<'a> {
     panels: Panels<'a>,
-    /// `[rows][padded_dim]`, as the inputs of the pages' elements.
+    /// `[kv_heads][rows][padded_dim]`, as the inputs of the pages' elements.
     q: &'a mut [f32],
     /// `[STRIP][BLOCK]`: scores, and in their place probabilities, as inputs from the start of each row on.
     scores: &'a mut [f32],
+    upcoming: Upcoming,
 }
 
-fn split_scratch<'a>(
-    shape: &AttentionShape,
-    rows: usize,
-    scratch: &'a mut [f32],
-) -> (Work<'a>, State<'a>, &'a mut [f32]) {
-    let (panels, rest) = Panels::split(shape, scratch);
-    let (q, rest) = rest.split_at_mut(rows * shape.padded_dim());
+/// Returns it, and what is left for the states of a part and of the whole.
+fn split_scratch<'a>(task: &AttentionTask<'_>, scratch: &'a mut [f32]) -> (Work<'a>, &'a mut [f32], &'a mut [f32]) {
+    let (panels, rest) = Panels::split(&task.shape, scratch);
+    let (q, rest) = rest.split_at_mut(task.kv_heads.len() * task.rows() * task.shape.padded_dim());
     let (scores, rest) = rest.split_at_mut(STRIP * BLOCK);
-    let (part, total) = rest.split_at_mut(shape.state_floats(rows));
-    (Work { panels, q, scores }, State::over(part, rows, shape), total)
+    let (part, total) = rest.split_at_mut(task.state_floats());
+    (Work { panels, q, scores, upcoming: Upcoming::new() }, part, total)
 }
 
 /// Computes a whole task; `W` is what bf16 meets its inputs as.
@@ -212,18 +233,20 @@ pub(crate) unsafe fn run<S: Simd, W: Elements<S>>(simd: S, task: &AttentionTask<
 
 #[inline(always)]
 unsafe fn run_as<S: Simd, W: Elements<S>>(simd: S, task: &AttentionTask<'_>, scratch: &mut [f32]) {
-    let rows = task.rows();
-    let (mut work, mut part, total) = split_scratch(&task.shape, rows, scratch);
-    let mut total = State::over(total, rows, &task.shape);
-    total.clear();
+    let (mut work, part, total) = split_scratch(task, scratch);
+    states(total, task).for_each(|mut total| total.clear());
     // SAFETY: passed on.
     unsafe {
         let until = begin::<S, W>(simd, task, task.parts(), &mut work);
         for index in task.parts() {
-            sum_part::<S, W>(simd, task, index, until, &mut work, &mut part);
-            merge(simd, &mut total, &part);
+            sum_part::<S, W>(simd, task, index, until, &mut work, part);
+            for (mut total, part) in states(total, task).zip(part.chunks_exact(task.head_floats())) {
+                merge(simd, &mut total, part);
+            }
         }
-        finish(simd, task, &mut total);
+        for (head, mut total) in states(total, task).enumerate() {
+            finish(simd, task, head, &mut total);
+        }
     }
 }
 
@@ -256,31 +279,36 @@ unsafe fn run_parts_as<S: Simd, W: Elements<S>>(
     out: &mut [f32],
     scratch: &mut [f32],
 ) {
-    let rows = task.rows();
-    let (mut work, _, _) = split_scratch(&task.shape, rows, scratch);
+    let (mut work, _, _) = split_scratch(task, scratch);
     // SAFETY: passed on.
     unsafe {
         let until = begin::<S, W>(simd, task, parts.clone(), &mut work);
         for (index, out) in parts.zip(out.chunks_exact_mut(task.state_floats())) {
-            sum_part::<S, W>(simd, task, index, until, &mut work, &mut State::over(out, rows, &task.shape));
+            sum_part::<S, W>(simd, task, index, until, &mut work, out);
         }
     }
 }
 
-/// Merges the states of all parts, one after the other in `parts`, and writes the outputs.
+/// Merges what all parts, one after the other in `parts`, have for a key/value head of the task, and writes its outputs.
 ///
 /// # Safety
 /// As for [`run`].
 #[inline(always)]
-pub(crate) unsafe fn merge_parts<S: Simd>(simd: S, task: &AttentionTask<'_>, parts: &mut [f32], scratch: &mut [f32]) {
-    let rows = task.rows();
+pub(crate) unsafe fn merge_parts<S: Simd>(
+    simd: S,
+    task: &AttentionTask<'_>,
+    head: usize,
+    parts: &[f32],
+    scratch: &mut [f32],
+) {
+    let (rows, floats) = (task.rows(), task.head_floats());
     let mut total = State::over(scratch, rows, &task.shape);
     total.clear();
-    for part in parts.chunks_exact_mut(task.state_floats()).take(task.parts().len()) {
-        merge(simd, &mut total, &State::over(part, rows, &task.shape));
+    for part in parts.chunks_exact(task.state_floats()).take(task.parts().len()) {
+        merge(simd, &mut total, &part[head * floats..][..floats]);
     }
     // SAFETY: passed on.
-    unsafe { finish(simd, task, &mut total) };
+    unsafe { finish(simd, task, head, &mut total) };
 }
 
 /// Brings in the queries while the first block of some parts is on its way, and returns where the parts end.
@@ -296,7 +324,8 @@ unsafe fn begin<S: Simd, W: Elements<S>>(
 ) -> usize {
     let first = task.first_seen(task.start).max(parts.start * PART);
     let until = (parts.end * PART).min(task.start + task.tokens);
-    panels::prefetch(simd, task, first..until.min(first / BLOCK * BLOCK + BLOCK));
+    work.upcoming.aim(task, first..until.min(first / BLOCK * BLOCK + BLOCK));
+    work.upcoming.ask_all(simd);
     // SAFETY: passed on.
     unsafe { load_queries::<S, W>(simd, task, work.q) };
     until
@@ -309,11 +338,12 @@ unsafe fn load_queries<S: Simd, W: Elements<S>>(simd: S, task: &AttentionTask<'_
     let (group, dim, padded) = (task.shape.group, task.shape.head_dim, task.shape.padded_dim());
     let scale = task.shape.scale * task.shape.cap.map_or(std::f32::consts::LOG2_E, f32::recip);
     let out = out.as_mut_ptr().cast::<u8>();
-    for row in 0..task.rows() {
+    for row in 0..task.kv_heads.len() * task.rows() {
+        let (kv_head, here) = (row / task.rows(), row % task.rows());
         // SAFETY: the caller vouches for the queries of every token and head of the task; `out` holds `padded` f32, or something
         // smaller, for each, and an array of 64 whole vectors.
         unsafe {
-            let head = task.q.add(row / group * task.q_stride + row % group * dim);
+            let head = task.q.add(here / group * task.q_stride + (kv_head * group + here % group) * dim);
             let out = out.add(row * padded * W::INPUT.bytes());
             for at in (0..padded).step_by(PANEL) {
                 let mut scaled = [0.0; PANEL];
@@ -336,19 +366,25 @@ unsafe fn sum_part<S: Simd, W: Elements<S>>(
     index: usize,
     until: usize,
     work: &mut Work<'_>,
-    state: &mut State<'_>,
+    part: &mut [f32],
 ) {
-    state.clear();
+    states(part, task).for_each(|mut state| state.clear());
     let end = task.start + task.tokens;
     let seen = task.first_seen(task.start).max(index * PART)..end.min((index + 1) * PART);
     for block in (seen.start / BLOCK * BLOCK..seen.end).step_by(BLOCK) {
         let positions = seen.start.max(block)..seen.end.min(block + BLOCK);
-        // SAFETY: passed on: the positions are covered by the table.
-        unsafe {
-            work.panels.fill::<S, W>(simd, task, block, positions, until);
-            for first in (0..task.rows()).step_by(STRIP) {
-                let rows = first..task.rows().min(first + STRIP);
-                sum_strip::<S, W>(simd, task, block, rows, work, state);
+        work.upcoming.aim(task, (block + BLOCK).min(until)..until.min(block + 2 * BLOCK));
+        for (kv_head, mut state) in task.kv_heads.clone().zip(states(part, task)) {
+            // SAFETY: passed on: the positions are covered by the table.
+            unsafe {
+                let mut runs = [std::ptr::null(); BLOCK];
+                let woven = Woven::new::<S, W>(task, kv_head, block, &positions, &mut runs);
+                let Work { panels, upcoming, .. } = work;
+                panels.fill::<S, W>(simd, task, (kv_head, block), positions.clone(), woven.is_some(), upcoming);
+                for first in (0..task.rows()).step_by(STRIP) {
+                    let rows = first..task.rows().min(first + STRIP);
+                    sum_strip::<S, W>(simd, task, (kv_head, block), (rows, woven), work, &mut state);
+                }
             }
         }
     }
@@ -359,12 +395,13 @@ unsafe fn sum_part<S: Simd, W: Elements<S>>(
 unsafe fn sum_strip<S: Simd, W: Elements<S>>(
     simd: S,
     task: &AttentionTask<'_>,
-    block: usize,
-    rows: Range<usize>,
+    (kv_head, block): (usize, usize),
+    (rows, woven): (Range<usize>, Option<Woven<'_>>),
     work: &mut Work<'_>,
     state: &mut State<'_>,
 ) {
     let shape = &task.shape;
+    let first_row = (kv_head - task.kv_heads.start) * task.rows() + rows.start;
     // What the token at `position` sees of the block.
     let seen = |position: usize| {
         let first = task.first_seen(position).saturating_sub(block).min(BLOCK);
@@ -379,19 +416,20 @@ unsafe fn sum_strip<S: Simd, W: Elements<S>>(
     let scores = work.scores.as_mut_ptr();
     // SAFETY: the rows lie in `q`, the panels were filled for what is seen, and `scores` and the state hold the sums.
     unsafe {
-        Tiled::<W>::sum(
+        Tiled::<W>::sum_asking(
             simd,
             &Block {
-                input: work.q.as_ptr().cast::<u8>().add(rows.start * input_stride),
+                input: work.q.as_ptr().cast::<u8>().add(first_row * input_stride),
                 input_stride,
                 rows: rows.len(),
                 inputs: 0..shape.head_dim,
                 panel: work.panels.keys.as_ptr().cast(),
                 groups: Groups::default(),
-                next: work.panels.values.as_ptr().cast(),
+                next: std::ptr::null(),
                 sums: scores,
                 resume: false,
             },
+            &mut work.upcoming,
         );
         for (index, row) in rows.clone().enumerate() {
             let scores = scores.add(index * BLOCK);
@@ -413,20 +451,24 @@ unsafe fn sum_strip<S: Simd, W: Elements<S>>(
             (position, head) = if head + 1 == shape.group { (position + 1, 0) } else { (position, head + 1) };
         }
         for panel in 0..shape.padded_value() / PANEL {
-            Tiled::<W>::sum(
-                simd,
-                &Block {
-                    input: scores.cast(),
-                    input_stride: BLOCK * 4,
-                    rows: rows.len(),
-                    inputs: together.start / W::STEP * W::STEP..together.end,
-                    panel: work.panels.values.as_ptr().add(panel * BLOCK / W::STEP * PANEL).cast(),
-                    groups: Groups::default(),
-                    next: std::ptr::null(),
-                    sums: state.values.as_mut_ptr().add((panel * state.max.len() + rows.start) * PANEL),
-                    resume: true,
-                },
-            );
+            let block = Block {
+                input: scores.cast(),
+                input_stride: BLOCK * 4,
+                rows: rows.len(),
+                inputs: together.start / W::STEP * W::STEP..together.end,
+                panel: work.panels.values.as_ptr().add(panel * BLOCK / W::STEP * PANEL).cast(),
+                groups: Groups::default(),
+                next: std::ptr::null(),
+                sums: state.values.as_mut_ptr().add((panel * state.max.len() + rows.start) * PANEL),
+                resume: true,
+            };
+            match woven {
+                Some(woven) => {
+                    let columns = Columns::<S, W>::at(woven, panel * PANEL);
+                    Tiled::<W>::sum_elsewhere(simd, &block, columns, &mut work.upcoming);
+                }
+                None => Tiled::<W>::sum_asking(simd, &block, &mut work.upcoming),
+            }
         }
     }
 }
@@ -521,11 +563,13 @@ unsafe fn update_row<S: Simd, W: Elements<S>>(
     }
 }
 
-/// Adds a part to what comes before it.
+/// Adds the state of a part to that of what comes before it.
 #[inline(always)]
-fn merge<S: Simd>(simd: S, total: &mut State<'_>, part: &State<'_>) {
-    for row in 0..total.max.len() {
-        let (before, here) = (total.max[row], part.max[row]);
+fn merge<S: Simd>(simd: S, total: &mut State<'_>, part: &[f32]) {
+    let (part_max, rest) = part.split_at(total.max.len().next_multiple_of(16));
+    let (part_sum, part_values) = rest.split_at(total.sum.len());
+    for (row, here) in part_max[..total.max.len()].iter().copied().enumerate() {
+        let before = total.max[row];
         let max = before.max(here);
         if here == f32::NEG_INFINITY {
             continue;
@@ -539,9 +583,9 @@ fn merge<S: Simd>(simd: S, total: &mut State<'_>, part: &State<'_>) {
         let [old, new] = [scales[0][0], scales[1][0]];
         total.max[row] = max;
         let sums = row * SUM_LANES..(row + 1) * SUM_LANES;
-        add_scaled(&mut total.sum[sums.clone()], old, &part.sum[sums], new);
+        add_scaled(&mut total.sum[sums.clone()], old, &part_sum[sums], new);
         for panel in total.row_panels(row) {
-            add_scaled(&mut total.values[panel.clone()], old, &part.values[panel], new);
+            add_scaled(&mut total.values[panel.clone()], old, &part_values[panel], new);
         }
     }
 }
@@ -553,9 +597,9 @@ fn add_scaled(total: &mut [f32], old: f32, part: &[f32], new: f32) {
     }
 }
 
-/// Divides by the sums and writes the outputs.
+/// Divides by the sums and writes the outputs of a key/value head, the task's `head`th.
 #[inline(always)]
-unsafe fn finish<S: Simd>(simd: S, task: &AttentionTask<'_>, total: &mut State<'_>) {
+unsafe fn finish<S: Simd>(simd: S, task: &AttentionTask<'_>, head: usize, total: &mut State<'_>) {
     let (group, dim) = (task.shape.group, task.shape.value_dim);
     for row in 0..task.rows() {
         let lanes = &total.sum[row * SUM_LANES..][..SUM_LANES];
@@ -571,7 +615,7 @@ unsafe fn finish<S: Simd>(simd: S, task: &AttentionTask<'_>, total: &mut State<'
             // SAFETY: the caller vouches for the outputs of every token and head of the task.
             unsafe {
                 let to = task.output.add(row / group * task.output_stride);
-                let index = task.output_index + row % group * dim + first;
+                let index = task.output_index + (head * group + row % group) * dim + first;
                 task.format.store_slice(simd, to, index, &values[..PANEL.min(dim - first)]);
             }
         }

@@ -57,7 +57,7 @@ pub(crate) struct Kernels {
     pub(crate) latent: unsafe fn(&LatentTask<'_>),
     pub(crate) attention: unsafe fn(&AttentionTask<'_>, &mut [f32]),
     pub(crate) attention_parts: unsafe fn(&AttentionTask<'_>, Range<usize>, &mut [f32], &mut [f32]),
-    pub(crate) attention_merge: unsafe fn(&AttentionTask<'_>, &mut [f32], &mut [f32]),
+    pub(crate) attention_merge: unsafe fn(&AttentionTask<'_>, usize, &[f32], &mut [f32]),
     /// Multiplies whole panels of logits by a scale and caps them.
     pub(crate) scale_and_cap: unsafe fn(&mut [f32], f32, Option<f32>),
     /// Reads a slice as fast as memory gives it and returns its largest element.
@@ -291,8 +291,8 @@ macro_rules! kernels {
 
             $(#[target_feature(enable = $features)])?
             #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
-            unsafe fn attention_merge(task: &AttentionTask<'_>, parts: &mut [f32], scratch: &mut [f32]) {
-                unsafe { attention::merge_parts($token, task, parts, scratch) }
+            unsafe fn attention_merge(task: &AttentionTask<'_>, head: usize, parts: &[f32], scratch: &mut [f32]) {
+                unsafe { attention::merge_parts($token, task, head, parts, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?

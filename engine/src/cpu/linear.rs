@@ -471,46 +471,149 @@ impl<S: Simd, W: Weights<S>> PanelSums<S> for Tiled<W> {
     unsafe fn sum(simd: S, block: &Block) {
         let steps = block.inputs.end.div_ceil(W::STEP);
         let each = BLOCK_BYTES / (PANEL * W::COLUMN_BYTES);
-        let begin = block.inputs.start / W::STEP;
-        for first in (begin..steps).step_by(each) {
-            let mut row = 0;
+        for first in (block.inputs.start / W::STEP..steps).step_by(each) {
             let last = steps.min(first + each);
-            let here = block.panel.wrapping_add(first * PANEL * W::COLUMN_BYTES);
-            let next =
-                if last == steps { block.next } else { block.panel.wrapping_add(last * PANEL * W::COLUMN_BYTES) };
-            let mut ahead = Ahead::new(here, next, PANEL * W::COLUMN_BYTES, last - first, tiles::<S, W>(block.rows));
-            while row < block.rows {
-                let (rows, columns) = tile_shape::<S, W>(block.rows - row);
-                for column in (0..PANEL).step_by(columns) {
-                    // SAFETY: the steps lie in the panel, the rows in the input, and the tile in `sums`.
-                    unsafe {
-                        let tile = Tile {
-                            input: block.input.add(row * block.input_stride + first * W::INPUT_BYTES),
-                            input_stride: block.input_stride,
-                            panel: block.panel.add((first * PANEL + column) * W::COLUMN_BYTES),
-                            steps: last - first,
-                            sums: block.sums.add(row * PANEL + column),
-                            resume: block.resume || first > begin,
-                            ahead: ahead.share(),
-                        };
-                        run_tile::<S, W>(simd, rows, &tile);
-                    }
-                }
-                row += rows;
+            let at = |step: usize| block.panel.wrapping_add(step * PANEL * W::COLUMN_BYTES);
+            let next = if last == steps { block.next } else { at(last) };
+            let tiles = tiles::<S, W>(block.rows);
+            let mut ahead = Ahead::new(at(first), next, PANEL * W::COLUMN_BYTES, last - first, tiles);
+            // SAFETY: passed on; the steps are some of the block's.
+            unsafe { sum_steps::<S, W, _>(simd, block, first..last, &mut ahead) };
+        }
+    }
+}
+
+impl<W> Tiled<W> {
+    /// Writes the sums of a block whose inputs are few enough to be used at once, asking for something else than weights.
+    ///
+    /// # Safety
+    /// As for [`PanelSums::sum`].
+    #[inline(always)]
+    pub(crate) unsafe fn sum_asking<S: Simd, A: Asks<S>>(simd: S, block: &Block, asks: &mut A)
+    where
+        W: Weights<S>,
+    {
+        let steps = block.inputs.start / W::STEP..block.inputs.end.div_ceil(W::STEP);
+        // SAFETY: passed on.
+        unsafe { sum_steps::<S, W, A>(simd, block, steps, asks) };
+    }
+
+    /// Says whether one tile, or one beside the other, takes `rows` rows.
+    pub(crate) fn is_one<S: Simd>(rows: usize) -> bool
+    where
+        W: Weights<S>,
+    {
+        tile_shape::<S, W>(rows).0 == rows
+    }
+
+    /// Writes the sums of a block whose columns stand elsewhere than in its panel. The rows are not more than a tile takes.
+    ///
+    /// # Safety
+    /// As for [`PanelSums::sum`], with as many steps in `columns` as the block's inputs take, the first of them for the first.
+    #[inline(always)]
+    pub(crate) unsafe fn sum_elsewhere<S: Simd, A: Asks<S>, C: Columns<S, W>>(
+        simd: S,
+        block: &Block,
+        columns: C,
+        asks: &mut A,
+    ) where
+        W: Weights<S>,
+    {
+        let (rows, width) = tile_shape::<S, W>(block.rows);
+        assert_eq!(rows, block.rows, "the rows are one tile's");
+        let begin = block.inputs.start / W::STEP;
+        for column in (0..PANEL).step_by(width) {
+            // SAFETY: passed on.
+            unsafe {
+                let tile = Tile {
+                    input: block.input.add(begin * W::INPUT_BYTES),
+                    input_stride: block.input_stride,
+                    steps: block.inputs.end.div_ceil(W::STEP) - begin,
+                    sums: block.sums.add(column),
+                    resume: block.resume,
+                };
+                run_tile::<S, W, A, C>(simd, rows, &tile, columns.at(column), asks);
             }
         }
+    }
+}
+
+/// Takes all rows of a block through some of its steps.
+///
+/// # Safety
+/// As for [`PanelSums::sum`], and the steps are some of the block's.
+#[inline(always)]
+unsafe fn sum_steps<S: Simd, W: Weights<S>, A: Asks<S>>(simd: S, block: &Block, steps: Range<usize>, asks: &mut A) {
+    let mut row = 0;
+    while row < block.rows {
+        let (rows, columns) = tile_shape::<S, W>(block.rows - row);
+        for column in (0..PANEL).step_by(columns) {
+            // SAFETY: the steps lie in the panel, the rows in the input, and the tile in `sums`.
+            unsafe {
+                let tile = Tile {
+                    input: block.input.add(row * block.input_stride + steps.start * W::INPUT_BYTES),
+                    input_stride: block.input_stride,
+                    steps: steps.len(),
+                    sums: block.sums.add(row * PANEL + column),
+                    resume: block.resume || steps.start > block.inputs.start / W::STEP,
+                };
+                let panel = InPanel(block.panel.add((steps.start * PANEL + column) * W::COLUMN_BYTES));
+                run_tile::<S, W, A, InPanel>(simd, rows, &tile, panel, asks);
+            }
+        }
+        row += rows;
     }
 }
 
 struct Tile {
     input: *const u8,
     input_stride: usize,
-    panel: *const u8,
     steps: usize,
     sums: *mut f32,
     /// Go on from the sums that are there.
     resume: bool,
-    ahead: Ahead,
+}
+
+/// Where a tile's columns stand, and how far it has read them.
+pub(crate) trait Columns<S: Simd, W: Weights<S>>: Copy {
+    /// Returns the same from column `column` of a panel on.
+    fn at(self, column: usize) -> Self;
+
+    /// Reads the columns of a step, and goes on to the next.
+    ///
+    /// # Safety
+    /// There is a step left, of at least `VECTORS` vectors.
+    unsafe fn step<const VECTORS: usize>(&mut self, simd: S) -> [W::Columns; VECTORS];
+}
+
+/// Columns in their panel.
+#[derive(Clone, Copy)]
+struct InPanel(*const u8);
+
+impl<S: Simd, W: Weights<S>> Columns<S, W> for InPanel {
+    #[inline(always)]
+    fn at(self, column: usize) -> Self {
+        Self(self.0.wrapping_add(column * W::COLUMN_BYTES))
+    }
+
+    #[inline(always)]
+    unsafe fn step<const VECTORS: usize>(&mut self, simd: S) -> [W::Columns; VECTORS] {
+        // SAFETY: the caller vouches for the step.
+        unsafe {
+            let mut columns = [W::columns(simd, self.0); VECTORS];
+            for (vector, columns) in columns.iter_mut().enumerate() {
+                *columns = W::columns(simd, self.0.add(vector * S::LANES * W::COLUMN_BYTES));
+            }
+            self.0 = self.0.add(PANEL * W::COLUMN_BYTES);
+            columns
+        }
+    }
+}
+
+/// Memory that is asked for while tiles compute.
+pub(crate) trait Asks<S: Simd> {
+    /// Asks for what a step of a tile is to ask for.
+    fn step(&mut self, simd: S);
 }
 
 /// Weights that are asked for while others are used. Where several tiles use a block, one after the other, each asks for its
@@ -540,10 +643,11 @@ impl Ahead {
         self.at = self.at.wrapping_add(self.tile);
         share
     }
+}
 
-    /// Asks for what a step is to ask for.
+impl<S: Simd> Asks<S> for Ahead {
     #[inline(always)]
-    pub(crate) fn fetch<S: Simd>(&mut self, simd: S) {
+    fn step(&mut self, simd: S) {
         simd.prefetch(self.at);
         if self.step > 64 {
             simd.prefetch(self.at.wrapping_add(64));
@@ -586,35 +690,41 @@ fn tile_shape<S: Simd, W: Weights<S>>(rows: usize) -> (usize, usize) {
 /// # Safety
 /// As for [`sum_tile`].
 #[inline(always)]
-unsafe fn run_tile<S: Simd, W: Weights<S>>(simd: S, rows: usize, tile: &Tile) {
+unsafe fn run_tile<S: Simd, W: Weights<S>, A: Asks<S>, C: Columns<S, W>>(
+    simd: S,
+    rows: usize,
+    tile: &Tile,
+    columns: C,
+    asks: &mut A,
+) {
     // SAFETY: passed on.
     unsafe {
         if S::LANES == 16 {
             match rows {
-                1 => sum_tile::<S, W, 1, 4>(simd, tile),
-                2 => sum_tile::<S, W, 2, 4>(simd, tile),
-                3 => sum_tile::<S, W, 3, 4>(simd, tile),
-                4 => sum_tile::<S, W, 4, 4>(simd, tile),
-                5 if W::REGISTERS == 2 => sum_tile::<S, W, 5, 2>(simd, tile),
-                5 => sum_tile::<S, W, 5, 4>(simd, tile),
-                6 if W::REGISTERS == 2 => sum_tile::<S, W, 6, 2>(simd, tile),
-                6 => sum_tile::<S, W, 6, 4>(simd, tile),
-                7 => sum_tile::<S, W, 7, 2>(simd, tile),
-                8 => sum_tile::<S, W, 8, 2>(simd, tile),
-                9 => sum_tile::<S, W, 9, 2>(simd, tile),
-                10 => sum_tile::<S, W, 10, 2>(simd, tile),
-                11 => sum_tile::<S, W, 11, 2>(simd, tile),
-                12 => sum_tile::<S, W, 12, 2>(simd, tile),
-                13 => sum_tile::<S, W, 13, 2>(simd, tile),
-                14 => sum_tile::<S, W, 14, 2>(simd, tile),
+                1 => sum_tile::<S, W, A, C, 1, 4>(simd, tile, columns, asks),
+                2 => sum_tile::<S, W, A, C, 2, 4>(simd, tile, columns, asks),
+                3 => sum_tile::<S, W, A, C, 3, 4>(simd, tile, columns, asks),
+                4 => sum_tile::<S, W, A, C, 4, 4>(simd, tile, columns, asks),
+                5 if W::REGISTERS == 2 => sum_tile::<S, W, A, C, 5, 2>(simd, tile, columns, asks),
+                5 => sum_tile::<S, W, A, C, 5, 4>(simd, tile, columns, asks),
+                6 if W::REGISTERS == 2 => sum_tile::<S, W, A, C, 6, 2>(simd, tile, columns, asks),
+                6 => sum_tile::<S, W, A, C, 6, 4>(simd, tile, columns, asks),
+                7 => sum_tile::<S, W, A, C, 7, 2>(simd, tile, columns, asks),
+                8 => sum_tile::<S, W, A, C, 8, 2>(simd, tile, columns, asks),
+                9 => sum_tile::<S, W, A, C, 9, 2>(simd, tile, columns, asks),
+                10 => sum_tile::<S, W, A, C, 10, 2>(simd, tile, columns, asks),
+                11 => sum_tile::<S, W, A, C, 11, 2>(simd, tile, columns, asks),
+                12 => sum_tile::<S, W, A, C, 12, 2>(simd, tile, columns, asks),
+                13 => sum_tile::<S, W, A, C, 13, 2>(simd, tile, columns, asks),
+                14 => sum_tile::<S, W, A, C, 14, 2>(simd, tile, columns, asks),
                 _ => unreachable!("tile_shape gives at most 14 rows"),
             }
         } else {
             match rows {
-                1 => sum_tile::<S, W, 1, 8>(simd, tile),
-                2 => sum_tile::<S, W, 2, 2>(simd, tile),
-                3 => sum_tile::<S, W, 3, 2>(simd, tile),
-                4 => sum_tile::<S, W, 4, 2>(simd, tile),
+                1 => sum_tile::<S, W, A, C, 1, 8>(simd, tile, columns, asks),
+                2 => sum_tile::<S, W, A, C, 2, 2>(simd, tile, columns, asks),
+                3 => sum_tile::<S, W, A, C, 3, 2>(simd, tile, columns, asks),
+                4 => sum_tile::<S, W, A, C, 4, 2>(simd, tile, columns, asks),
                 _ => unreachable!("tile_shape gives at most 4 rows"),
             }
         }
@@ -622,10 +732,15 @@ unsafe fn run_tile<S: Simd, W: Weights<S>>(simd: S, rows: usize, tile: &Tile) {
 }
 
 /// # Safety
-/// `ROWS` rows of `steps` steps can be read from `input`, `steps` steps of `VECTORS` vectors from `panel`, and `ROWS` rows of
+/// `ROWS` rows of `steps` steps can be read from `input`, `steps` steps of `VECTORS` vectors from `columns`, and `ROWS` rows of
 /// `VECTORS` vectors can be written to `sums`.
 #[inline(always)]
-unsafe fn sum_tile<S: Simd, W: Weights<S>, const ROWS: usize, const VECTORS: usize>(simd: S, tile: &Tile) {
+unsafe fn sum_tile<S: Simd, W: Weights<S>, A: Asks<S>, C: Columns<S, W>, const ROWS: usize, const VECTORS: usize>(
+    simd: S,
+    tile: &Tile,
+    mut columns: C,
+    asks: &mut A,
+) {
     let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
     // SAFETY: all reads and writes below are within what the caller vouches for; `wrapping_add` only makes a prefetch address.
     unsafe {
@@ -636,21 +751,16 @@ unsafe fn sum_tile<S: Simd, W: Weights<S>, const ROWS: usize, const VECTORS: usi
                 }
             }
         }
-        let (mut panel, mut input, mut ahead) = (tile.panel, tile.input, tile.ahead);
+        let mut input = tile.input;
         for _ in 0..tile.steps {
-            ahead.fetch(simd);
-            let mut columns = [W::columns(simd, panel); VECTORS];
-            for (vector, columns) in columns.iter_mut().enumerate() {
-                let at = vector * S::LANES * W::COLUMN_BYTES;
-                *columns = W::columns(simd, panel.add(at));
-            }
+            asks.step(simd);
+            let columns: [W::Columns; VECTORS] = columns.step(simd);
             for (row, sums) in sums.iter_mut().enumerate() {
                 let input = W::input(simd, input.add(row * tile.input_stride));
                 for (sum, columns) in sums.iter_mut().zip(columns) {
                     *sum = W::accumulate(simd, *sum, input, columns);
                 }
             }
-            panel = panel.add(PANEL * W::COLUMN_BYTES);
             input = input.add(W::INPUT_BYTES);
         }
         for (row, sums) in sums.iter().enumerate() {

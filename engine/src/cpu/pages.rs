@@ -11,6 +11,7 @@
 use super::{format::Format, simd::Simd};
 use crate::KvMemory;
 use kv_cache::{KvDtype, PageId, PageLayout, Plane};
+use std::ops::Range;
 
 /// A token's place in its page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -190,13 +191,11 @@ impl Side {
         matches!(self.storage, Storage::Plain(stored) if stored == format).then(|| self.at(slot, head).0.cast_const())
     }
 
-    /// Asks for what `tokens` tokens from `slot` on have for `head`; any slot and number will do.
+    /// Returns where `tokens` tokens of a page lie for `heads`, and the cache lines from the first head's to the last's.
     #[inline(always)]
-    pub(crate) fn prefetch<S: Simd>(&self, simd: S, slot: Slot, head: usize, tokens: usize) {
-        let first = self.at(slot, head).0;
-        for line in (0..tokens * self.dim * self.storage.bytes()).step_by(64) {
-            simd.prefetch(first.wrapping_add(line));
-        }
+    pub(crate) fn lines(&self, slot: Slot, heads: &Range<usize>, tokens: usize) -> (*const u8, usize) {
+        let tokens = (heads.len() - 1) * self.page_tokens + tokens;
+        (self.at(slot, heads.start).0, (tokens * self.dim * self.storage.bytes()).div_ceil(64))
     }
 
     /// Reads what a token has for `head` as `format`, f32 or one that holds it exactly, without its scale: `to[dim]`.

@@ -126,6 +126,11 @@ pub(crate) trait DotBf16: Simd {
     /// `sum + a.0 * b.0 + a.1 * b.1` in the machine's order and rounding, which is the same for every call.
     fn dot(self, sum: Self::F, a: Self::Pairs, b: Self::Pairs) -> Self::F;
     fn splat_pair(self, pair: u32) -> Self::Pairs;
+    /// Pairs each of `2 * LANES` elements of one row with that of another.
+    ///
+    /// # Safety
+    /// `2 * LANES` bf16 can be read at `first` and at `second`, at any alignment.
+    unsafe fn weave(self, first: *const u16, second: *const u16) -> [Self::Pairs; 2];
     /// Rounds to the nearest bf16, ties to even, and pairs neighbours; those of the first vector come first.
     fn round_pairs(self, values: [Self::F; 2]) -> Self::Pairs;
     /// # Safety

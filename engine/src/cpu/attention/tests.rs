@@ -149,7 +149,9 @@ impl Case {
     fn run_in(&self, arena: &mut Arena, kernels: &Kernels, from: usize, tokens: usize, in_parts: bool) {
         let (heads, dim, value_dim) = (self.heads(), self.shape.head_dim, self.shape.value_dim);
         let Arena { q, output, scratch } = arena;
-        for kv_head in 0..self.kv_heads {
+        // All heads in a task where it has room, as a step does.
+        let joined = if tokens * self.kv_heads <= self.shape.task_tokens() { self.kv_heads } else { 1 };
+        for kv_head in (0..self.kv_heads).step_by(joined) {
             let head = kv_head * self.shape.group;
             for first in (from..self.length).step_by(tokens) {
                 let task = AttentionTask {
@@ -161,7 +163,7 @@ impl Case {
                     window: self.window,
                     table: &self.table,
                     pages: LayerPages::new(&self.memory, 0),
-                    kv_head,
+                    kv_heads: kv_head..kv_head + joined,
                     output: output.floats_mut()[(first - from) * heads * value_dim..].as_mut_ptr().cast(),
                     output_stride: heads * value_dim * 4,
                     output_index: head * value_dim,
@@ -177,7 +179,9 @@ impl Case {
                             let parts = first..task.parts().end.min(first + 2);
                             (kernels.attention_parts)(&task, parts, states, scratch.floats_mut());
                         }
-                        (kernels.attention_merge)(&task, &mut states, scratch.floats_mut());
+                        for head in 0..task.kv_heads.len() {
+                            (kernels.attention_merge)(&task, head, &states, scratch.floats_mut());
+                        }
                     } else {
                         (kernels.attention)(&task, scratch.floats_mut());
                     }

@@ -12,7 +12,7 @@
 //! needs the inputs' sum alone; an offset costs a multiply-add for each segment. Nothing overflows: 128 products of a byte and
 //! sixteen bits stay below 2^30.
 
-use super::{Ahead, BLOCK_BYTES, Block, PanelSums};
+use super::{Ahead, Asks, BLOCK_BYTES, Block, PanelSums};
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::simd::DotBf16;
 use crate::cpu::{
@@ -397,7 +397,7 @@ unsafe fn sum_tile<S: Simd, C: Code<S>, const ROWS: usize, const VECTORS: usize,
             let mut input = tile.input.add(at * C::INPUTS.bytes());
             for word in 0..words {
                 if !EXPANDED || word % C::STEPS == 0 {
-                    ahead.fetch(simd);
+                    ahead.step(simd);
                 }
                 let from = panel.add(word * PANEL);
                 unrolled!(step < steps, {

@@ -295,28 +295,40 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
 
     #[inline(always)]
     unsafe fn interleave(self, first: *const u16, second: *const u16, to: *mut u32) {
-        // Element `i` of the first next to element `i` of the second, which the instruction counts from 32 on.
-        const PAIRS: [u16; 64] = {
-            let mut pairs = [0; 64];
-            let mut at = 0;
-            while at < 64 {
-                pairs[at] = at as u16 / 2 + at as u16 % 2 * 32;
-                at += 1;
-            }
-            pairs
-        };
         unsafe {
-            let (first, second) = (_mm512_loadu_si512(first.cast()), _mm512_loadu_si512(second.cast()));
-            let (low, high) =
-                (_mm512_loadu_si512(PAIRS.as_ptr().cast()), _mm512_loadu_si512(PAIRS[32..].as_ptr().cast()));
-            _mm512_storeu_si512(to.cast(), _mm512_permutex2var_epi16(first, low, second));
-            _mm512_storeu_si512(to.add(16).cast(), _mm512_permutex2var_epi16(first, high, second));
+            let [low, high] = weave(first, second);
+            _mm512_storeu_si512(to.cast(), low);
+            _mm512_storeu_si512(to.add(16).cast(), high);
         }
     }
 
     #[inline(always)]
     fn prefetch(self, at: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+}
+
+/// Loads 32 elements of each of two rows and puts those of one next to those of the other.
+///
+/// # Safety
+/// The machine has AVX-512 BW, and the rows can be read.
+#[inline(always)]
+unsafe fn weave(first: *const u16, second: *const u16) -> [__m512i; 2] {
+    // Element `i` of the first next to element `i` of the second, which the instruction counts from 32 on.
+    const PAIRS: [u16; 64] = {
+        let mut pairs = [0; 64];
+        let mut at = 0;
+        while at < 64 {
+            pairs[at] = at as u16 / 2 + at as u16 % 2 * 32;
+            at += 1;
+        }
+        pairs
+    };
+    // SAFETY: the caller's word.
+    unsafe {
+        let (first, second) = (_mm512_loadu_si512(first.cast()), _mm512_loadu_si512(second.cast()));
+        let (low, high) = (_mm512_loadu_si512(PAIRS.as_ptr().cast()), _mm512_loadu_si512(PAIRS[32..].as_ptr().cast()));
+        [_mm512_permutex2var_epi16(first, low, second), _mm512_permutex2var_epi16(first, high, second)]
     }
 }
 
@@ -351,6 +363,11 @@ impl DotBf16 for Avx512<true> {
     #[inline(always)]
     fn splat_pair(self, pair: u32) -> __m512i {
         unsafe { _mm512_set1_epi32(pair as i32) }
+    }
+
+    #[inline(always)]
+    unsafe fn weave(self, first: *const u16, second: *const u16) -> [__m512i; 2] {
+        unsafe { weave(first, second) }
     }
 
     #[inline(always)]
