@@ -78,7 +78,7 @@ pub struct PageLayout {
     pub value_dim: u32,
     /// Element type.
     pub dtype: KvDtype,
-    /// Pages in the pool. Two workers may differ in this alone and still exchange pages.
+    /// Pages in the pool.
     pub pages: u32,
 }
 
@@ -135,24 +135,6 @@ impl PageLayout {
     /// Returns how many pages hold `tokens` tokens.
     pub fn pages_for(&self, tokens: usize) -> usize {
         tokens.div_ceil(self.page_tokens as usize)
-    }
-
-    /// Names the first field in which pages of `self` and `other` differ, with both values, or `None` when pages of one fit
-    /// the other as they are. The number of pages may differ.
-    pub fn mismatch(&self, other: &PageLayout) -> Option<String> {
-        let fields: [(&str, &dyn fmt::Display, &dyn fmt::Display); 6] = [
-            ("layers", &self.layers, &other.layers),
-            ("page_tokens", &self.page_tokens, &other.page_tokens),
-            ("kv_heads", &self.kv_heads, &other.kv_heads),
-            ("key_dim", &self.key_dim, &other.key_dim),
-            ("value_dim", &self.value_dim, &other.value_dim),
-            ("dtype", &self.dtype, &other.dtype),
-        ];
-        fields
-            .into_iter()
-            .map(|(name, ours, theirs)| (name, ours.to_string(), theirs.to_string()))
-            .find(|(_, ours, theirs)| ours != theirs)
-            .map(|(name, ours, theirs)| format!("{name}: ours {ours}, theirs {theirs}"))
     }
 }
 
@@ -214,16 +196,5 @@ mod tests {
             let read: Result<KvDtype, Error> = KvDtype::deserialize(name.as_str().into_deserializer());
             assert_eq!(read, Ok(dtype));
         }
-    }
-
-    #[test]
-    fn mismatch_names_the_field_and_ignores_the_pool_size() {
-        let ours = layout();
-        assert_eq!(ours.mismatch(&PageLayout { pages: 99, ..layout() }), None);
-        let theirs = PageLayout { dtype: KvDtype::F32, ..layout() };
-        assert_eq!(ours.mismatch(&theirs).as_deref(), Some("dtype: ours bf16, theirs f32"));
-        let ours = PageLayout { dtype: KvDtype::Int8, ..layout() };
-        let theirs = PageLayout { dtype: KvDtype::Fp8, ..layout() };
-        assert_eq!(ours.mismatch(&theirs).as_deref(), Some("dtype: ours int8, theirs fp8"));
     }
 }

@@ -1,12 +1,16 @@
 //! Which page is free, held or cached.
 //!
 //! A page is *held* while somebody counts on its bytes (reference count above zero), *cached* when nobody does but its
-//! prefix has a name, and *free* otherwise. Allocation takes free pages first, lowest number first so that a sequence's pages
-//! form runs that travel as one copy, then evicts cached pages, least recently used first. A sequence that gives its pages
-//! back last-page-first loses the tail of its prefix before the head (the rules are vLLM's, `block_pool.py`).
+//! prefix has a name, and *free* otherwise. Allocation takes free pages first; where there are too few, it evicts as many
+//! cached pages as are missing, least recently used first. A sequence that gives its pages back last-page-first loses the tail
+//! of its prefix before the head (the rules are vLLM's, `block_pool.py`).
+//!
+//! Neighbouring pages travel as one copy, so an allocation is made of as few *runs* as possible, each in ascending order: the
+//! smallest run of free pages that is large enough, or else the largest ones there are. A page for a sequence that grows so
+//! fills a hole, and the long runs stay for prompts. Which pages are evicted does not depend on it.
 
 use crate::{PageHash, PageId};
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 /// How the pool is used, in pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,9 +63,9 @@ struct Page {
 #[derive(Clone, Debug)]
 pub struct PagePool {
     pages: Vec<Page>,
-    free: BTreeSet<PageId>,
+    free: Runs,
     /// Cached pages by the moment they were last let go.
-    idle: std::collections::BTreeMap<u64, PageId>,
+    idle: BTreeMap<u64, PageId>,
     named: HashMap<PageHash, PageId>,
     stored: HashSet<PageHash>,
     evicted: HashSet<PageHash>,
@@ -73,7 +77,7 @@ impl PagePool {
     pub fn new(pages: usize) -> Self {
         Self {
             pages: vec![Page::default(); pages],
-            free: (0..pages as u32).map(PageId).collect(),
+            free: Runs::all(pages as u32),
             idle: Default::default(),
             named: Default::default(),
             stored: Default::default(),
@@ -84,22 +88,22 @@ impl PagePool {
 
     /// Returns how the pool is used now.
     pub fn stats(&self) -> PoolStats {
-        PoolStats { total: self.pages.len(), free: self.free.len(), cached: self.idle.len() }
+        PoolStats { total: self.pages.len(), free: self.free.count as usize, cached: self.idle.len() }
     }
 
-    /// Takes `count` pages, each with one holder and no name, or none at all when fewer can be had.
+    /// Takes `count` pages, each with one holder and no name, or none at all when fewer can be had. They form as few runs of
+    /// neighbours as can be.
     pub fn allocate(&mut self, count: usize) -> Option<Vec<PageId>> {
         if self.stats().available() < count {
             return None;
         }
-        let mut taken = Vec::with_capacity(count);
-        while taken.len() < count {
-            let page = match self.free.pop_first() {
-                Some(page) => page,
-                None => self.evict_oldest(),
-            };
+        for _ in self.stats().free..count {
+            let page = self.evict_oldest();
+            self.free.insert(page.0, 1);
+        }
+        let taken = self.free.take(count as u32);
+        for page in &taken {
             self.pages[page.index()].holders = 1;
-            taken.push(page);
         }
         Some(taken)
     }
@@ -153,6 +157,8 @@ impl PagePool {
     /// # Panics
     /// When nobody holds one of them: a page given back twice.
     pub fn release(&mut self, pages: &[PageId]) {
+        // Of freed pages that neighbour each other.
+        let (mut first, mut length) = (0, 0);
         for &page in pages.iter().rev() {
             let slot = &mut self.pages[page.index()];
             assert!(slot.holders > 0, "{page:?} is released while nobody holds it");
@@ -164,10 +170,14 @@ impl PagePool {
                 self.clock += 1;
                 slot.idle_since = self.clock;
                 self.idle.insert(self.clock, page);
+            } else if length > 0 && page.0 + 1 == first {
+                (first, length) = (page.0, length + 1);
             } else {
-                self.free.insert(page);
+                self.free.insert(first, length);
+                (first, length) = (page.0, 1);
             }
         }
+        self.free.insert(first, length);
     }
 
     /// Takes the net change of named prefixes since the last call.
@@ -185,7 +195,7 @@ impl PagePool {
         let mut freed = 0;
         while !self.idle.is_empty() {
             let page = self.evict_oldest();
-            self.free.insert(page);
+            self.free.insert(page.0, 1);
             freed += 1;
         }
         freed
@@ -199,6 +209,77 @@ impl PagePool {
             self.evicted.insert(hash);
         }
         page
+    }
+}
+
+/// Free pages, as the runs of neighbours that they form.
+#[derive(Clone, Debug)]
+struct Runs {
+    /// First page → number of pages. No two runs touch.
+    lengths: BTreeMap<u32, u32>,
+    /// The same as (number of pages, first page).
+    by_length: BTreeSet<(u32, u32)>,
+    /// Pages of all runs.
+    count: u32,
+}
+
+impl Runs {
+    /// Starts with all of `pages` pages.
+    fn all(pages: u32) -> Self {
+        let mut runs = Self { lengths: BTreeMap::new(), by_length: BTreeSet::new(), count: pages };
+        runs.add(0, pages);
+        runs
+    }
+
+    /// Adds `length` pages from `first` on that are in no run.
+    fn insert(&mut self, mut first: u32, mut length: u32) {
+        if length == 0 {
+            return;
+        }
+        self.count += length;
+        if let Some((&before, &pages)) = self.lengths.range(..first).next_back()
+            && before + pages == first
+        {
+            self.remove(before, pages);
+            (first, length) = (before, pages + length);
+        }
+        if let Some(&pages) = self.lengths.get(&(first + length)) {
+            self.remove(first + length, pages);
+            length += pages;
+        }
+        self.add(first, length);
+    }
+
+    /// Takes `count` pages in as few runs as possible, ascending within each.
+    ///
+    /// # Panics
+    /// When there are fewer.
+    fn take(&mut self, count: u32) -> Vec<PageId> {
+        let mut taken = Vec::with_capacity(count as usize);
+        let mut missing = count;
+        while missing > 0 {
+            let fitting = self.by_length.range((missing, 0)..).next();
+            let &(length, first) = fitting.or(self.by_length.last()).expect("callers checked that there are enough");
+            let pages = length.min(missing);
+            self.remove(first, length);
+            self.add(first + pages, length - pages);
+            taken.extend((first..first + pages).map(PageId));
+            missing -= pages;
+        }
+        self.count -= count;
+        taken
+    }
+
+    fn add(&mut self, first: u32, length: u32) {
+        if length > 0 {
+            self.lengths.insert(first, length);
+            self.by_length.insert((length, first));
+        }
+    }
+
+    fn remove(&mut self, first: u32, length: u32) {
+        self.lengths.remove(&first);
+        self.by_length.remove(&(length, first));
     }
 }
 
@@ -262,7 +343,94 @@ mod tests {
         assert!(pool.take_delta().is_empty());
     }
 
+    #[test]
+    fn holes_are_filled_before_runs_are_cut() {
+        let mut pool = PagePool::new(12);
+        let pages = pool.allocate(12).unwrap();
+        let release = |pool: &mut PagePool, range: std::ops::Range<usize>| pool.release(&pages[range]);
+        release(&mut pool, 0..1);
+        release(&mut pool, 2..5);
+        release(&mut pool, 6..11);
+        assert_eq!(pool.allocate(1), Some(vec![PageId(0)]), "the smallest hole");
+        assert_eq!(pool.allocate(2), Some(vec![PageId(2), PageId(3)]));
+        assert_eq!(pool.allocate(6), Some([6, 7, 8, 9, 10, 4].map(PageId).to_vec()), "the largest run first");
+    }
+
+    #[test]
+    fn evicted_neighbours_are_a_run_again() {
+        let mut pool = PagePool::new(6);
+        let names = hashes(4);
+        let (cached, held) = (pool.allocate(4).unwrap(), pool.allocate(2).unwrap());
+        cached.iter().zip(&names).for_each(|(page, name)| pool.name(*page, *name));
+        pool.release(&cached);
+        assert_eq!(pool.allocate(3), Some([1, 2, 3].map(PageId).to_vec()), "last let go first, and in order");
+        pool.release(&held);
+    }
+
+    /// The number of runs that pages in this order form.
+    fn runs(pages: &[PageId]) -> usize {
+        1 + pages.windows(2).filter(|pair| pair[0].0 + 1 != pair[1].0).count()
+    }
+
+    /// The least number of runs that `count` of these pages can form: the largest first.
+    fn least_runs(free: &BTreeSet<u32>, count: usize) -> usize {
+        let pages: Vec<PageId> = free.iter().copied().map(PageId).collect();
+        let mut lengths: Vec<usize> = pages.chunk_by(|one, next| one.0 + 1 == next.0).map(<[_]>::len).collect();
+        lengths.sort_unstable();
+        let mut missing = count;
+        let enough = lengths.iter().rev().take_while(|length| {
+            let needed = missing > 0;
+            missing = missing.saturating_sub(**length);
+            needed
+        });
+        enough.count()
+    }
+
     proptest! {
+        /// Whatever was allocated and given back in whatever order, no allocation has more runs than it must, and every free page
+        /// can be had.
+        #[test]
+        fn allocations_have_as_few_runs_as_can_be(ops in prop::collection::vec((any::<bool>(), 1usize..12), 1..200)) {
+            let mut pool = PagePool::new(40);
+            let mut free: BTreeSet<u32> = (0..40).collect();
+            let mut held: Vec<PageId> = Vec::new();
+            for (take, n) in ops {
+                if take {
+                    let taken = pool.allocate(n);
+                    prop_assert_eq!(taken.is_some(), free.len() >= n);
+                    if let Some(pages) = taken {
+                        prop_assert_eq!(runs(&pages), least_runs(&free, n));
+                        for page in pages {
+                            prop_assert!(free.remove(&page.0));
+                            held.push(page);
+                        }
+                    }
+                } else {
+                    // Scattered ones, so that holes appear, and neighbours among them.
+                    let given: Vec<PageId> =
+                        (0..n.min(held.len())).map(|at| held.swap_remove((at * 7 / 2 + n) % held.len())).collect();
+                    pool.release(&given);
+                    free.extend(given.iter().map(|page| page.0));
+                }
+                prop_assert_eq!(pool.stats().free, free.len());
+            }
+        }
+
+        /// Which pages are evicted depends on when they were let go, and on nothing else.
+        #[test]
+        fn the_oldest_are_evicted_however_they_lie(order in Just((0..12usize).collect::<Vec<_>>()).prop_shuffle(), count in 1usize..12) {
+            let mut pool = PagePool::new(12);
+            let names = hashes(12);
+            let pages = pool.allocate(12).unwrap();
+            pages.iter().zip(&names).for_each(|(page, name)| pool.name(*page, *name));
+            order.iter().for_each(|at| pool.release(&pages[*at..=*at]));
+            let mut taken = pool.allocate(count).unwrap();
+            taken.sort_unstable();
+            let mut oldest: Vec<PageId> = order[..count].iter().map(|at| pages[*at]).collect();
+            oldest.sort_unstable();
+            prop_assert_eq!(taken, oldest);
+        }
+
         /// Whatever is done in whatever order, every page is in exactly one state and a reader of the deltas knows the names.
         #[test]
         fn no_page_is_lost(ops in prop::collection::vec((0u8..4, 0usize..6), 1..200)) {
