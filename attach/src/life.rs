@@ -181,6 +181,7 @@ impl Worker {
             incarnation: member.incarnation,
             fingerprint: engine.fingerprint().to_owned(),
             layout: engine.memory().layout().clone(),
+            rank: Default::default(),
         };
         let profile = Profile {
             worker: member.id.clone(),

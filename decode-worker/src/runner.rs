@@ -232,6 +232,11 @@ impl Runner {
             Event::Landed { handoff, commit } => reservations.landed(handoff, commit.first_token, scheduler),
             Event::Lost { handoff, reason } => reservations.lost(handoff, reason, scheduler),
             Event::Quiet { handoff } => reservations.quiet(handoff, scheduler),
+            Event::Asked { handoff, by, .. } => {
+                // Until the router places a request by what its peers hold (`Transfer::fetch`), nobody has reason to ask.
+                tracing::warn!(handoff = handoff.0, by = by.worker, "a prefix was asked for");
+                self.parts.transfer.refuse(handoff, format!("{} hands no prefixes over", self.parts.worker));
+            }
             Event::SourceDone { handoff, .. } => {
                 tracing::warn!(handoff = handoff.0, "news of a hand-off that this worker never began");
             }

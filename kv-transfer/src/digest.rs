@@ -4,12 +4,14 @@
 //! written to it), so that nothing is left to digest when the commit comes; the commit carries a digest of these digests in
 //! the order of their frame numbers. A frame's digest covers which blocks it holds too: right bytes in the wrong place differ.
 //!
-//! The hash is BLAKE3 cut to 128 bits. A checksum would do against flipped bits and be several times faster; BLAKE3 is already
-//! here (it names pages), picks its vector code at run time, keeps up with a network (3 to 4 GB/s a core here) if not with
-//! memory, and a peer cannot aim for a collision. Where both ends trust the path more than they miss the time, `verify =
-//! "counts"` leaves it out.
+//! The digest is CRC-64/NVME. It is there against accidents: bits that flip in a cable, a switch, a network card or a memory
+//! without parity, blocks that end up elsewhere. Every burst of up to 64 bits is found, anything else but for one chance in 2^64.
+//! It is not there against a peer who aims for a collision; who may send pages at all is settled in the handshake, and TLS
+//! protects them on the way. So it can run on the processor's carry-less multiplication at the speed of memory (28 GB/s a core
+//! here, BLAKE3 8 GB/s), and costs a transfer next to nothing.
 
 use crate::{HandoffId, plan::Piece};
+use crc_fast::CrcAlgorithm::Crc64Nvme;
 use std::fmt;
 
 /// Digest of a frame, or of all frames of a hand-off.
@@ -17,39 +19,42 @@ use std::fmt;
 pub(crate) struct Digest(pub(crate) [u8; Digest::BYTES]);
 
 impl Digest {
-    /// Length on the wire: 128 bits of BLAKE3, far more than chance needs.
-    pub(crate) const BYTES: usize = 16;
+    /// Length on the wire.
+    pub(crate) const BYTES: usize = 8;
 
     /// Digests the digests of all frames, in the order of their numbers.
     pub(crate) fn of_frames(frames: impl IntoIterator<Item = Digest>) -> Digest {
-        let mut hasher = blake3::Hasher::new();
+        let mut hasher = crc_fast::Digest::new(Crc64Nvme);
         for frame in frames {
             hasher.update(&frame.0);
         }
-        cut(&hasher)
+        Digest(hasher.finalize().to_be_bytes())
     }
 }
 
 impl fmt::Debug for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:032x}", u128::from_be_bytes(self.0))
+        write!(f, "{:016x}", u64::from_be_bytes(self.0))
     }
 }
 
 /// Digests one frame as its bytes come by.
 #[derive(Debug)]
-pub(crate) struct FrameHasher(blake3::Hasher);
+pub(crate) struct FrameHasher(crc_fast::Digest);
 
 impl FrameHasher {
     /// Starts the digest of frame `sequence` of `handoff` with the blocks `pieces`.
     pub(crate) fn new(handoff: HandoffId, sequence: u32, pieces: &[Piece]) -> Self {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&handoff.0.to_le_bytes()).update(&sequence.to_le_bytes());
+        let mut place = Vec::with_capacity(12 + 12 * pieces.len());
+        place.extend(handoff.0.to_le_bytes());
+        place.extend(sequence.to_le_bytes());
         for piece in pieces {
             for number in [piece.layer, piece.pages.start, piece.pages.end] {
-                hasher.update(&number.to_le_bytes());
+                place.extend(number.to_le_bytes());
             }
         }
+        let mut hasher = crc_fast::Digest::new(Crc64Nvme);
+        hasher.update(&place);
         Self(hasher)
     }
 
@@ -60,14 +65,8 @@ impl FrameHasher {
 
     /// Returns the digest.
     pub(crate) fn finish(self) -> Digest {
-        cut(&self.0)
+        Digest(self.0.finalize().to_be_bytes())
     }
-}
-
-fn cut(hasher: &blake3::Hasher) -> Digest {
-    let mut digest = Digest([0; Digest::BYTES]);
-    hasher.finalize_xof().fill(&mut digest.0);
-    digest
 }
 
 #[cfg(test)]

@@ -5,8 +5,8 @@
 //! in turn. Requests of the worker and reports of transports are always taken.
 
 use crate::{
-    Begin, Event, HandoffId, Outcome, TransportKind,
-    handoffs::{Action, Handoffs, LinkId, Moved, Side},
+    Begin, Event, Fetch, HandoffId, Peer, TransportKind,
+    handoffs::{Action, LinkId, Moved, Side, Took},
     handshake::past_life,
     inbox::{Inbox, Note},
     landing::Landings,
@@ -14,7 +14,8 @@ use crate::{
     links::Links,
     message::Message,
     metrics::Metrics,
-    plan,
+    plan::{self, Terms},
+    ranks::Ranks,
     source::Frame,
     speed::Speed,
     target::End,
@@ -49,7 +50,7 @@ pub(crate) struct Live {
 /// What the driver is made of.
 #[derive(Debug)]
 pub(crate) struct Parts {
-    pub(crate) handoffs: Handoffs,
+    pub(crate) handoffs: Ranks,
     pub(crate) links: Arc<Links>,
     pub(crate) landings: Arc<Landings>,
     pub(crate) inbox: Arc<Inbox>,
@@ -58,7 +59,10 @@ pub(crate) struct Parts {
     pub(crate) live: watch::Sender<Live>,
     pub(crate) speed: Arc<Speed>,
     pub(crate) metrics: Metrics,
-    pub(crate) block_bytes: usize,
+    /// Which life of this worker peers are told.
+    pub(crate) incarnation: u64,
+    /// Where peers connect.
+    pub(crate) address: String,
     /// Ends the listener when the driver is gone.
     pub(crate) _accepting: DropGuard,
 }
@@ -80,6 +84,7 @@ struct Link {
 struct UpLink {
     token: u64,
     kind: TransportKind,
+    terms: Arc<Terms>,
     /// At the source.
     transport: Option<Arc<dyn Transport>>,
 }
@@ -155,13 +160,18 @@ impl Driver {
                     begun += 1;
                     self.begin(at, begin, span);
                 }
+                Note::Fetch(fetch) => {
+                    begun += 1;
+                    self.fetch(at, &fetch);
+                }
                 Note::Request(request) => self.act_at(at, |handoffs, now, out| handoffs.request(now, request, out)),
                 Note::Moved(handoff, moved) => {
                     match moved {
-                        Moved::Sent { bytes, .. } => self.parts.metrics.sent_bytes.increment(bytes),
-                        Moved::Landed { blocks, .. } => {
-                            self.parts.metrics.landed_bytes.increment(blocks * self.parts.block_bytes as u64);
+                        Moved::Sent { bytes, .. } => {
+                            self.parts.metrics.sent_bytes.increment(bytes);
+                            self.parts.handoffs.legs_mut().moved_at(self.parts.speed.bytes_per_s());
                         }
+                        Moved::Landed { bytes, .. } => self.parts.metrics.landed_bytes.increment(bytes),
                         Moved::Lost | Moved::Sealed | Moved::Stale => {}
                     }
                     self.act_at(at, |handoffs, now, out| handoffs.moved(now, handoff, moved, out));
@@ -174,18 +184,25 @@ impl Driver {
     }
 
     fn begin(&mut self, at: Instant, begin: Begin, span: Span) {
-        let link = self.link_to(&begin);
-        let handoff = begin.handoff;
-        self.spans.entry((Side::Source, handoff)).or_insert(span);
+        let mut legs = Vec::new();
+        for (leg, target) in self.parts.handoffs.legs_of(&begin) {
+            legs.push((leg, self.link_to(&begin.targets[target])));
+            self.spans.entry((Side::Source, leg)).or_insert_with(|| span.clone());
+        }
+        self.act_at(at, |handoffs, now, out| handoffs.begin(now, &begin, legs, out));
+    }
+
+    fn fetch(&mut self, at: Instant, fetch: &Fetch) {
+        let link = self.link_to(&fetch.source);
+        let (incarnation, address) = (self.parts.incarnation, self.parts.address.clone());
         self.act_at(at, |handoffs, now, out| match link {
-            Ok(link) => handoffs.begin(now, link, &begin, out),
-            Err(reason) => handoffs.never_began(handoff, Outcome::Refused(reason), out),
+            Ok(link) => handoffs.legs_mut().fetch(now, (link, incarnation, &address), fetch, out),
+            Err(reason) => out.push(Action::Emit(Event::Lost { handoff: fetch.handoff, reason })),
         });
     }
 
-    /// Finds the link to the target of `begin`, or starts dialling one.
-    fn link_to(&mut self, begin: &Begin) -> Result<LinkId, String> {
-        let peer = &begin.target;
+    /// Finds the link to `peer`, or starts dialling one.
+    fn link_to(&mut self, peer: &Peer) -> Result<LinkId, String> {
         let address = (peer.worker.clone(), peer.link.clone());
         if let Some(id) = self.dialled.get(&address)
             && let Some(link) = self.links.get(id).filter(|link| !link.stop.token().is_cancelled())
@@ -202,6 +219,13 @@ impl Driver {
     fn handle_arrival(&mut self, arrival: Arrival) {
         match arrival {
             Arrival::Up(id, up) => self.link_up(id, up),
+            Arrival::Said(id, frame @ Message::Pages { .. }) => {
+                // Said by a source that writes by itself; who else says it has no landing that listens.
+                let up = self.links.get(&id).filter(|link| link.address.is_none()).and_then(|link| link.up.as_ref());
+                if let Some(up) = up {
+                    self.parts.links.written(up.token, frame);
+                }
+            }
             Arrival::Said(id, message) => {
                 let Some(link) = self.links.get(&id) else { return };
                 let (from, accepted) = (link.peer.clone(), link.address.is_none());
@@ -212,7 +236,7 @@ impl Driver {
     }
 
     fn link_up(&mut self, id: LinkId, up: Up) {
-        let Up { peer, incarnation, token, kind, role } = up;
+        let Up { peer, incarnation, token, kind, terms, role } = up;
         let (side, transport) = match role {
             Role::Source(transport) => (Side::Source, Some(transport)),
             Role::Target(outgoing, stop) => {
@@ -225,8 +249,9 @@ impl Driver {
         self.parts.metrics.links(side, kind).increment(1);
         if let Some(link) = self.links.get_mut(&id) {
             link.incarnation = incarnation;
-            link.up = Some(UpLink { token, kind, transport });
+            link.up = Some(UpLink { token, kind, terms: terms.clone(), transport });
         }
+        self.parts.handoffs.legs_mut().link_up(id, terms);
     }
 
     fn link_down(&mut self, id: LinkId, reason: &str, refused: bool) {
@@ -247,12 +272,12 @@ impl Driver {
         }
     }
 
-    fn act(&mut self, step: impl FnOnce(&mut Handoffs, Duration, &mut Vec<Action>)) {
+    fn act(&mut self, step: impl FnOnce(&mut Ranks, Duration, &mut Vec<Action>)) {
         self.act_at(Instant::now(), step);
     }
 
     /// Steps the state machines as of `at` and does what they say.
-    fn act_at(&mut self, at: Instant, step: impl FnOnce(&mut Handoffs, Duration, &mut Vec<Action>)) {
+    fn act_at(&mut self, at: Instant, step: impl FnOnce(&mut Ranks, Duration, &mut Vec<Action>)) {
         let mut actions = Vec::new();
         step(&mut self.parts.handoffs, at.saturating_duration_since(self.epoch), &mut actions);
         for action in actions {
@@ -261,7 +286,7 @@ impl Driver {
         let known = self.parts.handoffs.live();
         self.parts.live.send_modify(|live| live.known = known);
         self.parts.metrics.in_flight.set(known as f64);
-        self.parts.metrics.quarantined_pages.set(f64::from(self.parts.handoffs.quarantined_pages()));
+        self.parts.metrics.quarantined_pages.set(f64::from(self.parts.handoffs.legs().quarantined_pages()));
     }
 
     fn perform(&mut self, action: Action) {
@@ -273,14 +298,16 @@ impl Driver {
                     transport.cancel(handoff);
                 }
             }
-            Action::Admit { link, handoff, landing, have } => {
+            Action::Admit { link, handoff, landing, travel } => {
                 // A hand-off begins over a link that is up, and a lost link ends its hand-offs before it is forgotten.
                 let Some(up) = self.links.get(&link).and_then(|link| link.up.as_ref()) else { return };
-                self.parts.landings.open(handoff, up.token, landing, have);
+                self.parts.landings.open(handoff, (up.token, up.terms.clone()), landing, travel);
             }
-            // Both transports write by permit of this side, so that closing the landing is proof whether vouched for or not.
             Action::Seal { handoff, vouched, .. } => {
                 tracing::trace!(%handoff, vouched, "seal");
+                if vouched {
+                    self.parts.landings.vouched(handoff);
+                }
                 self.parts.landings.seal(handoff);
             }
             Action::DropLink(link, reason) => {
@@ -290,7 +317,7 @@ impl Driver {
                 }
             }
             Action::Emit(event) => self.emit(event),
-            Action::Ended { link, handoff, side, end, overhead } => self.ended(link, handoff, side, end, overhead),
+            Action::Ended { link, handoff, side, end, took } => self.ended(link, handoff, side, end, took),
             Action::Stale(handoff) => {
                 tracing::debug!(%handoff, "stale message ignored");
                 self.parts.metrics.stale_messages.increment(1);
@@ -311,10 +338,12 @@ impl Driver {
     }
 
     fn post(&self, link: LinkId, frame: Frame) {
-        let bytes = plan::blocks(&frame.pieces) * self.parts.block_bytes as u64;
+        let up = self.links.get(&link).and_then(|link| link.up.as_ref());
+        let block_bytes = up.map_or(0, |up| up.terms.block_bytes());
+        let bytes = plan::blocks(&frame.pieces) * block_bytes as u64;
         let job = Job::new(frame, bytes, self.parts.inbox.clone(), self.parts.speed.clone());
         // Without a transport the job is dropped here, which reports it as lost.
-        if let Some(transport) = self.transport(link) {
+        if let Some(transport) = up.and_then(|up| up.transport.as_ref()) {
             transport.post(job);
         }
     }
@@ -331,7 +360,7 @@ impl Driver {
         self.outbox.push_back(event);
     }
 
-    fn ended(&mut self, link: Option<LinkId>, handoff: HandoffId, side: Side, end: End, overhead: Option<Duration>) {
+    fn ended(&mut self, link: Option<LinkId>, handoff: HandoffId, side: Side, end: End, took: Option<Took>) {
         if side == Side::Target {
             self.parts.landings.forget(handoff);
         } else if self.committed.remove(&handoff) {
@@ -340,12 +369,16 @@ impl Driver {
         let link = link.and_then(|link| self.links.get(&link));
         let kind = link.and_then(|link| link.up.as_ref()).map(|up| up.kind);
         self.parts.metrics.ended(side, end, kind);
-        if let Some(overhead) = overhead {
-            self.parts.metrics.overhead_seconds.record(overhead.as_secs_f64());
+        if let Some(took) = took {
+            self.parts.metrics.overhead_seconds.record(took.overhead.as_secs_f64());
+            self.parts.speed.overlapped(took.overlapped);
+            if let (Some(kind), Some(share)) = (kind, took.overlapped.share()) {
+                self.parts.metrics.hidden_ratio(kind).record(share);
+            }
         }
         let span = self.spans.remove(&(side, handoff)).unwrap_or_else(Span::none);
         let peer = link.map_or("", |link| &link.peer);
-        span.in_scope(|| tracing::debug!(%handoff, ?side, ?end, peer, ?overhead, "hand-off ended"));
+        span.in_scope(|| tracing::debug!(%handoff, ?side, ?end, peer, ?took, "hand-off ended"));
     }
 }
 

@@ -5,15 +5,17 @@
 //! abort may come before its `Begin` and an `open` after its loss, and so that late messages are told from confused ones.
 
 use crate::{
-    Begin, Commit, Event, HandoffId, Outcome,
+    Begin, Commit, Event, Fetch, HandoffId, Outcome, Overlapped, Peer,
     digest::Digest,
+    fetches::{self, Fetches},
     message::Message,
-    source::{self, Frame, Limits, Source},
+    plan::Terms,
+    source::{self, Frame, Limits, Source, Way},
     target::{self, End, Target},
 };
 use kv_cache::{PageId, PageLayout};
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, VecDeque},
     ops::Range,
     sync::Arc,
     time::Duration,
@@ -43,6 +45,31 @@ pub(crate) enum Request {
     Abort { handoff: HandoffId, reason: String },
 }
 
+impl Request {
+    /// Returns the hand-off it speaks of.
+    pub(crate) fn handoff(&self) -> HandoffId {
+        match self {
+            Request::Push { handoff, .. }
+            | Request::Commit { handoff, .. }
+            | Request::Open { handoff, .. }
+            | Request::Refuse { handoff, .. }
+            | Request::Abort { handoff, .. } => *handoff,
+        }
+    }
+
+    /// Asks the same of another.
+    pub(crate) fn of(mut self, other: HandoffId) -> Self {
+        match &mut self {
+            Request::Push { handoff, .. }
+            | Request::Commit { handoff, .. }
+            | Request::Open { handoff, .. }
+            | Request::Refuse { handoff, .. }
+            | Request::Abort { handoff, .. } => *handoff = other,
+        }
+        self
+    }
+}
+
 /// What transports report about a hand-off.
 #[derive(Clone, Debug)]
 pub(crate) enum Moved {
@@ -51,7 +78,7 @@ pub(crate) enum Moved {
     /// Source: a frame will not (all) leave; nobody reads its blocks any more.
     Lost,
     /// Target: a frame's bytes are in the landing.
-    Landed { sequence: u32, blocks: u64, digest: Option<Digest> },
+    Landed { sequence: u32, bytes: u64, digest: Option<Digest> },
     /// Target: the landing is closed and no write is under way.
     Sealed,
     /// Target: a frame came for a landing that is closed or never was; its bytes were thrown away.
@@ -67,41 +94,89 @@ pub(crate) enum Action {
     Post(LinkId, Frame),
     /// Drop the frames of this hand-off that have not started.
     Cancel(LinkId, HandoffId),
-    /// Let writes from the link into a landing.
-    Admit { link: LinkId, handoff: HandoffId, landing: Arc<[PageId]>, have: u32 },
+    /// Let writes of these travel pages from the link into a landing.
+    Admit { link: LinkId, handoff: HandoffId, landing: Arc<[PageId]>, travel: Range<u32> },
     /// Let no more writes into a landing.
     Seal { link: LinkId, handoff: HandoffId, vouched: bool },
     /// Close the link.
     DropLink(LinkId, String),
     /// Tell the worker.
     Emit(Event),
-    /// For the records: a half has ended. `overhead` is the time from commit to its acknowledgement.
-    Ended { link: Option<LinkId>, handoff: HandoffId, side: Side, end: End, overhead: Option<Duration> },
+    /// For the records: a half has ended; with what it took, when it landed at its source.
+    Ended { link: Option<LinkId>, handoff: HandoffId, side: Side, end: End, took: Option<Took> },
     /// For the records: a message was ignored.
     Stale(HandoffId),
 }
 
+/// What a hand-off that landed took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Took {
+    /// From the commit to its acknowledgement.
+    pub(crate) overhead: Duration,
+    /// Moving.
+    pub(crate) overlapped: Overlapped,
+}
+
 /// The hand-offs of one worker.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Handoffs {
     layout: PageLayout,
     limits: Limits,
+    /// Of the links that are up.
+    terms: BTreeMap<LinkId, Arc<Terms>>,
+    /// How fast bytes have left lately; 0 = not known yet.
+    moved_per_s: f64,
     // Ordered, so that a simulation is the same every time.
     sources: BTreeMap<HandoffId, (LinkId, Source)>,
     targets: BTreeMap<HandoffId, (LinkId, Target)>,
+    fetches: Fetches,
     remembered: Memory,
 }
 
 impl Handoffs {
     /// Starts with none.
     pub(crate) fn new(layout: PageLayout, limits: Limits) -> Self {
-        let (sources, targets) = (BTreeMap::new(), BTreeMap::new());
-        Self { layout, limits, sources, targets, remembered: Memory::default() }
+        let (terms, sources, targets) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        Self {
+            layout,
+            limits,
+            terms,
+            moved_per_s: 0.0,
+            sources,
+            targets,
+            fetches: Fetches::new(limits.open),
+            remembered: Memory::default(),
+        }
+    }
+
+    /// A link is up, under these terms. Nothing is heard over one that is not.
+    pub(crate) fn link_up(&mut self, link: LinkId, terms: Arc<Terms>) {
+        self.terms.insert(link, terms);
+    }
+
+    /// Returns the terms of a link that is up.
+    pub(crate) fn terms(&self, link: LinkId) -> Option<&Arc<Terms>> {
+        self.terms.get(&link)
+    }
+
+    /// Returns why a hand-off is over, if it is known to be.
+    pub(crate) fn remembered(&self, handoff: HandoffId) -> Option<&str> {
+        self.remembered.reason(handoff)
+    }
+
+    /// Remembers that a hand-off is over, and why.
+    pub(crate) fn remember(&mut self, handoff: HandoffId, reason: &str) {
+        self.remembered.insert(handoff, reason);
+    }
+
+    /// Bytes have left this fast lately.
+    pub(crate) fn moved_at(&mut self, bytes_per_s: f64) {
+        self.moved_per_s = bytes_per_s;
     }
 
     /// Returns the number of hand-offs that have not ended.
     pub(crate) fn live(&self) -> usize {
-        self.sources.len() + self.targets.len()
+        self.sources.len() + self.targets.len() + self.fetches.live()
     }
 
     /// Returns the landing pages that wait for proof that no write can land.
@@ -113,6 +188,7 @@ impl Handoffs {
     /// is a mistake of our worker, and the live one stands.
     pub(crate) fn begin(&mut self, now: Duration, link: LinkId, begin: &Begin, out: &mut Vec<Action>) {
         let handoff = begin.handoff;
+        self.fetched(handoff);
         if self.sources.contains_key(&handoff) {
             return tracing::error!(%handoff, "hand-off begun twice");
         }
@@ -126,10 +202,48 @@ impl Handoffs {
         self.finish_source(now, handoff, actions, out);
     }
 
+    /// Asks the peer at the other end of `link` for a prefix, which is to go to `address` in this life. It begins here as any other
+    /// hand-off, or is `Lost`.
+    pub(crate) fn fetch(
+        &mut self,
+        now: Duration,
+        (link, incarnation, address): (LinkId, u64, &str),
+        fetch: &Fetch,
+        out: &mut Vec<Action>,
+    ) {
+        let handoff = fetch.handoff;
+        if let Some(reason) = self.remembered.reason(handoff) {
+            let reason = format!("called off before it began: {reason}");
+            return out.push(Action::Emit(Event::Lost { handoff, reason }));
+        }
+        self.fetches.want(now, link, handoff);
+        let (link_address, pages) = (address.to_owned(), fetch.pages.clone());
+        out.push(Action::Send(link, Message::Fetch { handoff, incarnation, link: link_address, pages }));
+    }
+
+    /// What was fetched, or is asked for, begins.
+    pub(crate) fn fetched(&mut self, handoff: HandoffId) {
+        self.fetches.came(handoff);
+        self.fetches.answer(handoff, None, &mut Vec::new());
+    }
+
+    fn fetches(&mut self, actions: Vec<fetches::Action>, out: &mut Vec<Action>) {
+        for action in actions {
+            out.push(match action {
+                fetches::Action::Send(link, message) => Action::Send(link, message),
+                fetches::Action::Emit(event) => Action::Emit(event),
+                fetches::Action::Lost(handoff, reason) => {
+                    self.remembered.insert(handoff, &reason);
+                    Action::Emit(Event::Lost { handoff, reason })
+                }
+            });
+        }
+    }
+
     /// Answers a `begin` for which there is no link to be had.
     pub(crate) fn never_began(&mut self, handoff: HandoffId, outcome: Outcome, out: &mut Vec<Action>) {
         self.remembered.insert(handoff, outcome.reason());
-        out.push(Action::Ended { link: None, handoff, side: Side::Source, end: outcome.end(), overhead: None });
+        out.push(Action::Ended { link: None, handoff, side: Side::Source, end: outcome.end(), took: None });
         out.push(Action::Emit(Event::SourceDone { handoff, outcome }));
     }
 
@@ -149,10 +263,16 @@ impl Handoffs {
                 }
             }
             Request::Refuse { handoff, reason } => {
+                let mut actions = Vec::new();
+                self.fetches.answer(handoff, Some(reason.clone()), &mut actions);
+                self.fetches(actions, out);
                 self.target(now, handoff, None, target::Input::Refuse(reason), out);
             }
             Request::Abort { handoff, reason } => {
                 self.remembered.insert(handoff, &reason);
+                if let Some(link) = self.fetches.call_off(handoff) {
+                    out.push(Action::Send(link, Message::Abort { handoff, reason: reason.clone() }));
+                }
                 self.source(now, handoff, None, source::Input::Abort(reason.clone()), out);
                 self.target(now, handoff, None, target::Input::Abort(reason), out);
             }
@@ -192,7 +312,15 @@ impl Handoffs {
             Message::Begin { handoff, tokens } => return self.begun(now, (link, from), handoff, tokens, out),
             Message::Commit { handoff, sent, commit } => (handoff, target::Input::Committed { sent, commit }),
             Message::Quiet { handoff } => (handoff, target::Input::PeerQuiet),
+            Message::Fetch { handoff, incarnation, link: address, pages } => {
+                let by = Peer { worker: from.to_owned(), incarnation, link: address };
+                let mut actions = Vec::new();
+                let new = self.fetches.ask(now, (link, by), handoff, pages, &mut actions);
+                self.fetches(actions, out);
+                return new;
+            }
             Message::Abort { handoff, reason } => {
+                self.fetches.called_off(link, handoff);
                 if !self.targets.contains_key(&handoff) && !self.remembered.contains(handoff) {
                     self.remembered.insert(handoff, &reason);
                     return true;
@@ -206,8 +334,20 @@ impl Handoffs {
 
     fn target_says(&mut self, now: Duration, link: LinkId, message: Message, out: &mut Vec<Action>) -> bool {
         let (handoff, input) = match message {
-            Message::Open { handoff, have, landing } => (handoff, source::Input::Opened { landing, have }),
-            Message::Refuse { handoff, reason } => (handoff, source::Input::Refused(reason)),
+            Message::Open { handoff, have, landing } => {
+                let Some(terms) = self.terms.get(&link).cloned() else { return false };
+                let way = Way { terms, bytes_per_s: self.moved_per_s };
+                (handoff, source::Input::Opened { landing, have, way })
+            }
+            Message::Refuse { handoff, reason } => {
+                let mut actions = Vec::new();
+                let fetched = self.fetches.refused(link, handoff, &reason, &mut actions);
+                self.fetches(actions, out);
+                if fetched {
+                    return true;
+                }
+                (handoff, source::Input::Refused(reason))
+            }
             Message::Ack { handoff } => (handoff, source::Input::Acked),
             Message::Abort { handoff, reason } => (handoff, source::Input::PeerAborted(reason)),
             _ => return false,
@@ -226,14 +366,16 @@ impl Handoffs {
         if self.targets.contains_key(&handoff) {
             return false;
         }
+        let Some(terms) = self.terms.get(&link).cloned() else { return false };
         if let Some(reason) = self.remembered.reason(handoff) {
             let reason = format!("called off before it began: {reason}");
             out.push(Action::Send(link, Message::Abort { handoff, reason }));
             return true;
         }
+        self.fetched(handoff);
         let mut actions = Vec::new();
         let named = (handoff, from.to_owned(), tokens);
-        let target = Target::begun(now, named, &self.layout, self.limits, &mut actions);
+        let target = Target::begun(now, named, terms, self.limits, &mut actions);
         self.targets.insert(handoff, (link, target));
         self.finish_target(handoff, actions, out);
         true
@@ -248,14 +390,21 @@ impl Handoffs {
             Moved::Lost => {
                 self.source(now, handoff, None, source::Input::FrameLost, out);
             }
-            Moved::Landed { sequence, blocks, digest } => {
-                self.target(now, handoff, None, target::Input::FrameLanded { sequence, blocks, digest }, out);
+            Moved::Landed { sequence, bytes, digest } => {
+                self.target(now, handoff, None, target::Input::FrameLanded { sequence, bytes, digest }, out);
             }
             Moved::Sealed => {
                 self.target(now, handoff, None, target::Input::Sealed, out);
             }
             Moved::Stale => out.push(Action::Stale(handoff)),
         }
+    }
+
+    /// Returns when the next deadline passes.
+    #[cfg(test)]
+    pub(crate) fn next_deadline(&self) -> Duration {
+        let sources = self.sources.values().map(|(_, source)| source.deadline());
+        sources.chain(self.targets.values().map(|(_, target)| target.deadline())).min().unwrap_or(Duration::MAX)
     }
 
     /// Ends what was under way on `link`. `refused`: it never came up, because the other end would not have it.
@@ -274,10 +423,17 @@ impl Handoffs {
         for handoff in on_link(&self.targets, link) {
             self.target(now, handoff, None, target::Input::LinkLost(reason.to_owned()), out);
         }
+        let mut actions = Vec::new();
+        self.fetches.link_lost(link, reason, &mut actions);
+        self.fetches(actions, out);
+        self.terms.remove(&link);
     }
 
     /// Lets deadlines pass.
     pub(crate) fn tick(&mut self, now: Duration, out: &mut Vec<Action>) {
+        let mut actions = Vec::new();
+        self.fetches.tick(now, &mut actions);
+        self.fetches(actions, out);
         let due: Vec<_> =
             self.sources.iter().filter(|(_, (_, source))| source.deadline() <= now).map(|(id, _)| *id).collect();
         for handoff in due {
@@ -318,6 +474,7 @@ impl Handoffs {
     ) {
         let (link, source) = &self.sources[&handoff];
         let (link, done, committed_at) = (*link, source.is_done(), source.committed_at());
+        let overlapped = source.overlapped(now);
         for action in actions {
             let action = match action {
                 source::Action::Send(message) => Action::Send(link, message),
@@ -327,9 +484,9 @@ impl Handoffs {
                 source::Action::Done(outcome) => {
                     self.remembered.insert(handoff, outcome.reason());
                     let landed = outcome == Outcome::Landed;
-                    let overhead = committed_at.filter(|_| landed).map(|at| now.saturating_sub(at));
-                    let end = outcome.end();
-                    out.push(Action::Ended { link: Some(link), handoff, side: Side::Source, end, overhead });
+                    let took = |at| Took { overhead: now.saturating_sub(at), overlapped };
+                    let (took, end) = (committed_at.filter(|_| landed).map(took), outcome.end());
+                    out.push(Action::Ended { link: Some(link), handoff, side: Side::Source, end, took });
                     Action::Emit(Event::SourceDone { handoff, outcome })
                 }
             };
@@ -365,13 +522,13 @@ impl Handoffs {
         for action in actions {
             out.push(match action {
                 target::Action::Send(message) => Action::Send(link, message),
-                target::Action::Admit { landing, have } => Action::Admit { link, handoff, landing, have },
+                target::Action::Admit { landing, travel } => Action::Admit { link, handoff, landing, travel },
                 target::Action::Seal { vouched } => Action::Seal { link, handoff, vouched },
                 target::Action::DropLink(reason) => Action::DropLink(link, reason),
                 target::Action::Emit(event) => Action::Emit(event),
                 target::Action::Done(end) => {
                     self.remembered.insert(handoff, "it ended");
-                    Action::Ended { link: Some(link), handoff, side: Side::Target, end, overhead: None }
+                    Action::Ended { link: Some(link), handoff, side: Side::Target, end, took: None }
                 }
             });
         }
@@ -383,6 +540,20 @@ impl Handoffs {
 
 fn on_link<T>(handoffs: &BTreeMap<HandoffId, (LinkId, T)>, link: LinkId) -> Vec<HandoffId> {
     handoffs.iter().filter(|(_, (on, _))| *on == link).map(|(handoff, _)| *handoff).collect()
+}
+
+impl Event {
+    /// Returns the hand-off it is about.
+    pub(crate) fn handoff(&self) -> HandoffId {
+        match self {
+            Event::Begun { handoff, .. }
+            | Event::Landed { handoff, .. }
+            | Event::Lost { handoff, .. }
+            | Event::Quiet { handoff }
+            | Event::Asked { handoff, .. }
+            | Event::SourceDone { handoff, .. } => *handoff,
+        }
+    }
 }
 
 impl Outcome {
@@ -407,9 +578,9 @@ impl Outcome {
 
 /// The last [`MEMORY`] hand-offs that ended or were called off before they began, and why. When full, the oldest is forgotten:
 /// its late messages then count as stale without more ado, and a `Begin` after its abort runs into its deadline.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Memory {
-    reasons: HashMap<HandoffId, String>,
+    reasons: BTreeMap<HandoffId, String>,
     order: VecDeque<HandoffId>,
 }
 

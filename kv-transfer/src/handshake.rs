@@ -5,11 +5,13 @@
 
 use crate::{
     Config, Identity, Peer, TransportKind, Verify,
-    message::{Hello, PROTOCOL, Welcome},
+    auth::Nonce,
+    message::{Hello, Invitation, PROTOCOL, Welcome},
+    plan::Terms,
 };
 
 /// Every transport, most wanted first.
-const TRANSPORTS: [TransportKind; 2] = [TransportKind::Memory, TransportKind::Tcp];
+const TRANSPORTS: [TransportKind; 3] = [TransportKind::Memory, TransportKind::Shm, TransportKind::Tcp];
 
 /// What this worker brings to a handshake.
 #[derive(Clone, Debug)]
@@ -17,33 +19,58 @@ pub(crate) struct Offer {
     pub(crate) identity: Identity,
     /// Number of this process.
     pub(crate) process: u64,
+    /// The host whose processes can share this worker's pool, or why none can.
+    shares: Result<String, String>,
     /// Transports it accepts, most wanted first.
     transports: Vec<TransportKind>,
     /// Transports over which it wants contents digested.
     digest: Vec<TransportKind>,
+    /// Whether pages may be rounded on their way here.
+    lossy: bool,
     /// How often it pings, in milliseconds.
     pub(crate) ping_ms: u64,
 }
 
+/// What a target agrees to.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Agreed {
+    /// How bytes move.
+    pub(crate) transport: TransportKind,
+    /// Whether contents are digested.
+    pub(crate) digest: bool,
+    /// How pages of the source become pages of the target.
+    pub(crate) terms: Terms,
+}
+
 impl Offer {
     /// Offers what `config` allows.
-    pub(crate) fn new(config: &Config, identity: Identity, process: u64) -> Self {
+    pub(crate) fn new(config: &Config, identity: Identity, process: u64, shares: Result<String, String>) -> Self {
         let transports = config.require.map_or(TRANSPORTS.to_vec(), |only| vec![only]);
         let digest = match config.verify {
             Verify::Auto => vec![TransportKind::Tcp],
             Verify::Full => TRANSPORTS.to_vec(),
             Verify::Counts => Vec::new(),
         };
-        Self { identity, process, transports, digest, ping_ms: config.ping_interval_ms.max(1) }
+        let (lossy, ping_ms) = (config.lossy_kv, config.ping_interval_ms.max(1));
+        Self { identity, process, shares, transports, digest, lossy, ping_ms }
     }
 
-    /// Source: what to say first to `peer`.
-    pub(crate) fn hello(&self, peer: &Peer) -> Hello {
+    /// Says whether links may use `kind`.
+    pub(crate) fn allows(&self, kind: TransportKind) -> bool {
+        self.transports.contains(&kind)
+    }
+
+    /// Source: what to say first to `peer`: with a number drawn for this link, whether there is a cluster token, and where the
+    /// target can pass its pool.
+    pub(crate) fn hello(&self, peer: &Peer, (nonce, cluster_token): (Nonce, bool), shm: Option<Invitation>) -> Hello {
         Hello {
+            nonce,
+            cluster_token,
             identity: self.identity.clone(),
             target: peer.worker.clone(),
             target_incarnation: peer.incarnation,
             process: self.process,
+            shm,
             transports: self.transports.clone(),
             digest: self.digest.clone(),
             ping_ms: self.ping_ms,
@@ -51,36 +78,59 @@ impl Offer {
     }
 
     /// Target: chooses the transport and whether contents are digested (when either end wants it), or says why not. The reason
-    /// is worded for the source.
-    pub(crate) fn answer(&self, hello: &Hello) -> Result<(TransportKind, bool), String> {
+    /// is worded for the source. `failed`: what was chosen before and then did not work, and why.
+    pub(crate) fn answer(&self, hello: &Hello, failed: &[(TransportKind, String)]) -> Result<Agreed, String> {
         let ours = &self.identity;
         if hello.target != ours.worker {
             return Err(format!("worker: you want `{}`, this is `{}`", hello.target, ours.worker));
         }
         past_life(hello.target_incarnation, ours.incarnation)?;
-        same_pages(&hello.identity, ours)?;
+        let terms = terms(&hello.identity, ours, self.lossy)?;
         let shared_process = hello.process == self.process;
-        let possible = |kind: &&TransportKind| **kind != TransportKind::Memory || shared_process;
-        let offered = |kind: &&TransportKind| hello.transports.contains(kind);
-        let Some(kind) = self.transports.iter().find(|kind| possible(kind) && offered(kind)) else {
-            let process = if shared_process { "the same process" } else { "different processes" };
-            let (theirs, ours) = (&hello.transports, &self.transports);
-            return Err(format!("transport: yours {theirs:?}, ours {ours:?}, in {process}"));
-        };
-        Ok((*kind, self.digest.contains(kind) || hello.digest.contains(kind)))
+        let mut problems = String::new();
+        for kind in self.transports.iter().filter(|kind| hello.transports.contains(kind)) {
+            let problem = match (failed.iter().find(|(failed, _)| failed == kind), kind) {
+                (Some((_, problem)), _) => Some(problem.clone()),
+                (None, TransportKind::Memory) if shared_process => None,
+                (None, TransportKind::Memory) => continue, // The message says so anyway.
+                (None, TransportKind::Shm) => self.apart(hello.shm.as_ref()).err(),
+                (None, TransportKind::Tcp) => None,
+            };
+            match problem {
+                Some(problem) => problems += &format!("; {kind:?}: {problem}"),
+                None => {
+                    let digest = self.digest.contains(kind) || hello.digest.contains(kind);
+                    return Ok(Agreed { transport: *kind, digest, terms });
+                }
+            }
+        }
+        let process = if shared_process { "the same process" } else { "different processes" };
+        let (theirs, ours) = (&hello.transports, &self.transports);
+        Err(format!("transport: yours {theirs:?}, ours {ours:?}, in {process}{problems}"))
     }
 
-    /// Source: checks what the target answered to our `Hello` for `peer`, or says why the link cannot be.
-    pub(crate) fn check(&self, welcome: &Welcome, peer: &Peer) -> Result<(), String> {
+    /// Says why the source, which invites so, cannot share our pool.
+    fn apart(&self, invitation: Option<&Invitation>) -> Result<(), String> {
+        let ours = self.shares.as_ref()?;
+        match invitation {
+            None => Err("you do not share memory".to_owned()),
+            Some(invitation) if invitation.host == *ours => Ok(()),
+            Some(invitation) => Err(format!("host: yours {}, ours {ours}", invitation.host)),
+        }
+    }
+
+    /// Source: checks what the target answered to our `Hello` for `peer` and returns the terms, or says why the link cannot be.
+    pub(crate) fn check(&self, welcome: &Welcome, peer: &Peer) -> Result<Terms, String> {
         if welcome.identity.worker != peer.worker {
             return Err(format!("worker: `{}` answered for `{}`", welcome.identity.worker, peer.worker));
         }
         past_life(peer.incarnation, welcome.identity.incarnation)?;
-        same_pages(&self.identity, &welcome.identity)?;
+        // What may be lost is for the target to say, and it has answered.
+        let terms = terms(&self.identity, &welcome.identity, true)?;
         if !self.transports.contains(&welcome.transport) {
             return Err(format!("transport: ours {:?}, theirs {:?}", self.transports, welcome.transport));
         }
-        Ok(())
+        Ok(terms)
     }
 }
 
@@ -95,26 +145,23 @@ pub(crate) fn foreign(theirs: u32) -> String {
     format!("protocol: yours {theirs}, ours {PROTOCOL}")
 }
 
-fn same_pages(source: &Identity, target: &Identity) -> Result<(), String> {
+fn terms(source: &Identity, target: &Identity, lossy: bool) -> Result<Terms, String> {
     if source.fingerprint != target.fingerprint {
         return Err(format!("fingerprint: yours `{}`, ours `{}`", source.fingerprint, target.fingerprint));
     }
-    match source.layout.mismatch(&target.layout) {
-        Some(problem) => Err(format!("page layout: {}", problem.replace("ours", "yours").replace("theirs", "ours"))),
-        None => Ok(()),
-    }
+    Terms::agree(source, target, lossy).map_err(|problem| format!("page layout: {problem}"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::identity;
+    use crate::{auth::Proof, testing::identity};
     use kv_cache::KvDtype;
 
     fn offer(worker: &str, change: impl FnOnce(&mut Config, &mut Identity)) -> Offer {
         let (mut config, mut identity) = (Config::default(), identity(worker, 4));
         change(&mut config, &mut identity);
-        Offer::new(&config, identity, 1)
+        Offer::new(&config, identity, 1, Ok("here".into()))
     }
 
     fn peer(incarnation: u64) -> Peer {
@@ -122,7 +169,13 @@ mod tests {
     }
 
     fn answer(source: &Offer, target: &Offer) -> Result<(TransportKind, bool), String> {
-        target.answer(&source.hello(&peer(target.identity.incarnation)))
+        let agreed = target.answer(&hello(source, target), &[])?;
+        Ok((agreed.transport, agreed.digest))
+    }
+
+    fn hello(source: &Offer, target: &Offer) -> Hello {
+        let invitation = source.shares.clone().ok().map(|host| Invitation { host, socket: "door".into() });
+        source.hello(&peer(target.identity.incarnation), ([0; 32], false), invitation)
     }
 
     fn same(_: &mut Config, _: &mut Identity) {}
@@ -138,12 +191,12 @@ mod tests {
             "fingerprint: yours `weights`, ours `other`",
         );
         check(
-            offer("decode", |_, identity| identity.layout.dtype = KvDtype::F32),
-            "page layout: dtype: yours bf16, ours f32",
+            offer("decode", |_, identity| identity.layout.dtype = KvDtype::Int8),
+            "page layout: dtype: yours bf16, ours int8, and lossy_kv is off",
         );
         check(offer("decode", |_, identity| identity.layout.layers = 9), "page layout: layers: yours 3, ours 9");
         check(offer("someone", same), "worker: you want `decode`, this is `someone`");
-        assert_eq!(foreign(7), "protocol: yours 7, ours 1");
+        assert_eq!(foreign(7), "protocol: yours 7, ours 2");
     }
 
     #[test]
@@ -156,38 +209,66 @@ mod tests {
     fn a_past_life_is_refused_and_a_later_registration_is_not() {
         let (source, target) = (offer("prefill", same), offer("decode", same));
         let own = target.identity.incarnation;
-        let refusal = target.answer(&source.hello(&peer(own - 1))).expect_err("older");
+        let hello = |incarnation| source.hello(&peer(incarnation), ([0; 32], false), None);
+        let refusal = target.answer(&hello(own - 1), &[]).expect_err("older");
         assert_eq!(refusal, format!("incarnation: {} is a past life, now it is {own}", own - 1));
-        assert!(target.answer(&source.hello(&peer(own + 1))).is_ok());
+        assert!(target.answer(&hello(own + 1), &[]).is_ok());
     }
 
     #[test]
     fn the_transport_is_what_both_can_do() {
-        use TransportKind::{Memory, Tcp};
+        use TransportKind::{Memory, Shm, Tcp};
         let plain = offer("decode", same);
         let with = |change: fn(&mut Config)| offer("decode", |config, _| change(config));
-        let elsewhere = |mut offer: Offer| {
+        let apart = |mut offer: Offer| {
             offer.process = 2;
             offer
         };
+        let elsewhere = |offer: Offer| Offer { shares: Ok("there".into()), ..apart(offer) };
         let source = offer("prefill", same);
         assert_eq!(answer(&source, &plain), Ok((Memory, false)));
+        assert_eq!(answer(&source, &apart(plain.clone())), Ok((Shm, false)));
         assert_eq!(answer(&source, &elsewhere(plain.clone())), Ok((Tcp, true)));
         assert_eq!(answer(&source, &with(|config| config.require = Some(Tcp))), Ok((Tcp, true)));
         assert_eq!(answer(&source, &with(|config| config.verify = Verify::Full)), Ok((Memory, true)));
         let counts = |config: &mut Config| config.verify = Verify::Counts;
         assert_eq!(answer(&source, &elsewhere(with(counts))), Ok((Tcp, true)), "the source wants digests");
         let refusal = answer(&source, &elsewhere(with(|config| config.require = Some(Memory)))).expect_err("cannot");
-        assert_eq!(refusal, "transport: yours [Memory, Tcp], ours [Memory], in different processes");
+        assert_eq!(refusal, "transport: yours [Memory, Shm, Tcp], ours [Memory], in different processes");
+        let shm = with(|config| config.require = Some(Shm));
+        assert_eq!(answer(&source, &shm), Ok((Shm, false)), "asked for, within one process too");
+        let refusal = answer(&source, &elsewhere(shm.clone())).expect_err("another host");
+        assert_eq!(
+            refusal,
+            "transport: yours [Memory, Shm, Tcp], ours [Shm], in different processes; Shm: host: yours here, ours there"
+        );
         let memory_only = offer("prefill", |config, _| config.require = Some(Memory));
         let refusal = answer(&memory_only, &with(|config| config.require = Some(Tcp))).expect_err("nothing in common");
         assert_eq!(refusal, "transport: yours [Memory], ours [Tcp], in the same process");
     }
 
     #[test]
+    fn what_does_not_work_is_not_chosen_again() {
+        let source = offer("prefill", same);
+        let target = Offer { process: 2, ..offer("decode", same) };
+        let failed = [(TransportKind::Shm, "connection refused".to_owned())];
+        let agreed = target.answer(&hello(&source, &target), &failed).expect("something else");
+        assert_eq!((agreed.transport, agreed.digest), (TransportKind::Tcp, true));
+        let target = Offer { process: 2, ..offer("decode", |config, _| config.require = Some(TransportKind::Shm)) };
+        let refusal = target.answer(&hello(&source, &target), &failed).expect_err("required");
+        assert!(refusal.ends_with("ours [Shm], in different processes; Shm: connection refused"), "{refusal}");
+        let target = Offer { shares: Err("the pool is a plain file".into()), ..target };
+        let refusal = target.answer(&hello(&source, &target), &[]).expect_err("required");
+        assert!(refusal.ends_with("; Shm: the pool is a plain file"), "{refusal}");
+        let refusal = target.answer(&source.hello(&peer(1_000), ([0; 32], false), None), &[]).expect_err("required");
+        assert!(refusal.ends_with("; Shm: the pool is a plain file"), "{refusal}");
+    }
+
+    #[test]
     fn the_source_checks_the_answer_too() {
         let source = offer("prefill", |config, _| config.require = Some(TransportKind::Tcp));
         let welcome = |worker: &str, transport| Welcome {
+            proof: Proof([0; 32]),
             identity: identity(worker, 4),
             landings: 0,
             transport,
@@ -196,7 +277,7 @@ mod tests {
             ping_ms: 400,
         };
         let peer = peer(identity("decode", 4).incarnation);
-        assert_eq!(source.check(&welcome("decode", TransportKind::Tcp), &peer), Ok(()));
+        assert!(source.check(&welcome("decode", TransportKind::Tcp), &peer).is_ok());
         let downgrade = source.check(&welcome("decode", TransportKind::Memory), &peer).expect_err("not asked for");
         assert_eq!(downgrade, "transport: ours [Tcp], theirs Memory");
         let other = source.check(&welcome("prefill-7", TransportKind::Tcp), &peer).expect_err("not the one");

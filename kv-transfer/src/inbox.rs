@@ -6,7 +6,7 @@
 //! called off instead of taking ever more memory.
 
 use crate::{
-    Begin, HandoffId,
+    Begin, Fetch, HandoffId,
     handoffs::{Moved, Request},
 };
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -20,6 +20,8 @@ const MOST_NOTES: usize = 1 << 16;
 pub(crate) enum Note {
     /// From the worker: start this. The span covers the hand-off's life here.
     Begin(Begin, tracing::Span),
+    /// From the worker: ask for this.
+    Fetch(Fetch),
     /// From the worker.
     Request(Request),
     /// From a transport.

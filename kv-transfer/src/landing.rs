@@ -7,6 +7,18 @@
 //! additions per burst.
 //!
 //! A permit is never held while waiting for a peer, so sealing takes as long as one burst: well under a millisecond.
+//!
+//! A *one-sided* source (shared memory, RDMA) writes by itself, and no gate here can stop it. It counts as the holder of one
+//! permit of each of its landings, from the moment they are open: who may write is still who holds a permit, and `Sealed` still
+//! comes with the last one. The source's permit comes back in two ways, and never because time passed:
+//!
+//! - it *vouched* that of this hand-off no write of its own can land any more: `Commit`, which follows the last write, or
+//!   `Quiet`, which follows the last write that was under way when it was called off;
+//! - it can write nothing at all any more, of which the transport has proof of its own ([`Landings::writer_gone`]). A lost link
+//!   is no such proof, nor is a closed socket: the process behind it may be stopped in the middle of a copy, and go on later.
+//!
+//! So a transport whose source writes by itself calls [`Landings::writer_joined`] when the link comes up and `writer_gone`
+//! when it has its proof, and every rule about pages is kept here.
 
 use crate::{
     HandoffId,
@@ -15,14 +27,15 @@ use crate::{
     handoffs::Moved,
     inbox::{Inbox, Note},
     pages::Pages,
-    plan::{self, Piece, Place},
+    plan::{self, Piece, Place, Terms},
 };
 use kv_cache::PageId;
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
+    ops::Range,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -60,8 +73,11 @@ pub(crate) struct Landing {
     /// Token of the link that may write here.
     link: u64,
     pages: Arc<[PageId]>,
+    terms: Arc<Terms>,
     pool: Arc<Pages>,
     gate: Gate,
+    /// A one-sided source holds a permit.
+    afar: AtomicBool,
     admitted: Mutex<Coverage>,
     inbox: Arc<Inbox>,
 }
@@ -72,9 +88,7 @@ pub(crate) struct Permit<'a>(&'a Landing);
 
 impl Drop for Permit<'_> {
     fn drop(&mut self) {
-        if self.0.gate.leave() {
-            self.0.report(Moved::Sealed);
-        }
+        self.0.leave();
     }
 }
 
@@ -86,7 +100,7 @@ impl Landing {
 
     /// Returns where the sequence's pages lie in it.
     pub(crate) fn place(&self) -> Place<'_> {
-        Place { layout: self.pool.layout(), pages: &self.pages }
+        Place { view: &self.terms.target, pages: &self.pages }
     }
 
     /// Admits the blocks of a frame to the caller, all or none: each block is admitted once. Returns whether it did.
@@ -107,9 +121,28 @@ impl Landing {
         self.gate.enter().then(|| Permit(self))
     }
 
+    /// Says whether a one-sided source may write here.
+    pub(crate) fn is_written_from_afar(&self) -> bool {
+        self.afar.load(Ordering::Acquire)
+    }
+
+    /// Takes the permit of the one-sided source back, if it has one.
+    fn vouch(&self) {
+        if self.afar.swap(false, Ordering::AcqRel) {
+            self.leave();
+        }
+    }
+
+    fn leave(&self) {
+        if self.gate.leave() {
+            self.report(Moved::Sealed);
+        }
+    }
+
     /// Says that all bytes of a frame are here. The caller holds a permit, so that this comes before `Sealed`.
     pub(crate) fn landed(&self, _permit: &Permit<'_>, sequence: u32, pieces: &[Piece], digest: Option<Digest>) {
-        self.report(Moved::Landed { sequence, blocks: plan::blocks(pieces), digest });
+        let bytes = plan::blocks(pieces) * self.terms.block_bytes() as u64;
+        self.report(Moved::Landed { sequence, bytes, digest });
     }
 
     fn report(&self, moved: Moved) {
@@ -122,53 +155,92 @@ impl Landing {
 pub(crate) struct Landings {
     pool: Arc<Pages>,
     inbox: Arc<Inbox>,
-    open: Mutex<HashMap<HandoffId, Arc<Landing>>>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    open: HashMap<HandoffId, Arc<Landing>>,
+    /// Tokens of links whose source writes by itself and still can.
+    writers: HashSet<u64>,
 }
 
 impl Landings {
     /// Starts with none in `pool`, reporting to `inbox`.
     pub(crate) fn new(pool: Arc<Pages>, inbox: Arc<Inbox>) -> Self {
-        Self { pool, inbox, open: Mutex::default() }
+        Self { pool, inbox, state: Mutex::default() }
     }
 
-    /// Opens `pages`, but the first `have`, for frames of `handoff` that come over `link`.
-    pub(crate) fn open(&self, handoff: HandoffId, link: u64, pages: Arc<[PageId]>, have: u32) {
-        let mut admitted = Coverage::new(self.pool.layout().layers, pages.len() as u32);
-        if have > 0 {
-            (0..self.pool.layout().layers).for_each(|layer| assert!(admitted.mark(&Piece { layer, pages: 0..have })));
+    /// Opens `pages` for the travel pages `travel` of `handoff` that come over `link`, whose terms are `terms`.
+    pub(crate) fn open(
+        &self,
+        handoff: HandoffId,
+        (link, terms): (u64, Arc<Terms>),
+        pages: Arc<[PageId]>,
+        travel: Range<u32>,
+    ) {
+        let mut admitted = Coverage::new(self.pool.layout().layers, travel.end);
+        if travel.start > 0 {
+            let there = 0..travel.start;
+            (0..self.pool.layout().layers)
+                .for_each(|layer| assert!(admitted.mark(&Piece { layer, pages: there.clone() })));
         }
+        // In one step with `writer_gone`: a permit that comes too late to be given back is not given out.
+        let mut state = self.lock();
+        let afar = state.writers.contains(&link);
         let landing = Landing {
             handoff,
             link,
             pages,
+            terms,
             pool: self.pool.clone(),
-            gate: Gate::default(),
+            gate: Gate(AtomicUsize::new(usize::from(afar))),
+            afar: AtomicBool::new(afar),
             admitted: Mutex::new(admitted),
             inbox: self.inbox.clone(),
         };
-        self.lock().insert(handoff, Arc::new(landing));
+        state.open.insert(handoff, Arc::new(landing));
     }
 
     /// Returns the landing that frames of `handoff` over `link` go to.
     pub(crate) fn find(&self, handoff: HandoffId, link: u64) -> Option<Arc<Landing>> {
-        self.lock().get(&handoff).filter(|landing| landing.link == link).cloned()
+        self.lock().open.get(&handoff).filter(|landing| landing.link == link).cloned()
     }
 
     /// Closes a landing. `Sealed` is reported once, as soon as it is true.
     pub(crate) fn seal(&self, handoff: HandoffId) {
-        if self.lock().get(&handoff).is_some_and(|landing| landing.gate.close()) {
+        if self.lock().open.get(&handoff).is_some_and(|landing| landing.gate.close()) {
             self.inbox.put(Note::Moved(handoff, Moved::Sealed));
         }
     }
 
+    /// A one-sided source said that it writes nothing more of `handoff`. Of no consequence to others.
+    pub(crate) fn vouched(&self, handoff: HandoffId) {
+        if let Some(landing) = self.lock().open.get(&handoff) {
+            landing.vouch();
+        }
+    }
+
+    /// From here on the source of `link` may write by itself, where it is told to.
+    pub(crate) fn writer_joined(&self, link: u64) {
+        self.lock().writers.insert(link);
+    }
+
+    /// The source of `link` can write nothing any more: the caller has proof.
+    pub(crate) fn writer_gone(&self, link: u64) {
+        let mut state = self.lock();
+        state.writers.remove(&link);
+        state.open.values().filter(|landing| landing.link == link).for_each(|landing| landing.vouch());
+    }
+
     /// Forgets a sealed landing.
     pub(crate) fn forget(&self, handoff: HandoffId) {
-        self.lock().remove(&handoff);
+        self.lock().open.remove(&handoff);
     }
 
     /// Closes all landings, when nobody is left to be told.
     pub(crate) fn close(&self) {
-        self.lock().drain().for_each(|(_, landing)| {
+        self.lock().open.drain().for_each(|(_, landing)| {
             landing.gate.close();
         });
     }
@@ -178,9 +250,9 @@ impl Landings {
         self.inbox.put(Note::Moved(handoff, Moved::Stale));
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<HandoffId, Arc<Landing>>> {
+    fn lock(&self) -> MutexGuard<'_, State> {
         // Whole between any two statements.
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -200,7 +272,8 @@ mod tests {
     }
 
     fn opened(landings: &Landings) -> Arc<Landing> {
-        landings.open(HANDOFF, 1, [3, 1, 5].map(PageId).as_slice().into(), 1);
+        let terms = Terms::same(&layout(2, 6), &layout(2, 6));
+        landings.open(HANDOFF, (1, terms), [3, 1, 5].map(PageId).as_slice().into(), 1..3);
         landings.find(HANDOFF, 1).expect("open")
     }
 
@@ -244,6 +317,61 @@ mod tests {
         drop(opened(&landings).enter());
         landings.seal(HANDOFF);
         assert!(matches!(reports(&inbox).await[..], [Moved::Sealed]));
+    }
+
+    #[tokio::test]
+    async fn a_one_sided_source_must_vouch() {
+        let (inbox, landings) = landings();
+        landings.writer_joined(1);
+        let landing = opened(&landings);
+        assert!(landing.is_written_from_afar());
+        landings.seal(HANDOFF);
+        assert!(reports(&inbox).await.is_empty(), "it may still write");
+        landings.vouched(HandoffId(8));
+        landings.writer_gone(2);
+        assert!(reports(&inbox).await.is_empty(), "others do not matter");
+        landings.vouched(HANDOFF);
+        assert!(matches!(reports(&inbox).await[..], [Moved::Sealed]));
+        landings.vouched(HANDOFF);
+        landings.writer_gone(1);
+        assert!(reports(&inbox).await.is_empty(), "sealed once");
+    }
+
+    #[tokio::test]
+    async fn vouching_alone_seals_nothing() {
+        let (inbox, landings) = landings();
+        landings.writer_joined(1);
+        let landing = opened(&landings);
+        landings.vouched(HANDOFF);
+        assert!(!landing.is_written_from_afar());
+        let permit = landing.enter().expect("open");
+        landings.seal(HANDOFF);
+        assert!(reports(&inbox).await.is_empty(), "a digest is still being taken");
+        drop(permit);
+        assert!(matches!(reports(&inbox).await[..], [Moved::Sealed]));
+    }
+
+    /// Whichever of the landing, its end and the writer's end comes first, the pages come back.
+    #[tokio::test]
+    async fn a_writer_that_is_gone_holds_nothing() {
+        for order in 0..3 {
+            let (inbox, landings) = landings();
+            landings.writer_joined(1);
+            if order == 0 {
+                landings.writer_gone(1);
+            }
+            let landing = opened(&landings);
+            assert_eq!(landing.is_written_from_afar(), order > 0);
+            if order == 1 {
+                landings.writer_gone(1);
+            }
+            landings.seal(HANDOFF);
+            if order == 2 {
+                assert!(reports(&inbox).await.is_empty());
+                landings.writer_gone(1);
+            }
+            assert!(matches!(reports(&inbox).await[..], [Moved::Sealed]), "{order}");
+        }
     }
 
     #[test]

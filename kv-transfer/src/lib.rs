@@ -10,11 +10,20 @@
 //! `links.rs` and `link.rs` bring two workers together and notice when one is gone.
 //!
 //! Memory of a link: its socket buffers, one header and system calls of 256 KiB straight from and
-//! into pages per data connection, at most one control frame (4 MiB) being read, and descriptors of the blocks still to go.
+//! into pages per data connection, at most one control frame (4 MiB) being read, and descriptors of the blocks still to go. A
+//! link over `shm` has no data connections; at its source, the map of the target's pool has page tables of a 512th of the
+//! pool's size (the pages themselves are the target's, and counted once).
 
+mod auth;
+mod convert;
 mod coverage;
 mod digest;
 mod driver;
+#[cfg(test)]
+mod exploration;
+mod fetches;
+#[cfg(any(fuzzing, test))]
+mod fuzz;
 mod handoffs;
 mod handshake;
 mod inbox;
@@ -24,23 +33,29 @@ mod links;
 mod message;
 mod metrics;
 mod mover;
+mod overlap;
 mod pages;
 mod plan;
+mod ranks;
 #[cfg(test)]
 mod simulation;
+mod socket;
 mod source;
 mod speed;
 mod target;
 #[cfg(test)]
 mod testing;
+mod tls;
 mod transfer;
 mod transport;
 
-pub use transfer::Transfer;
+#[cfg(fuzzing)]
+pub use fuzz::frames as fuzz_frames;
+pub use transfer::{Overlapped, Transfer};
 
-use kv_cache::{PageId, PageLayout, TokenId};
+use kv_cache::{PageHash, PageId, PageLayout, TokenId};
 use serde::{Deserialize, Serialize};
-use std::{fmt, net::SocketAddr};
+use std::{fmt, net::SocketAddr, path::PathBuf};
 
 /// Names one attempt at moving one sequence; drawn at random by the router, never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -63,8 +78,55 @@ pub struct Identity {
     pub incarnation: u64,
     /// Names the weights.
     pub fingerprint: String,
-    /// Shape of the pages.
+    /// Shape of the pages, of this rank alone.
     pub layout: PageLayout,
+    /// Which of the worker's ranks this is.
+    pub rank: Rank,
+}
+
+/// One rank of a tensor-parallel worker. The key and value heads of the model are dealt out to the ranks in order, the same number
+/// to each ([`PageLayout::kv_heads`]); where there are fewer heads than ranks, `replicas` ranks in a row hold the same ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Rank {
+    /// From 0.
+    pub index: u32,
+    /// Ranks of the worker.
+    pub of: u32,
+    /// Ranks that hold the same heads; all of them where pages hold latents (MLA).
+    pub replicas: u32,
+}
+
+impl Default for Rank {
+    fn default() -> Self {
+        Self { index: 0, of: 1, replicas: 1 }
+    }
+}
+
+impl Rank {
+    /// Returns rank `index` of `of` for a model with `kv_heads` heads in all, or `None` when they cannot be dealt out evenly.
+    pub fn new(index: u32, of: u32, kv_heads: u32) -> Option<Self> {
+        let fits = index < of && kv_heads > 0 && (kv_heads.is_multiple_of(of) || of.is_multiple_of(kv_heads));
+        fits.then(|| Self { index, of, replicas: (of / kv_heads).max(1) })
+    }
+
+    /// Says whether this rank is the one that sends what it holds to `target`, of the `kv_heads` heads of the model. Each head of
+    /// a target comes from one rank: replicas take turns.
+    pub fn sends_to(&self, target: &Rank, kv_heads: u32) -> bool {
+        let heads = |rank: &Rank| {
+            let each = kv_heads / (rank.of / rank.replicas);
+            let first = rank.index / rank.replicas * each;
+            first..first + each
+        };
+        let (ours, theirs) = (heads(self), heads(target));
+        ours.start < theirs.end && theirs.start < ours.end && self.index % self.replicas == target.index % self.replicas
+    }
+}
+
+impl fmt::Display for Rank {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {}", self.index, self.of)?;
+        if self.replicas == 1 { Ok(()) } else { write!(f, ", {} alike", self.replicas) }
+    }
 }
 
 /// The other end of a link, as the router named it.
@@ -90,8 +152,18 @@ pub struct Config {
     pub require: Option<TransportKind>,
     /// Whether a digest of the contents is checked before a sequence becomes runnable.
     pub verify: Verify,
-    /// Blocks are gathered until a message has at least this many bytes (or the last layer is done).
-    pub group_bytes: usize,
+    /// Takes pages whose elements are rounded on the way, such as f32 to bf16 or bf16 to int8, where the two workers keep keys and
+    /// values in different types. Off: such a link is refused; types that hold every value of the other always fit. Read at the
+    /// target, whose answers it changes.
+    pub lossy_kv: bool,
+    /// Layers leave in groups of at least this many bytes (or when the last is done); unset = chosen so that least is left to move
+    /// when the last is done, from how fast they compute and how fast links are.
+    pub group_bytes: Option<usize>,
+    /// File with the token that all workers of the cluster share: who has another, or none, gets no link. 16 bytes or more; read
+    /// once, at the start. Unset: whoever reaches the listener may link.
+    pub cluster_token_file: Option<PathBuf>,
+    /// Certificates. Set: every connection of every link is TLS, both ends show theirs, and clear text is refused.
+    pub tls: Option<TlsConfig>,
     /// TCP connections per link.
     pub tcp_streams: usize,
     /// Longest a hand-off may wait for `Open`, in milliseconds.
@@ -110,7 +182,10 @@ impl Default for Config {
             advertise: None,
             require: None,
             verify: Verify::Auto,
-            group_bytes: 4 << 20,
+            lossy_kv: false,
+            group_bytes: None,
+            cluster_token_file: None,
+            tls: None,
             tcp_streams: 2,
             open_timeout_ms: 10_000,
             progress_timeout_ms: 5_000,
@@ -119,11 +194,26 @@ impl Default for Config {
     }
 }
 
+/// Files in PEM that make a worker's links TLS. They are read again when they change.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsConfig {
+    /// Certificates of the authorities that sign for workers of this cluster, and for nobody else.
+    pub ca: PathBuf,
+    /// This worker's certificate, and what is between it and the authority's. It serves both ends of a link.
+    pub cert: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+    /// Name that the certificates of peers are made out to; unset = the host of the address that is dialled.
+    #[serde(default)]
+    pub name: Option<String>,
+}
+
 /// When page contents are digested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verify {
-    /// `Full` over tcp, `Counts` in memory.
+    /// `Full` over tcp, `Counts` in memory, shared or not.
     Auto,
     /// Page count, bytes and a digest of the contents.
     Full,
@@ -137,6 +227,8 @@ pub enum Verify {
 pub enum TransportKind {
     /// Both workers live in this process.
     Memory,
+    /// Two processes of one host: the source writes into the target's pages.
+    Shm,
     /// Any two machines.
     Tcp,
 }
@@ -146,8 +238,9 @@ pub enum TransportKind {
 pub struct Begin {
     /// The attempt.
     pub handoff: HandoffId,
-    /// Where the sequence goes.
-    pub target: Peer,
+    /// Where the sequence goes: one peer, or all ranks of a tensor-parallel one in their order. This rank sends each what both
+    /// hold, and is done when all have it.
+    pub targets: Vec<Peer>,
     /// Prompt tokens whose keys and values will be pushed.
     pub tokens: u32,
     /// The sequence's pages here, in order; all of them, `layout.pages_for(tokens)`. The caller holds them until
@@ -155,10 +248,21 @@ pub struct Begin {
     pub pages: Vec<PageId>,
 }
 
+/// What a target asks a peer for that holds it.
+#[derive(Clone, Debug)]
+pub struct Fetch {
+    /// The attempt.
+    pub handoff: HandoffId,
+    /// Who holds it.
+    pub source: Peer,
+    /// Names of the prefix's pages, in order, those that are here already too.
+    pub pages: Vec<PageHash>,
+}
+
 /// What makes a sequence runnable at the target. Sampling is counter-based, so the first token is the whole sampler state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Commit {
-    /// Token 0 of this leg, sampled by the source and already on its way to the router.
+    /// Token 0 of this leg, sampled by the source and already on its way to the router. Of a prefix that was fetched it says nothing.
     pub first_token: TokenId,
 }
 
@@ -195,6 +299,16 @@ pub enum Event {
         /// The attempt.
         handoff: HandoffId,
     },
+    /// A peer asks for the pages of a prefix that this worker is thought to hold. Answer with [`Transfer::begin`] of this hand-off
+    /// `by` it, with all of the prefix, or with [`Transfer::refuse`], before the deadline.
+    Asked {
+        /// The attempt.
+        handoff: HandoffId,
+        /// Where the prefix is to go.
+        by: Peer,
+        /// Names of its pages, in order.
+        pages: Vec<PageHash>,
+    },
     /// Source: the hand-off is over and nobody reads its pages here any more; they may be given back.
     SourceDone {
         /// The attempt.
@@ -207,7 +321,7 @@ pub enum Event {
 /// How a hand-off ended, seen from the source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The target acknowledged the commit: it owns the sequence.
+    /// The target acknowledged the commit: it owns the sequence, or its ranks own what this rank had for them.
     Landed,
     /// The target would not take it.
     Refused(String),
@@ -228,6 +342,24 @@ pub enum Error {
         address: SocketAddr,
         /// What the system said.
         source: std::io::Error,
+    },
+    /// The cluster's token cannot be used.
+    #[error("cluster_token_file {}: {reason}", file.display())]
+    ClusterToken {
+        /// The file named.
+        file: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A certificate or key cannot be used.
+    #[error("[transfer.tls] {field} {}: {reason}", file.display())]
+    Tls {
+        /// The setting.
+        field: &'static str,
+        /// The file it names.
+        file: PathBuf,
+        /// What is wrong with it.
+        reason: String,
     },
     /// The threads that move bytes cannot be had.
     #[error("start mover threads: {0}")]

@@ -7,9 +7,12 @@
 
 use crate::{
     Peer, TransportKind,
+    auth::{Claim, ClusterKey, LinkKey},
     handoffs::LinkId,
     handshake::{self, Offer},
-    message::{Greeting, Malformed, Message, Welcome, frame_bytes},
+    message::{Greeting, Hello, Invitation, Join, Malformed, Message, Welcome, frame_bytes},
+    plan::Terms,
+    socket::{Detached, Socket, Sockets},
     transport::Transport,
 };
 use std::{
@@ -18,11 +21,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{
-        TcpStream,
-        tcp::{OwnedReadHalf, OwnedWriteHalf},
-    },
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     sync::mpsc,
     time::{Instant, MissedTickBehavior, interval_at, timeout},
 };
@@ -100,6 +99,8 @@ pub(crate) struct Up {
     pub(crate) token: u64,
     /// How bytes move.
     pub(crate) kind: TransportKind,
+    /// How pages of one end become pages of the other.
+    pub(crate) terms: Arc<Terms>,
     /// Which end this is.
     pub(crate) role: Role,
 }
@@ -123,50 +124,117 @@ pub(crate) struct NoLink {
 
 impl From<io::Error> for NoLink {
     fn from(error: io::Error) -> Self {
-        Self { reason: error.to_string(), refused: false }
+        // What was said makes no sense, or TLS would not have it: trying again does not help.
+        Self { refused: error.kind() == io::ErrorKind::InvalidData, reason: error.to_string() }
     }
 }
 
-/// Dials `peer` and says hello. Returns the control connection and the answer.
-pub(crate) async fn dial(offer: &Offer, peer: &Peer) -> Result<(TcpStream, Welcome), NoLink> {
-    let mut stream = connect(&peer.link).await?;
-    send(&mut stream, &Greeting::Hello(offer.hello(peer))).await?;
-    let refused =
-        |reason: String| NoLink { reason: format!("{} at {}: {reason}", peer.worker, peer.link), refused: true };
-    match receive(&mut stream).await? {
+/// How links of this worker come up.
+#[derive(Debug)]
+pub(crate) struct Access {
+    pub(crate) sockets: Sockets,
+    pub(crate) cluster: ClusterKey,
+}
+
+impl Access {
+    /// Dials `peer`, says hello and proves to be of its cluster. Returns the control connection, on which the target owes its
+    /// answer, and the link's key.
+    pub(crate) async fn dial(
+        &self,
+        offer: &Offer,
+        peer: &Peer,
+        shm: Option<Invitation>,
+    ) -> Result<(Socket, LinkKey), NoLink> {
+        let mut stream = self.sockets.connect(&peer.link).await?;
+        let mut hello = Vec::new();
+        Greeting::Hello(offer.hello(peer, (rand::random(), self.cluster.given()), shm)).encode(&mut hello);
+        stream.write_all(&hello).await?;
+        stream.flush().await?;
+        let challenge = match receive(&mut stream).await? {
+            Greeting::Challenge(challenge) => challenge,
+            other => return Err(unwelcome(peer, other)),
+        };
+        let key = self.cluster.link(&hello[4..], &challenge);
+        send(&mut stream, &Greeting::Proof(key.prove(Claim::Source))).await?;
+        Ok((stream, key))
+    }
+
+    /// Opens connection `number` of the link that was given `token`.
+    pub(crate) async fn join(&self, address: &str, token: u64, key: &LinkKey, number: u32) -> io::Result<Detached> {
+        let mut stream = self.sockets.connect(address).await?;
+        let proof = key.prove(Claim::Connection(number));
+        send(&mut stream, &Greeting::Join(Join { token, number, proof })).await?;
+        stream.detach()
+    }
+
+    /// Target: has the source whose `Hello` came in `frame` prove to be of this cluster. Returns the link's key, or why not, as
+    /// the source is to hear it.
+    pub(crate) async fn challenge(
+        &self,
+        stream: &mut Socket,
+        hello: &Hello,
+        frame: &[u8],
+    ) -> io::Result<Result<LinkKey, String>> {
+        if let Err(reason) = self.cluster.compare(hello.cluster_token) {
+            return Ok(Err(reason));
+        }
+        let challenge = rand::random();
+        let key = self.cluster.link(frame, &challenge);
+        send(stream, &Greeting::Challenge(challenge)).await?;
+        match receive(stream).await? {
+            Greeting::Proof(proof) if key.check(Claim::Source, &proof) => Ok(Ok(key)),
+            Greeting::Proof(_) => Ok(Err("cluster token: your proof is wrong, so the tokens differ".into())),
+            other => Err(io::Error::other(format!("unexpected greeting {other:?}"))),
+        }
+    }
+}
+
+/// Waits for the target's answer on a connection that was dialled, and checks it. Returns it and the terms.
+pub(crate) async fn answer(
+    stream: &mut Socket,
+    key: &LinkKey,
+    (offer, peer): (&Offer, &Peer),
+) -> Result<(Welcome, Arc<Terms>), NoLink> {
+    match receive(stream).await? {
+        Greeting::Welcome(welcome) if !key.check(Claim::Target, &welcome.proof) => {
+            Err(refused(peer, "cluster token: its proof is wrong"))
+        }
         Greeting::Welcome(welcome) => match offer.check(&welcome, peer) {
-            Ok(()) => Ok((stream, welcome)),
-            Err(reason) => Err(refused(reason)),
+            Ok(terms) => Ok((welcome, Arc::new(terms))),
+            Err(reason) => Err(refused(peer, &reason)),
         },
-        Greeting::Reject { reason } => Err(refused(reason)),
-        Greeting::Foreign { protocol } => Err(refused(handshake::foreign(protocol))),
-        other => Err(refused(format!("unexpected greeting {other:?}"))),
+        other => Err(unwelcome(peer, other)),
     }
 }
 
-/// Opens one data connection of the link that was given `token`.
-pub(crate) async fn join(address: &str, token: u64) -> io::Result<std::net::TcpStream> {
-    let mut stream = connect(address).await?;
-    send(&mut stream, &Greeting::Join { token }).await?;
-    stream.into_std()
+/// There is no link, after an answer that is not the one hoped for.
+fn unwelcome(peer: &Peer, answer: Greeting) -> NoLink {
+    match answer {
+        Greeting::Reject { reason } => refused(peer, &reason),
+        Greeting::Foreign { protocol } => refused(peer, &handshake::foreign(protocol)),
+        other => refused(peer, &format!("unexpected greeting {other:?}")),
+    }
 }
 
-async fn connect(address: &str) -> io::Result<TcpStream> {
-    let named = |error: io::Error| io::Error::new(error.kind(), format!("connect {address}: {error}"));
-    let stream = TcpStream::connect(address).await.map_err(named)?;
-    stream.set_nodelay(true)?;
-    Ok(stream)
+fn refused(peer: &Peer, reason: &str) -> NoLink {
+    NoLink { reason: format!("{} at {}: {reason}", peer.worker, peer.link), refused: true }
 }
 
 /// Writes a greeting.
-pub(crate) async fn send(stream: &mut TcpStream, greeting: &Greeting) -> io::Result<()> {
+pub(crate) async fn send(stream: &mut Socket, greeting: &Greeting) -> io::Result<()> {
     let mut frame = Vec::new();
     greeting.encode(&mut frame);
-    stream.write_all(&frame).await
+    stream.write_all(&frame).await?;
+    stream.flush().await
 }
 
 /// Reads a greeting, and not a byte more.
-pub(crate) async fn receive(stream: &mut TcpStream) -> io::Result<Greeting> {
+pub(crate) async fn receive(stream: &mut Socket) -> io::Result<Greeting> {
+    Greeting::decode(&receive_frame(stream).await?).map_err(io::Error::other)
+}
+
+/// Reads a greeting as it is on the wire, without its length.
+pub(crate) async fn receive_frame(stream: &mut Socket) -> io::Result<Vec<u8>> {
     let mut prefix = [0; 4];
     stream.read_exact(&mut prefix).await?;
     let bytes = frame_bytes(prefix).map_err(io::Error::other)?;
@@ -175,13 +243,13 @@ pub(crate) async fn receive(stream: &mut TcpStream) -> io::Result<Greeting> {
     }
     let mut frame = vec![0; bytes];
     stream.read_exact(&mut frame).await?;
-    Greeting::decode(&frame).map_err(io::Error::other)
+    Ok(frame)
 }
 
 /// Carries messages both ways until the link ends. Returns why it did.
 pub(crate) async fn carry(
     link: LinkId,
-    stream: TcpStream,
+    stream: Socket,
     outgoing: mpsc::Receiver<Message>,
     arrivals: &mpsc::Sender<Arrival>,
     stop: &LinkStop,
@@ -196,7 +264,12 @@ pub(crate) async fn carry(
     }
 }
 
-async fn read(link: LinkId, mut reader: OwnedReadHalf, arrivals: &mpsc::Sender<Arrival>, silence: Duration) -> String {
+async fn read(
+    link: LinkId,
+    mut reader: impl AsyncRead + Unpin,
+    arrivals: &mpsc::Sender<Arrival>,
+    silence: Duration,
+) -> String {
     let mut frames = Frames::default();
     loop {
         loop {
@@ -220,7 +293,11 @@ async fn read(link: LinkId, mut reader: OwnedReadHalf, arrivals: &mpsc::Sender<A
     }
 }
 
-async fn write(mut writer: OwnedWriteHalf, mut outgoing: mpsc::Receiver<Message>, ping: Duration) -> io::Error {
+async fn write(
+    mut writer: impl AsyncWrite + Unpin,
+    mut outgoing: mpsc::Receiver<Message>,
+    ping: Duration,
+) -> io::Error {
     let mut pings = interval_at(Instant::now() + ping, ping);
     pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut frame = Vec::new();
@@ -239,6 +316,10 @@ async fn write(mut writer: OwnedWriteHalf, mut outgoing: mpsc::Receiver<Message>
         if let Err(error) = writer.write_all(&frame).await {
             return error;
         }
+        // TLS may hold some of it back.
+        if let Err(error) = writer.flush().await {
+            return error;
+        }
         frame.clear();
     }
 }
@@ -249,7 +330,7 @@ struct Frames(bytes::BytesMut);
 
 impl Frames {
     /// Reads what is there. Returns the number of bytes; 0 = closed.
-    async fn read(&mut self, reader: &mut OwnedReadHalf) -> io::Result<usize> {
+    async fn read(&mut self, reader: &mut (impl AsyncRead + Unpin)) -> io::Result<usize> {
         self.0.reserve(4096);
         reader.read_buf(&mut self.0).await
     }
@@ -270,7 +351,7 @@ impl Frames {
 mod tests {
     use super::*;
     use crate::HandoffId;
-    use tokio::net::TcpListener;
+    use tokio::net::{TcpListener, TcpStream};
 
     async fn pair() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
@@ -287,7 +368,7 @@ mod tests {
         let stop = LinkStop::default();
         let stopping = stop.clone();
         tokio::spawn(async move {
-            let reason = carry(LinkId(1), stream, outgoing, &arrivals, &stopping, pings).await;
+            let reason = carry(LinkId(1), Socket::Clear(stream), outgoing, &arrivals, &stopping, pings).await;
             let _ = arrivals.send(Arrival::Down { link: LinkId(1), reason, refused: false }).await;
         });
         (say, arrived, stop)

@@ -5,19 +5,25 @@
 
 use crate::{
     Config, Peer, TransportKind,
+    auth::{Claim, LinkKey},
     handoffs::LinkId,
-    handshake::{self, Offer},
+    handshake::{self, Agreed, Offer},
     landing::Landings,
-    link::{self, Arrival, HANDSHAKE_LIMIT, LinkStop, MOST_MESSAGES, NoLink, Pings, Role, Up},
-    message::{Greeting, Hello, Message, Welcome},
+    link::{self, Access, Arrival, HANDSHAKE_LIMIT, LinkStop, MOST_MESSAGES, NoLink, Pings, Role, Up},
+    message::{Greeting, Hello, Join, Message, Welcome},
+    metrics,
     mover::Movers,
     pages::Pages,
+    plan::Terms,
+    socket::Socket,
     transport::{
         Transport,
         memory::{self, Memory, Registration},
-        tcp::{Receiver, Tcp},
+        shm::{self, Door, Remote, Shared, Shm, Writer},
+        tcp::{self, Receiver, Tcp},
     },
 };
+use ::metrics::Counter;
 use std::{
     collections::HashMap,
     io,
@@ -29,7 +35,7 @@ use std::{
 };
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     time::timeout,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -45,10 +51,14 @@ pub(crate) const MOST_STREAMS: usize = 16;
 #[derive(Debug)]
 pub(crate) struct Links {
     pub(crate) offer: Offer,
+    pub(crate) access: Access,
     pub(crate) streams: usize,
     pub(crate) pool: Arc<Pages>,
     pub(crate) landings: Arc<Landings>,
     pub(crate) registration: Registration,
+    /// Our pool, where processes of this host can map it.
+    shared: Option<Arc<Shared>>,
+    shm_fallbacks: Counter,
     pub(crate) movers: Movers,
     pub(crate) arrivals: mpsc::Sender<Arrival>,
     /// Owns the tasks of all links.
@@ -61,22 +71,30 @@ pub(crate) struct Links {
 #[derive(Debug)]
 struct Joinable {
     stop: LinkStop,
+    terms: Arc<Terms>,
+    key: LinkKey,
+    transport: TransportKind,
     digest: bool,
-    streams: usize,
+    /// Numbers of the connections that have joined, a bit each: every number is good once.
+    joined: u32,
 }
 
 impl Links {
     /// Starts with none.
     pub(crate) fn new(
         config: &Config,
-        offer: Offer,
+        (offer, access): (Offer, Access),
         landings: (Arc<Pages>, Arc<Landings>),
+        shared: Option<Arc<Shared>>,
         movers: Movers,
         arrivals: mpsc::Sender<Arrival>,
     ) -> Arc<Self> {
         let (pool, landings) = landings;
         Arc::new(Self {
+            shm_fallbacks: metrics::fallbacks(&offer.identity.worker, TransportKind::Shm),
+            shared,
             offer,
+            access,
             streams: config.tcp_streams.clamp(1, MOST_STREAMS),
             pool,
             registration: Registration::new(&landings),
@@ -98,9 +116,9 @@ impl Links {
     pub(crate) fn dial(self: &Arc<Self>, peer: Peer) -> (LinkId, mpsc::Sender<Message>, LinkStop) {
         let (link, stop, links) = (self.next(), LinkStop::default(), self.clone());
         let (outgoing, messages) = mpsc::channel(MOST_MESSAGES);
-        let stopped = stop.clone();
+        let (stopped, say) = (stop.clone(), outgoing.clone());
         self.tasks.spawn(async move {
-            let (reason, refused) = links.run_dialled(link, &peer, messages, &stopped).await;
+            let (reason, refused) = links.run_dialled(link, &peer, (say, messages), &stopped).await;
             links.arrive(Arrival::Down { link, reason, refused }).await;
         });
         (link, outgoing, stop)
@@ -111,11 +129,11 @@ impl Links {
         &self,
         link: LinkId,
         peer: &Peer,
-        messages: mpsc::Receiver<Message>,
+        (say, messages): (mpsc::Sender<Message>, mpsc::Receiver<Message>),
         stop: &LinkStop,
     ) -> (String, bool) {
-        let limited = timeout(HANDSHAKE_LIMIT, self.bring_up(peer, stop));
-        let (stream, welcome, transport) = match stop.token().run_until_cancelled(limited).await {
+        let limited = timeout(HANDSHAKE_LIMIT, self.bring_up(peer, say, stop));
+        let (stream, welcome, terms, transport) = match stop.token().run_until_cancelled(limited).await {
             Some(Ok(Ok(up))) => up,
             Some(Ok(Err(NoLink { reason, refused }))) => return (reason, refused),
             Some(Err(_)) => return (format!("{}: no link within {HANDSHAKE_LIMIT:?}", peer.link), false),
@@ -126,6 +144,7 @@ impl Links {
             incarnation: welcome.identity.incarnation,
             token: welcome.token,
             kind: welcome.transport,
+            terms,
             role: Role::Source(transport.clone()),
         };
         self.arrive(Arrival::Up(link, up)).await;
@@ -137,21 +156,63 @@ impl Links {
         (reason, false)
     }
 
-    async fn bring_up(&self, peer: &Peer, stop: &LinkStop) -> Result<(TcpStream, Welcome, Arc<dyn Transport>), NoLink> {
-        let (stream, welcome) = link::dial(&self.offer, peer).await?;
+    async fn bring_up(
+        &self,
+        peer: &Peer,
+        say: mpsc::Sender<Message>,
+        stop: &LinkStop,
+    ) -> Result<(Socket, Welcome, Arc<Terms>, Arc<dyn Transport>), NoLink> {
+        let (stream, (welcome, terms), key, remote) = self.reach(peer).await?;
         let transport: Arc<dyn Transport> = match welcome.transport {
             TransportKind::Memory => {
-                let path = memory::Path { pool: self.pool.clone(), token: welcome.token, digest: welcome.digest };
+                let (pool, token, digest) = (self.pool.clone(), welcome.token, welcome.digest);
+                let path = memory::Path { pool, terms: terms.clone(), token, digest };
                 let gone = || NoLink { reason: format!("{}: its landings are gone", peer.worker), refused: false };
                 Arc::new(Memory::start(welcome.landings, &path, &self.movers, stop).ok_or_else(gone)?)
             }
+            TransportKind::Shm => {
+                let same = |remote: &Remote| *remote.pages().layout() == welcome.identity.layout;
+                let problem = || format!("{}: says that its pool was passed, which it was not", peer.worker);
+                let remote = remote.filter(same).ok_or_else(|| NoLink { reason: problem(), refused: false })?;
+                let (pool, terms, digest) = (self.pool.clone(), terms.clone(), welcome.digest);
+                let path = shm::Path { pool, terms, digest, say };
+                Arc::new(Shm::start(remote, &path, &self.movers, stop))
+            }
             TransportKind::Tcp => {
-                let joins = (0..self.streams).map(|_| link::join(&peer.link, welcome.token));
+                let joins =
+                    (0..self.streams as u32).map(|number| self.access.join(&peer.link, welcome.token, &key, number));
                 let streams = futures::future::try_join_all(joins).await?;
-                Arc::new(Tcp::start(streams, &self.pool, welcome.digest, &self.movers, stop))
+                let path = tcp::Path { pool: self.pool.clone(), terms: terms.clone(), digest: welcome.digest };
+                Arc::new(Tcp::start(streams, &path, &self.movers, stop))
             }
         };
-        Ok((stream, welcome, transport))
+        Ok((stream, welcome, terms, transport))
+    }
+
+    /// Dials `peer`. While it thinks about its answer, it can pass us its pool.
+    async fn reach(&self, peer: &Peer) -> Result<(Socket, (Welcome, Arc<Terms>), LinkKey, Option<Remote>), NoLink> {
+        let refused =
+            |error: &io::Error| tracing::warn!(%error, "targets on this host cannot be asked for their pools");
+        let door = self.offer.allows(TransportKind::Shm).then(Door::open);
+        let door = door.and_then(|door| door.inspect_err(refused).ok());
+        let (mut stream, key) = self.access.dial(&self.offer, peer, door.as_ref().map(Door::invitation)).await?;
+        let answered = link::answer(&mut stream, &key, (&self.offer, peer));
+        let Some(door) = door else {
+            let answer = answered.await?;
+            return Ok((stream, answer, key, None));
+        };
+        let mut remote = None;
+        let answer = {
+            tokio::pin!(answered);
+            loop {
+                // Neither is resumed after the answer has come: cancel safety is not asked of them.
+                tokio::select! {
+                    answer = &mut answered => break answer?,
+                    received = door.receive(&key), if remote.is_none() => remote = Some(received),
+                }
+            }
+        };
+        Ok((stream, answer, key, remote))
     }
 
     /// Accepts connections until `stop`.
@@ -172,7 +233,7 @@ impl Links {
                         let greeted = timeout(HANDSHAKE_LIMIT, links.greet(stream)).await;
                         drop(permit);
                         match greeted {
-                            Ok(Ok(Some((stream, hello)))) => links.answer(stream, hello, &places).await,
+                            Ok(Ok(Some((stream, hello, key)))) => links.answer(stream, hello, key, &places).await,
                             Ok(Ok(None)) => {}
                             Ok(Err(error)) => tracing::debug!(%from, %error, "connection without greeting"),
                             Err(_) => tracing::debug!(%from, "connection without greeting in time"),
@@ -188,41 +249,56 @@ impl Links {
         }
     }
 
-    /// Reads the first frame; returns it when it asks for a link.
-    async fn greet(&self, mut stream: TcpStream) -> io::Result<Option<(TcpStream, Hello)>> {
-        stream.set_nodelay(true)?;
-        match link::receive(&mut stream).await? {
-            Greeting::Hello(hello) => return Ok(Some((stream, hello))),
-            Greeting::Join { token } => self.join(token, stream.into_std()?),
-            Greeting::Foreign { protocol } => {
-                let reason = handshake::foreign(protocol);
-                tracing::warn!(reason, "link refused");
-                link::send(&mut stream, &Greeting::Reject { reason }).await?;
+    /// Reads the first frame. Returns it when it asks for a link and comes from this cluster.
+    async fn greet(&self, stream: TcpStream) -> io::Result<Option<(Socket, Hello, LinkKey)>> {
+        let mut stream = self.access.sockets.accept(stream).await?;
+        let frame = link::receive_frame(&mut stream).await?;
+        let reason = match Greeting::decode(&frame).map_err(io::Error::other)? {
+            Greeting::Hello(hello) => match self.access.challenge(&mut stream, &hello, &frame).await? {
+                Ok(key) => return Ok(Some((stream, hello, key))),
+                Err(reason) => reason,
+            },
+            Greeting::Join(join) => {
+                self.join(&join, stream)?;
+                return Ok(None);
             }
-            Greeting::Welcome(_) | Greeting::Reject { .. } => {}
-        }
+            Greeting::Foreign { protocol } => handshake::foreign(protocol),
+            other => return Err(io::Error::other(format!("unexpected greeting {other:?}"))),
+        };
+        tracing::warn!(reason, "link refused");
+        link::send(&mut stream, &Greeting::Reject { reason }).await?;
         Ok(None)
     }
 
-    fn join(&self, token: u64, stream: std::net::TcpStream) {
+    fn join(&self, join: &Join, stream: Socket) -> io::Result<()> {
         let mut joinable = self.joinable();
-        let Some(link) = joinable.get_mut(&token).filter(|link| link.streams < MOST_STREAMS) else { return };
+        let link =
+            joinable.get_mut(&join.token).filter(|link| link.key.check(Claim::Connection(join.number), &join.proof));
+        let link = link.ok_or_else(|| io::Error::other("joins no link of ours"))?;
+        if link.transport != TransportKind::Tcp {
+            return Err(io::Error::other(format!("joins a link by {:?}", link.transport)));
+        }
+        if join.number as usize >= MOST_STREAMS || link.joined & 1 << join.number != 0 {
+            let number = join.number;
+            return Err(io::Error::other(format!("joins its link as number {number}, which is taken or too large")));
+        }
         let receiver = Receiver {
             landings: self.landings.clone(),
-            token,
-            block_bytes: self.pool.layout().block_bytes(),
+            token: join.token,
+            block_bytes: link.terms.block_bytes(),
             digest: link.digest,
         };
-        receiver.start(link.streams, stream, &self.movers, &link.stop);
-        link.streams += 1;
+        receiver.start(join.number as usize, stream.detach()?, &self.movers, &link.stop);
+        link.joined |= 1 << join.number;
+        Ok(())
     }
 
-    async fn answer(&self, mut stream: TcpStream, hello: Hello, places: &Arc<Semaphore>) {
+    async fn answer(&self, mut stream: Socket, hello: Hello, key: LinkKey, places: &Arc<Semaphore>) {
         let answer = match places.clone().try_acquire_owned() {
-            Ok(place) => self.offer.answer(&hello).map(|chosen| (place, chosen)),
+            Ok(place) => self.choose(&hello, &key).await.map(|chosen| (Arc::new(place), chosen)),
             Err(_) => Err(format!("{MOST_LINKS} links are open")),
         };
-        let (_place, (transport, digest)) = match answer {
+        let (place, (Agreed { transport, digest, terms }, writer)) = match answer {
             Ok(answer) => answer,
             Err(reason) => {
                 tracing::warn!(peer = hello.identity.worker, reason, "link refused");
@@ -233,6 +309,7 @@ impl Links {
         };
         let token = rand::random();
         let welcome = Welcome {
+            proof: key.prove(Claim::Target),
             identity: self.offer.identity.clone(),
             landings: self.registration.number(),
             transport,
@@ -240,26 +317,81 @@ impl Links {
             token,
             ping_ms: self.offer.ping_ms,
         };
-        let stop = LinkStop::default();
-        self.joinable().insert(token, Joinable { stop: stop.clone(), digest, streams: 0 });
+        if terms.converts() {
+            let (from, to) = (terms.source.pool.dtype, terms.target.pool.dtype);
+            tracing::info!(peer = hello.identity.worker, %from, %to, "keys and values are converted on their way here");
+        }
+        let (stop, terms) = (LinkStop::default(), Arc::new(terms));
+        let joinable = Joinable { stop: stop.clone(), terms: terms.clone(), key, transport, digest, joined: 0 };
+        self.joinable().insert(token, joinable);
+        if let Some(writer) = writer {
+            self.watch(writer, token, stop.clone(), place.clone());
+        }
         if let Ok(Ok(())) = timeout(HANDSHAKE_LIMIT, link::send(&mut stream, &Greeting::Welcome(welcome))).await {
-            self.run_accepted(stream, &hello, (token, transport), &stop).await;
+            self.run_accepted(stream, &hello, (token, transport, terms), &stop).await;
         }
         self.joinable().remove(&token);
     }
 
+    /// Chooses how bytes will move, and makes sure that they can.
+    async fn choose(&self, hello: &Hello, key: &LinkKey) -> Result<(Agreed, Option<Writer>), String> {
+        let mut failed = Vec::new();
+        loop {
+            let agreed = self.offer.answer(hello, &failed)?;
+            let kind = agreed.transport;
+            let (TransportKind::Shm, Some(shared), Some(invitation)) = (kind, &self.shared, &hello.shm) else {
+                return Ok((agreed, None));
+            };
+            match shared.pass(invitation, key).await {
+                Ok(writer) => return Ok((agreed, Some(writer))),
+                Err(error) => {
+                    let peer = &hello.identity.worker;
+                    tracing::warn!(peer, %error, "the pool cannot be passed over shared memory, something else is used");
+                    self.shm_fallbacks.increment(1);
+                    failed.push((kind, error.to_string()));
+                }
+            }
+        }
+    }
+
+    /// Lets `writer` write into landings of the link with `token`, and watches for the proof that it no longer can. Until then
+    /// it takes up a place among the links, also when the link is long gone.
+    fn watch(&self, writer: Writer, token: u64, stop: LinkStop, place: Arc<OwnedSemaphorePermit>) {
+        self.landings.writer_joined(token);
+        let landings = self.landings.clone();
+        self.tasks.spawn(async move {
+            let proof = writer.gone().await;
+            landings.writer_gone(token);
+            stop.stop(proof);
+            drop(place);
+        });
+    }
+
+    /// The source of the link with `token` says that it wrote a frame.
+    pub(crate) fn written(&self, token: u64, frame: Message) {
+        let Some((kind, digest)) = self.joinable().get(&token).map(|link| (link.transport, link.digest)) else {
+            return;
+        };
+        if kind != TransportKind::Shm || !digest {
+            // Without digest this is a matter of microseconds; over another transport the landing refuses it.
+            return shm::written(&self.landings, token, frame, false);
+        }
+        let landings = self.landings.clone();
+        self.movers.spawn(0, async move { shm::written(&landings, token, frame, true) });
+    }
+
     async fn run_accepted(
         &self,
-        stream: TcpStream,
+        stream: Socket,
         hello: &Hello,
-        (token, kind): (u64, TransportKind),
+        (token, kind, terms): (u64, TransportKind, Arc<Terms>),
         stop: &LinkStop,
     ) {
         let (peer, incarnation) = (hello.identity.worker.clone(), hello.identity.incarnation);
         let ping_ms = hello.ping_ms;
         let link = self.next();
         let (outgoing, messages) = mpsc::channel(MOST_MESSAGES);
-        let up = Up { peer, incarnation, token, kind, role: Role::Target(outgoing, stop.clone()) };
+        let up = Up { peer, incarnation, token, kind, terms, role: Role::Target(outgoing, stop.clone()) };
         self.arrive(Arrival::Up(link, up)).await;
         let reason = link::carry(link, stream, messages, &self.arrivals, stop, self.pings(ping_ms)).await;
         stop.stop(reason.clone());
@@ -278,5 +410,64 @@ impl Links {
     fn joinable(&self) -> MutexGuard<'_, HashMap<u64, Joinable>> {
         // Whole between any two statements.
         self.joinable.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+    use crate::{
+        auth::ClusterKey,
+        inbox::Inbox,
+        message::Invitation,
+        socket::Sockets,
+        testing::{identity, key, sealed_pool},
+    };
+
+    /// The target's side, and a `Hello` of a source in another process of this host.
+    fn target(config: &Config) -> (Arc<Links>, Hello) {
+        let identity = identity("decode-0", 6);
+        let file = sealed_pool(&identity.layout);
+        let shared = Shared::of(&file, &identity.layout).expect("can be shared");
+        let host = shared.host().to_owned();
+        let pool = Arc::new(Pages::map(&file, identity.layout.clone()).expect("map"));
+        let landings = Arc::new(Landings::new(pool.clone(), Arc::new(Inbox::default())));
+        let source = Offer::new(&Config::default(), crate::testing::identity("prefill-0", 6), 2, Ok(host.clone()));
+        let peer = Peer { worker: "decode-0".into(), incarnation: 1_000, link: String::new() };
+        let hello = source.hello(
+            &peer,
+            ([7; 32], false),
+            Some(Invitation { host: host.clone(), socket: "baton-kv-nobody".into() }),
+        );
+        let offer = Offer::new(config, identity, 1, Ok(host));
+        let (arrivals, _) = mpsc::channel(1);
+        let movers = Movers::start(1).expect("threads");
+        let access = Access {
+            sockets: Sockets::new(None).expect("clear text"),
+            cluster: ClusterKey::read(None).expect("no file"),
+        };
+        (Links::new(config, (offer, access), (pool, landings), Some(shared), movers, arrivals), hello)
+    }
+
+    #[tokio::test]
+    async fn a_pool_that_cannot_be_passed_is_not_waited_for() {
+        let (links, hello) = target(&Config::default());
+        let (agreed, writer) = links.choose(&hello, key()).await.expect("something else");
+        assert_eq!((agreed.transport, agreed.digest, writer.is_none()), (TransportKind::Tcp, true, true));
+
+        let (links, hello) = target(&Config { require: Some(TransportKind::Shm), ..Config::default() });
+        let refusal = links.choose(&hello, key()).await.expect_err("nothing else will do");
+        let expected = "transport: yours [Memory, Shm, Tcp], ours [Shm], in different processes; Shm: Connection refused (os error 111)";
+        assert_eq!(refusal, expected);
+    }
+
+    #[tokio::test]
+    async fn a_pool_that_was_passed_is_chosen() {
+        let (links, mut hello) = target(&Config::default());
+        let door = Door::open().expect("door");
+        hello.shm = Some(door.invitation());
+        let (chosen, _remote) = tokio::join!(links.choose(&hello, key()), door.receive(key()));
+        let (agreed, writer) = chosen.expect("shared");
+        assert_eq!((agreed.transport, agreed.digest, writer.is_some()), (TransportKind::Shm, false, true));
     }
 }

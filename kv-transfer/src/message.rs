@@ -4,12 +4,17 @@
 //! protocol version before anything that a later version could change; the rest of them is JSON, since they are read once per
 //! link and should survive fields being added. Everything read is checked for length before memory is taken for it.
 
-use crate::{Commit, HandoffId, Identity, TransportKind, digest::Digest, plan::Piece};
-use kv_cache::PageId;
+use crate::{
+    Commit, HandoffId, Identity, TransportKind,
+    auth::{Nonce, Proof},
+    digest::Digest,
+    plan::Piece,
+};
+use kv_cache::{PageHash, PageId};
 use serde::{Deserialize, Serialize};
 
 /// Version of everything in this file. Both ends must speak the same one.
-pub(crate) const PROTOCOL: u32 = 1;
+pub(crate) const PROTOCOL: u32 = 2;
 /// Longest frame, without its length. `Open` of a sequence of a million pages fits.
 pub(crate) const LONGEST_FRAME: usize = 4 << 20;
 /// Longest reason that travels; the rest is cut.
@@ -25,7 +30,8 @@ pub(crate) enum Message {
     Open { handoff: HandoffId, have: u32, landing: Vec<PageId> },
     /// Target: will not take it.
     Refuse { handoff: HandoffId, reason: String },
-    /// Source, on a data connection: the blocks that follow, laid end to end.
+    /// Source. On a data connection: the blocks that follow, laid end to end. On the control connection of a link whose source
+    /// writes by itself: blocks that it wrote.
     Pages { handoff: HandoffId, sequence: u32, pieces: Vec<Piece> },
     /// Source: every block has left.
     Commit { handoff: HandoffId, sent: Sent, commit: Commit },
@@ -37,6 +43,9 @@ pub(crate) enum Message {
     Quiet { handoff: HandoffId },
     /// Either: alive.
     Ping,
+    /// Target, at the other end of a link that it dialled: begin a hand-off of the prefix with these pages to `link`, of this life
+    /// of mine; or refuse.
+    Fetch { handoff: HandoffId, incarnation: u64, link: String, pages: Vec<PageHash> },
 }
 
 /// What the source says it sent; the target compares before the sequence becomes runnable.
@@ -57,19 +66,35 @@ pub(crate) struct Sent {
 pub(crate) enum Greeting {
     /// From the source, on a control connection.
     Hello(Hello),
+    /// The target's first answer: prove who you are.
+    Challenge(Nonce),
+    /// From the source: it has the key of this link.
+    Proof(Proof),
     /// The target's answer: the link is up.
     Welcome(Welcome),
     /// The target's answer: no link, and why.
     Reject { reason: String },
-    /// From the source, on a data connection: belongs to the link that was given this token.
-    Join { token: u64 },
+    /// From the source, on a further connection.
+    Join(Join),
     /// Starts like a greeting of ours but speaks another version.
     Foreign { protocol: u32 },
+}
+
+/// The connection is number `number` of the link that was given `token`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Join {
+    pub(crate) token: u64,
+    pub(crate) number: u32,
+    pub(crate) proof: Proof,
 }
 
 /// Who the source is, whom it wants and what it offers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Hello {
+    /// Drawn for this link.
+    pub(crate) nonce: Nonce,
+    /// Whether it has a cluster token.
+    pub(crate) cluster_token: bool,
     /// The source.
     pub(crate) identity: Identity,
     /// Member id of the target it wants.
@@ -78,6 +103,8 @@ pub(crate) struct Hello {
     pub(crate) target_incarnation: u64,
     /// Drawn once per process: equal when both ends share one.
     pub(crate) process: u64,
+    /// Where the target can pass its pool, if it lives on the same host.
+    pub(crate) shm: Option<Invitation>,
     /// Ways it can move bytes.
     pub(crate) transports: Vec<TransportKind>,
     /// Transports over which it wants contents digested.
@@ -86,9 +113,20 @@ pub(crate) struct Hello {
     pub(crate) ping_ms: u64,
 }
 
+/// Where a target on the same host can pass its pool to the source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Invitation {
+    /// Boot id of the source's machine.
+    pub(crate) host: String,
+    /// Name of an abstract Unix socket.
+    pub(crate) socket: String,
+}
+
 /// Who the target is and what was chosen.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Welcome {
+    /// That it has the key of this link.
+    pub(crate) proof: Proof,
     /// The target.
     pub(crate) identity: Identity,
     /// Names its landings within the process.
@@ -97,7 +135,7 @@ pub(crate) struct Welcome {
     pub(crate) transport: TransportKind,
     /// Whether contents are digested.
     pub(crate) digest: bool,
-    /// What data connections present.
+    /// Names the link to its further connections.
     pub(crate) token: u64,
     /// How often it pings, in milliseconds.
     pub(crate) ping_ms: u64,
@@ -137,6 +175,7 @@ impl Message {
             | Message::Commit { handoff, .. }
             | Message::Ack { handoff }
             | Message::Abort { handoff, .. }
+            | Message::Fetch { handoff, .. }
             | Message::Quiet { handoff } => Some(*handoff),
             Message::Ping => None,
         }
@@ -180,6 +219,14 @@ impl Message {
             }
             Message::Quiet { handoff } => tagged(out, 8, *handoff),
             Message::Ping => out.push(9),
+            Message::Fetch { handoff, incarnation, link, pages } => {
+                tagged(out, 10, *handoff);
+                out.extend(incarnation.to_le_bytes());
+                let link = cut(link).as_bytes();
+                put_u32(out, link.len() as u32);
+                out.extend(link);
+                pages.iter().for_each(|page| out.extend(page.0.to_le_bytes()));
+            }
         });
     }
 
@@ -190,7 +237,7 @@ impl Message {
         if tag == 9 {
             return fields.end().map(|()| Message::Ping);
         }
-        if !(1..=8).contains(&tag) {
+        if !(1..=8).contains(&tag) && tag != 10 {
             return Err(Malformed::Tag(tag));
         }
         let handoff = HandoffId(fields.u64()?);
@@ -211,7 +258,13 @@ impl Message {
             }
             6 => Message::Ack { handoff },
             7 => Message::Abort { handoff, reason: fields.reason() },
-            _ => Message::Quiet { handoff },
+            8 => Message::Quiet { handoff },
+            _ => Message::Fetch {
+                handoff,
+                incarnation: fields.u64()?,
+                link: fields.text()?,
+                pages: fields.rest_as(|fields| fields.array().map(|bytes| PageHash(u128::from_le_bytes(bytes))))?,
+            },
         };
         fields.end().map(|()| message)
     }
@@ -224,7 +277,13 @@ impl Greeting {
             Greeting::Hello(hello) => greeting(out, 16, PROTOCOL, &json(hello)),
             Greeting::Welcome(welcome) => greeting(out, 17, PROTOCOL, &json(welcome)),
             Greeting::Reject { reason } => greeting(out, 18, PROTOCOL, cut(reason).as_bytes()),
-            Greeting::Join { token } => greeting(out, 19, PROTOCOL, &token.to_le_bytes()),
+            Greeting::Join(Join { token, number, proof }) => {
+                greeting(out, 19, PROTOCOL, &token.to_le_bytes());
+                put_u32(out, *number);
+                out.extend(proof.0);
+            }
+            Greeting::Challenge(nonce) => greeting(out, 20, PROTOCOL, nonce),
+            Greeting::Proof(proof) => greeting(out, 21, PROTOCOL, &proof.0),
             Greeting::Foreign { protocol } => greeting(out, 16, *protocol, &[]),
         });
     }
@@ -244,9 +303,17 @@ impl Greeting {
             16 => from_json(fields.0).map(Greeting::Hello),
             17 => from_json(fields.0).map(Greeting::Welcome),
             18 => Ok(Greeting::Reject { reason: fields.reason() }),
-            19 => {
-                let token = fields.u64()?;
-                fields.end().map(|()| Greeting::Join { token })
+            19..=21 => {
+                let greeting = match tag {
+                    19 => Greeting::Join(Join {
+                        token: fields.u64()?,
+                        number: fields.u32()?,
+                        proof: Proof(fields.array()?),
+                    }),
+                    20 => Greeting::Challenge(fields.array()?),
+                    _ => Greeting::Proof(Proof(fields.array()?)),
+                };
+                fields.end().map(|()| greeting)
             }
             tag => Err(Malformed::Tag(tag)),
         }
@@ -315,6 +382,14 @@ impl Fields<'_> {
         self.array().map(u64::from_le_bytes)
     }
 
+    /// Reads bytes after their number; what is no text is replaced.
+    fn text(&mut self) -> Result<String, Malformed> {
+        let bytes = self.u32()? as usize;
+        let (text, rest) = self.0.split_at_checked(bytes).ok_or(Malformed::Short)?;
+        self.0 = rest;
+        Ok(cut(&String::from_utf8_lossy(text)).to_owned())
+    }
+
     fn piece(&mut self) -> Result<Piece, Malformed> {
         Ok(Piece { layer: self.u32()?, pages: self.u32()?..self.u32()? })
     }
@@ -346,8 +421,8 @@ mod tests {
     fn message() -> impl Strategy<Value = Message> {
         let handoff = any::<u64>().prop_map(HandoffId);
         let pieces = proptest::collection::vec((any::<u32>(), any::<u32>(), any::<u32>()), 0..5);
-        let digest = proptest::option::of(any::<[u8; 16]>().prop_map(Digest));
-        (handoff, any::<[u32; 4]>(), pieces, digest, ".{0,40}", 0..9u8).prop_map(
+        let digest = proptest::option::of(any::<[u8; 8]>().prop_map(Digest));
+        (handoff, any::<[u32; 4]>(), pieces, digest, ".{0,40}", 0..10u8).prop_map(
             |(handoff, [a, b, c, d], pieces, digest, reason, kind)| match kind {
                 0 => Message::Begin { handoff, tokens: a },
                 1 => Message::Open { handoff, have: a, landing: vec![PageId(b), PageId(c), PageId(d)] },
@@ -365,6 +440,12 @@ mod tests {
                 5 => Message::Ack { handoff },
                 6 => Message::Abort { handoff, reason },
                 7 => Message::Quiet { handoff },
+                8 => Message::Fetch {
+                    handoff,
+                    incarnation: u64::from(a) << 20,
+                    link: reason,
+                    pages: vec![PageHash(u128::from(b) << 100), PageHash(u128::from(c))],
+                },
                 _ => Message::Ping,
             },
         )
@@ -381,7 +462,7 @@ mod tests {
         }
 
         #[test]
-        fn noise_is_an_error_and_nothing_worse(bytes in proptest::collection::vec(any::<u8>(), 0..64), tag in 0u8..20) {
+        fn noise_is_an_error_and_nothing_worse(bytes in proptest::collection::vec(any::<u8>(), 0..64), tag in 0u8..24) {
             let _ = Message::decode(&bytes);
             let _ = Greeting::decode(&bytes);
             let tagged: Vec<u8> = [tag].into_iter().chain(MAGIC).chain(bytes).collect();
@@ -417,15 +498,19 @@ mod tests {
     #[test]
     fn greetings_are_heard() {
         let hello = Hello {
+            nonce: [9; 32],
+            cluster_token: true,
             identity: identity("prefill-0", 4),
             target: "decode-1".into(),
             target_incarnation: u64::MAX,
             process: 7,
+            shm: Some(Invitation { host: "boot".into(), socket: "door".into() }),
             transports: vec![TransportKind::Memory, TransportKind::Tcp],
             digest: vec![TransportKind::Tcp],
             ping_ms: 400,
         };
         let welcome = Welcome {
+            proof: Proof([8; 32]),
             identity: identity("decode-1", 4),
             landings: 3,
             transport: TransportKind::Tcp,
@@ -434,7 +519,10 @@ mod tests {
             ping_ms: 400,
         };
         let reject = Greeting::Reject { reason: "no".into() };
-        for greeting in [Greeting::Hello(hello), Greeting::Welcome(welcome), reject, Greeting::Join { token: 5 }] {
+        let join = Greeting::Join(Join { token: 5, number: 6, proof: Proof([7; 32]) });
+        let proof = Greeting::Proof(Proof([6; 32]));
+        let (hello, welcome) = (Greeting::Hello(hello), Greeting::Welcome(welcome));
+        for greeting in [hello, Greeting::Challenge([5; 32]), proof, welcome, reject, join] {
             assert_eq!(greet(&greeting), Ok(greeting.clone()));
         }
     }

@@ -17,6 +17,7 @@ pub(crate) struct Metrics {
     pub(crate) in_flight: Gauge,
     pub(crate) quarantined_pages: Gauge,
     links: HashMap<(Side, TransportKind), Gauge>,
+    hidden_ratio: HashMap<TransportKind, Histogram>,
 }
 
 impl std::fmt::Debug for Metrics {
@@ -26,7 +27,8 @@ impl std::fmt::Debug for Metrics {
 }
 
 const SIDES: [(Side, &str); 2] = [(Side::Source, "source"), (Side::Target, "target")];
-const KINDS: [(TransportKind, &str); 2] = [(TransportKind::Memory, "memory"), (TransportKind::Tcp, "tcp")];
+const KINDS: [(TransportKind, &str); 3] =
+    [(TransportKind::Memory, "memory"), (TransportKind::Shm, "shm"), (TransportKind::Tcp, "tcp")];
 const ENDS: [(End, &str); 4] =
     [(End::Landed, "landed"), (End::Refused, "refused"), (End::Aborted, "aborted"), (End::Expired, "expired")];
 
@@ -52,6 +54,11 @@ impl Metrics {
                 links.insert((side, kind), gauge);
             }
         }
+        let hidden_ratio = KINDS.map(|(kind, name)| {
+            let histogram =
+                histogram!("baton_handoff_hidden_ratio", "worker" => worker.to_owned(), "transport" => name);
+            (kind, histogram)
+        });
         Self {
             ended,
             sent_bytes: bytes("source"),
@@ -61,6 +68,7 @@ impl Metrics {
             in_flight: of("baton_handoff_in_flight"),
             quarantined_pages: of("baton_handoff_quarantined_pages"),
             links,
+            hidden_ratio: hidden_ratio.into(),
         }
     }
 
@@ -69,10 +77,21 @@ impl Metrics {
         self.ended[&(side, end, kind)].increment(1);
     }
 
+    /// Returns the shares of the time spent moving that computing hid.
+    pub(crate) fn hidden_ratio(&self, kind: TransportKind) -> &Histogram {
+        &self.hidden_ratio[&kind]
+    }
+
     /// Returns the number of links that move bytes this way.
     pub(crate) fn links(&self, side: Side, kind: TransportKind) -> &Gauge {
         &self.links[&(side, kind)]
     }
+}
+
+/// Returns the counter of links for which something else was chosen than `wanted`, which both ends offer and which did not work.
+pub(crate) fn fallbacks(worker: &str, wanted: TransportKind) -> Counter {
+    let wanted = KINDS.iter().find(|(kind, _)| *kind == wanted).map_or("", |(_, name)| name);
+    counter!("baton_handoff_link_fallbacks_total", "worker" => worker.to_owned(), "wanted" => wanted)
 }
 
 fn describe() {
@@ -82,7 +101,15 @@ fn describe() {
         "baton_handoff_overhead_seconds",
         "From the worker's commit, after the last page was computed, to the target's acknowledgement."
     );
+    describe_histogram!(
+        "baton_handoff_hidden_ratio",
+        "Share of a landed hand-off's time spent moving that came before its last layer was computed, by transport."
+    );
     describe_counter!("baton_handoff_stale_messages_total", "Messages and frames for no live hand-off, ignored.");
+    describe_counter!(
+        "baton_handoff_link_fallbacks_total",
+        "Links that use another transport than the one wanted, because that did not work."
+    );
     describe_gauge!("baton_handoff_in_flight", "Hand-offs that have not ended, both sides.");
     describe_gauge!(
         "baton_handoff_quarantined_pages",

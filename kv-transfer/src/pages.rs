@@ -13,17 +13,18 @@
 
 use crate::{
     Error,
-    plan::{Copy, Extent},
+    convert::convert,
+    plan::{self, Copy, Extent, Piece, Place, Terms},
 };
-use kv_cache::PageLayout;
+use kv_cache::{PageId, PageLayout};
 use std::{fs::File, io, os::fd::AsRawFd, ptr};
 
 /// A page pool as this crate sees it. Unmapped on drop.
 #[derive(Debug)]
 pub(crate) struct Pages {
     base: *mut u8,
-    /// Length of the whole reservation: the pool rounded up to system pages, and the guard.
-    reserved: usize,
+    /// The whole reservation: up to a huge page before the pool, the pool rounded up to system pages, and the guard.
+    reserved: (*mut libc::c_void, usize),
     layout: PageLayout,
 }
 
@@ -43,37 +44,77 @@ impl Pages {
             .map_err(|source| Error::Map { bytes, source })
     }
 
-    fn reserve_and_map(file: &File, layout: &PageLayout) -> io::Result<(*mut u8, usize)> {
+    /// Maps the pool of another process, as [`Pages::map`]. Children of this process do not inherit it: they could write it when
+    /// this process is gone.
+    pub(crate) fn map_foreign(file: &File, layout: PageLayout) -> Result<Self, Error> {
+        let pages = Self::map(file, layout)?;
+        #[cfg(target_os = "linux")]
+        pages.advise(0, pages.layout.pool_bytes(), libc::MADV_DONTFORK).map_err(|source| {
+            let bytes = pages.layout.pool_bytes();
+            Error::Map { bytes, source }
+        })?;
+        Ok(pages)
+    }
+
+    fn reserve_and_map(file: &File, layout: &PageLayout) -> io::Result<(*mut u8, (*mut libc::c_void, usize))> {
         let bytes = layout.pool_bytes();
         let length = file.metadata()?.len();
         if bytes == 0 || length < bytes as u64 {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("the pool file has {length} bytes")));
         }
         let guard = system_page_bytes();
-        let reserved = bytes.next_multiple_of(guard) + guard;
+        let reserved = HUGE_PAGE_BYTES + bytes.next_multiple_of(guard) + guard;
         // SAFETY: an anonymous reservation at an address of the system's choice touches no memory of ours.
-        let base = unsafe {
+        let start = unsafe {
             libc::mmap(ptr::null_mut(), reserved, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
         };
-        if base == libc::MAP_FAILED {
+        if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
+        // Where the file has huge pages, they can be mapped as such.
+        let base = start.map_addr(|address| address.next_multiple_of(HUGE_PAGE_BYTES));
         let access = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: replaces the first part of the reservation just made, which nobody else knows of.
+        // SAFETY: replaces a part of the reservation just made, which nobody else knows of.
         let mapped =
             unsafe { libc::mmap(base, bytes, access, libc::MAP_SHARED | libc::MAP_FIXED, file.as_raw_fd(), 0) };
         if mapped == libc::MAP_FAILED {
             let error = io::Error::last_os_error();
             // SAFETY: gives back the reservation made above; nothing points into it.
-            unsafe { libc::munmap(base, reserved) };
+            unsafe { libc::munmap(start, reserved) };
             return Err(error);
         }
-        Ok((base.cast(), reserved))
+        #[cfg(target_os = "linux")]
+        // SAFETY: changes how the system backs the map just made, not what it holds. Most systems ignore it for files.
+        unsafe {
+            libc::madvise(base, bytes, libc::MADV_HUGEPAGE);
+        }
+        Ok((base.cast(), (start, reserved)))
     }
 
     /// Returns the shape of the pool.
     pub(crate) fn layout(&self) -> &PageLayout {
         &self.layout
+    }
+
+    /// Fills the page tables of up to `bytes` from `offset` on, for writing. Returns whether the system does that.
+    pub(crate) fn touch(&self, offset: usize, bytes: usize) -> bool {
+        #[cfg(target_os = "linux")]
+        return self.advise(offset, bytes.min(self.layout.pool_bytes() - offset), libc::MADV_POPULATE_WRITE).is_ok();
+        #[cfg(not(target_os = "linux"))]
+        return {
+            let _ = (offset, bytes);
+            false
+        };
+    }
+
+    #[cfg(target_os = "linux")]
+    fn advise(&self, offset: usize, bytes: usize, advice: libc::c_int) -> io::Result<()> {
+        let address = self.address(offset, bytes);
+        // SAFETY: inside the mapping; none of the advices given here changes what it holds.
+        match unsafe { libc::madvise(address.cast(), bytes, advice) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// Returns the address of `extent`.
@@ -113,6 +154,40 @@ impl Pages {
         unsafe { std::slice::from_raw_parts_mut(address, extent.bytes) }
     }
 
+    /// Returns the blocks of `pieces` as they travel under `terms` that convert, read from the sequence's pages `pages` here.
+    ///
+    /// # Safety
+    /// As [`Pages::bytes`], while this runs.
+    pub(crate) unsafe fn converted(&self, terms: &Terms, pages: &[PageId], pieces: &[Piece]) -> Vec<u8> {
+        let place = Place { view: &terms.source, pages };
+        let mut out = Vec::with_capacity(plan::blocks(pieces) as usize * terms.block_bytes());
+        let mut block = Vec::with_capacity(terms.source.travel.block_bytes());
+        for piece in pieces {
+            for page in piece.pages.clone() {
+                block.clear();
+                for extent in plan::extents(place, &[Piece { layer: piece.layer, pages: page..page + 1 }]) {
+                    // SAFETY: passed on.
+                    block.extend_from_slice(unsafe { self.bytes(extent) });
+                }
+                convert(&terms.source.travel, &block, &terms.target.travel, &mut out);
+            }
+        }
+        out
+    }
+
+    /// Writes `blocks`, which are `pieces` as they travel, into landing blocks here.
+    ///
+    /// # Safety
+    /// As [`Pages::bytes_mut`] for where `pieces` lie in `place`, while this runs.
+    pub(crate) unsafe fn write_blocks(&self, place: Place<'_>, pieces: &[Piece], mut blocks: &[u8]) {
+        for extent in plan::extents(place, pieces) {
+            let (here, rest) = blocks.split_at(extent.bytes);
+            // SAFETY: passed on.
+            unsafe { self.bytes_mut(extent) }.copy_from_slice(here);
+            blocks = rest;
+        }
+    }
+
     /// Copies blocks of `source` into landing blocks here.
     ///
     /// # Safety
@@ -129,9 +204,12 @@ impl Pages {
 impl Drop for Pages {
     fn drop(&mut self) {
         // SAFETY: the reservation made in `map`; whoever uses the bytes holds `self`, so nobody does any more.
-        unsafe { libc::munmap(self.base.cast(), self.reserved) };
+        unsafe { libc::munmap(self.reserved.0, self.reserved.1) };
     }
 }
+
+/// Alignment that lets the system map huge pages, on the processors that we know.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 fn system_page_bytes() -> usize {
     // SAFETY: asks for a constant of the system.

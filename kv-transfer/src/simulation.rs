@@ -22,7 +22,7 @@ use crate::{
     landing::Landings,
     message::Message,
     pages::Pages,
-    plan::Piece,
+    plan::{Piece, Terms},
     source::{Frame, Limits},
     target::End,
     testing::{layout, pool},
@@ -120,6 +120,7 @@ struct World {
     stamp: u64,
     source: Handoffs,
     target: Handoffs,
+    terms: Arc<Terms>,
     landings: Landings,
     inbox: Arc<Inbox>,
     link: u64,
@@ -141,7 +142,7 @@ fn contents(handoff: HandoffId, layer: u32, page: u32) -> u64 {
 
 fn limits() -> Limits {
     let (open, progress) = (Duration::from_secs(10), Duration::from_secs(5));
-    Limits { open, progress, group_bytes: 2 * 384, frame_bytes: 2 * 384 }
+    Limits { open, progress, group_bytes: Some(2 * 384), group_frames: 1 }
 }
 
 impl World {
@@ -158,7 +159,8 @@ impl World {
             steps: BTreeMap::new(),
             stamp: 0,
             source: Handoffs::new(layout(LAYERS, SOURCE_PAGES), limits()),
-            target: Handoffs::new(target_layout, limits()),
+            target: Handoffs::new(target_layout.clone(), limits()),
+            terms: Terms::same(&layout(LAYERS, SOURCE_PAGES), &target_layout),
             landings: Landings::new(Arc::new(mapped), inbox.clone()),
             inbox,
             link: 0,
@@ -286,11 +288,13 @@ impl World {
         record.begun = true;
         let target = Peer { worker: "decode".into(), incarnation: 1, link: String::new() };
         let tokens = record.pages.len() as u32 * 16;
-        let begin = Begin { handoff, target, tokens, pages: record.pages.clone() };
+        let begin = Begin { handoff, targets: vec![target], tokens, pages: record.pages.clone() };
         if self.dead_links.contains(&self.link()) {
             self.link += 1;
         }
         let link = self.link();
+        self.source.link_up(link, self.terms.clone());
+        self.target.link_up(link, self.terms.clone());
         if self.now < CALM && self.percent(self.faults.kill_links) {
             self.after(3000, Step::KillLink(link));
         }
@@ -356,7 +360,9 @@ impl World {
                     self.flights.iter().filter(|(_, flight)| fresh(flight)).map(|(key, _)| *key).collect();
                 cancelled.into_iter().for_each(|flight| self.end_flight(flight, Moved::Lost));
             }
-            Action::Admit { link, handoff, landing, have } => self.landings.open(handoff, link.0, landing, have),
+            Action::Admit { link, handoff, landing, travel } => {
+                self.landings.open(handoff, (link.0, self.terms.clone()), landing, travel);
+            }
             Action::Seal { link, handoff, vouched } => match self.writer {
                 Writer::ByPermit => self.landings.seal(handoff),
                 Writer::OneSided if vouched => {
@@ -470,8 +476,8 @@ impl World {
         };
         let sent = of(&|layer, page| contents(handoff, layer, page));
         let landed = of(&|layer, page| self.blocks[&(layer, frame.landing[page as usize])]);
-        let moved = Moved::Landed { sequence, blocks: flight.blocks.len() as u64, digest: landed };
         let bytes = 384 * flight.blocks.len() as u64;
+        let moved = Moved::Landed { sequence, bytes, digest: landed };
         self.end_flight(key, Moved::Sent { sequence, bytes, digest: sent });
         // Where the target does not write itself it is told, and that may be lost.
         if self.writer == Writer::ByPermit {
@@ -553,6 +559,7 @@ impl World {
                 let (landing, _) = record.opened.clone().expect("quiet without landing");
                 self.give_back(&landing);
             }
+            Event::Asked { handoff, .. } => panic!("nobody fetched {handoff}"),
             Event::SourceDone { handoff, outcome } => {
                 let record = self.records.get_mut(&handoff).expect("planned");
                 assert!(record.begun);
@@ -676,7 +683,8 @@ proptest! {
 #[test]
 fn another_peer_cannot_touch_a_handoff() {
     let layout: PageLayout = layout(LAYERS, TARGET_PAGES);
-    let mut target = Handoffs::new(layout, limits());
+    let mut target = Handoffs::new(layout.clone(), limits());
+    (1..3).for_each(|link| target.link_up(LinkId(link), Terms::same(&layout, &layout)));
     let mut out = Vec::new();
     let now = Duration::ZERO;
     let h = HandoffId(1);
@@ -697,7 +705,9 @@ fn another_peer_cannot_touch_a_handoff() {
 /// The last few thousand are remembered, and no more.
 #[test]
 fn aborts_before_begin_are_remembered_within_bounds() {
-    let mut target = Handoffs::new(layout(LAYERS, TARGET_PAGES), limits());
+    let layout = layout(LAYERS, TARGET_PAGES);
+    let mut target = Handoffs::new(layout.clone(), limits());
+    target.link_up(LinkId(1), Terms::same(&layout, &layout));
     let mut out = Vec::new();
     let now = Duration::ZERO;
     for handoff in (0..10_000).map(HandoffId) {

@@ -23,11 +23,12 @@
 //! the pages are free either way, because the target has its own copy.
 
 use crate::{
-    Begin, Commit, HandoffId, Outcome,
+    Begin, Commit, HandoffId, Outcome, Overlapped,
     coverage::Coverage,
     digest::Digest,
     message::{Message, Sent},
-    plan::{self, Piece},
+    overlap::{LEAST_GROUP_BYTES, Overlap, group_bytes},
+    plan::{self, Piece, Terms},
 };
 use kv_cache::{PageId, PageLayout};
 use std::{collections::VecDeque, ops::Range, sync::Arc, time::Duration};
@@ -45,10 +46,10 @@ pub(crate) struct Limits {
     pub(crate) open: Duration,
     /// Longest wait without progress afterwards.
     pub(crate) progress: Duration,
-    /// Blocks are gathered up to this many bytes before any leave.
-    pub(crate) group_bytes: usize,
-    /// Most bytes in one frame; a group leaves as several so that all streams of the link share it.
-    pub(crate) frame_bytes: usize,
+    /// Blocks are gathered up to this many bytes before any leave; `None` = as [`group_bytes`] finds best.
+    pub(crate) group_bytes: Option<usize>,
+    /// Frames that a group leaves as, so that all streams of the link share it.
+    pub(crate) group_frames: usize,
 }
 
 /// Blocks that travel as one. They are read from the source's pool when their turn comes, not before.
@@ -76,7 +77,7 @@ pub(crate) enum Input {
     /// The worker calls it off.
     Abort(String),
     /// The target has a landing.
-    Opened { landing: Vec<PageId>, have: u32 },
+    Opened { landing: Vec<PageId>, have: u32, way: Way },
     /// The target will not take it.
     Refused(String),
     /// The target owns the sequence.
@@ -91,6 +92,15 @@ pub(crate) enum Input {
     LinkLost { reason: String, refused: bool },
     /// Time passed.
     Tick,
+}
+
+/// The way to the target.
+#[derive(Clone, Debug)]
+pub(crate) struct Way {
+    /// How our pages become pages of the target.
+    pub(crate) terms: Arc<Terms>,
+    /// How fast bytes have moved lately; 0 = not known yet.
+    pub(crate) bytes_per_s: f64,
 }
 
 /// What a source wants done.
@@ -108,25 +118,37 @@ pub(crate) enum Action {
     Done(Outcome),
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum State {
     Offered,
-    Moving { landing: Arc<[PageId]>, have: u32 },
+    /// `have`: travel pages that are there already.
+    Moving {
+        landing: Arc<[PageId]>,
+        have: u32,
+        way: Way,
+    },
     Committed,
-    Draining { outcome: Outcome, tell: bool },
+    Draining {
+        outcome: Outcome,
+        tell: bool,
+    },
     Done,
 }
 
 /// One hand-off, seen from the worker that computed the pages.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Source {
     handoff: HandoffId,
+    tokens: u32,
     pages: Arc<[PageId]>,
     layout: PageLayout,
     limits: Limits,
     state: State,
     deadline: Duration,
     pushed: Coverage,
+    /// When the first push came, and the bytes of those after it.
+    pace: Option<(Duration, u64)>,
+    overlap: Overlap,
     /// Pushed and not yet cut into frames, as (layers, pages).
     gathered: Vec<(Range<u32>, Range<u32>)>,
     /// Cut and not yet posted.
@@ -150,12 +172,15 @@ impl Source {
     ) -> Self {
         let mut source = Self {
             handoff: begin.handoff,
+            tokens: begin.tokens,
             pages: begin.pages.as_slice().into(),
             layout: layout.clone(),
             limits,
             state: State::Offered,
             deadline: now + limits.open,
             pushed: Coverage::new(layout.layers, 0),
+            pace: None,
+            overlap: Overlap::default(),
             gathered: Vec::new(),
             queue: VecDeque::new(),
             broken: false,
@@ -188,13 +213,24 @@ impl Source {
         self.committed.as_ref().map(|(at, _)| *at)
     }
 
+    /// Returns the time spent moving until `now`, and what of it was hidden by computing.
+    pub(crate) fn overlapped(&self, now: Duration) -> Overlapped {
+        Overlapped { moved: self.overlap.moved(now), hidden: self.overlap.hidden() }
+    }
+
     /// Takes one input at `now` and appends what to do about it. Returns whether the input meant anything in this state.
     pub(crate) fn step(&mut self, now: Duration, input: Input, out: &mut Vec<Action>) -> bool {
+        let of_interest = self.take(now, input, out);
+        self.overlap.set_moving(now, self.in_flight > 0 || matches!(self.state, State::Committed));
+        of_interest
+    }
+
+    fn take(&mut self, now: Duration, input: Input, out: &mut Vec<Action>) -> bool {
         match input {
             Input::Push { layers, pages } => self.push(now, layers, pages, out),
             Input::Commit(commit) => self.commit(now, commit, out),
             Input::Abort(reason) => self.call_off(now, Outcome::Aborted(reason), out),
-            Input::Opened { landing, have } => return self.opened(now, landing, have, out),
+            Input::Opened { landing, have, way } => return self.opened(now, landing, have, way, out),
             Input::Refused(reason) => return self.told_off(now, Outcome::Refused(reason), out),
             Input::PeerAborted(reason) => return self.told_off(now, Outcome::Aborted(reason), out),
             Input::Acked => return self.acked(out),
@@ -217,6 +253,9 @@ impl Source {
                 return self.call_off(now, Outcome::Aborted(reason), out);
             }
         }
+        self.overlap.pushed(now);
+        let bytes = (layers.len() * pages.len() * self.layout.block_bytes()) as u64;
+        self.pace = Some(self.pace.map_or((now, 0), |(first, pushed)| (first, pushed + bytes)));
         let last_layer = layers.end == self.layout.layers;
         match self.gathered.last_mut() {
             Some(last) if last.1 == pages && last.0.end == layers.start => last.0.end = layers.end,
@@ -232,16 +271,19 @@ impl Source {
         }
     }
 
-    fn opened(&mut self, now: Duration, landing: Vec<PageId>, have: u32, out: &mut Vec<Action>) -> bool {
+    fn opened(&mut self, now: Duration, landing: Vec<PageId>, have: u32, way: Way, out: &mut Vec<Action>) -> bool {
+        let terms = &way.terms;
         if !matches!(self.state, State::Offered) {
             return false;
         }
-        if landing.len() != self.pages.len() || have as usize > landing.len() {
-            let reason = format!("landing of {} pages, {have} there, for {} pages", landing.len(), self.pages.len());
+        let wanted = terms.target.pool.pages_for(self.tokens as usize);
+        if landing.len() != wanted || have as usize > wanted || !fit(&landing, &terms.target.pool) {
+            let reason = format!("landing of {} pages, {have} there, does not fit {wanted}", landing.len());
             self.call_off(now, Outcome::Aborted(reason), out);
             return true;
         }
-        self.state = State::Moving { landing: landing.into(), have };
+        let have = terms.target.travel_of(0..have).end.min(terms.travel_pages(self.tokens));
+        self.state = State::Moving { landing: landing.into(), have, way };
         // What was pushed while waiting has waited long enough.
         self.advance(now, true, out);
         true
@@ -301,16 +343,19 @@ impl Source {
     /// There was progress: cuts what was gathered into frames when there is enough of it (or `flush`), posts what the window
     /// allows, and says `Commit` after the last.
     fn advance(&mut self, now: Duration, flush: bool, out: &mut Vec<Action>) {
-        let State::Moving { landing, have } = &self.state else { return };
+        let State::Moving { landing, have, way } = &self.state else { return };
         if self.broken {
             return;
         }
-        let (landing, have) = (landing.clone(), *have);
+        let (landing, have, terms) = (landing.clone(), *have, way.terms.clone());
+        let group = self.limits.group_bytes.unwrap_or_else(|| self.best_group(now, have, way));
         self.deadline = now + self.limits.progress;
-        if flush || self.gathered_bytes(have) >= self.limits.group_bytes {
-            let limit = (self.limits.frame_bytes / self.layout.block_bytes()).max(1) as u32;
+        if flush || self.gathered_bytes(have, &terms) >= group {
+            let frame = (group / self.limits.group_frames).max(LEAST_GROUP_BYTES.min(group));
+            let limit = (frame / terms.block_bytes()).max(1) as u32;
             let gathered = std::mem::take(&mut self.gathered);
-            let pieces = gathered.into_iter().flat_map(|(layers, pages)| plan::pieces(layers, pages, have));
+            let travel = |pages| self.travel_of(pages, &terms);
+            let pieces = gathered.into_iter().flat_map(|(layers, pages)| plan::pieces(layers, travel(pages), have));
             self.queue.extend(plan::frames(pieces, limit));
         }
         while self.in_flight < WINDOW
@@ -326,21 +371,21 @@ impl Source {
             && self.queue.is_empty()
             && let Some((_, commit)) = self.committed.clone()
         {
-            self.say_commit(now, have, commit, out);
+            self.say_commit(now, have, &terms, commit, out);
         }
     }
 
-    fn say_commit(&mut self, now: Duration, have: u32, commit: Commit, out: &mut Vec<Action>) {
-        let pages = self.pages.len() as u32 - have;
+    fn say_commit(&mut self, now: Duration, have: u32, terms: &Terms, commit: Commit, out: &mut Vec<Action>) {
+        let pages = terms.travel_pages(self.tokens) - have;
         let blocks = u64::from(pages) * u64::from(self.layout.layers);
-        let missing = self.pushed.missing_from(have);
+        let missing = if pages == 0 { 0 } else { self.pushed.missing_from(terms.source.page_of(have)) };
         if missing > 0 {
-            let reason = format!("committed with {missing} of {blocks} blocks not pushed");
+            let reason = format!("committed with {missing} blocks not pushed");
             return self.call_off(now, Outcome::Aborted(reason), out);
         }
         let sent = Sent {
             pages,
-            bytes: blocks * self.layout.block_bytes() as u64,
+            bytes: blocks * terms.block_bytes() as u64,
             frames: self.digests.len() as u32,
             digest: self.digests.iter().copied().collect::<Option<Vec<_>>>().map(Digest::of_frames),
         };
@@ -391,13 +436,25 @@ impl Source {
         }
     }
 
-    fn gathered_bytes(&self, have: u32) -> usize {
-        let blocks: u64 = self
-            .gathered
-            .iter()
-            .map(|(layers, pages)| layers.len() as u64 * u64::from(pages.end.saturating_sub(pages.start.max(have))))
-            .sum();
-        blocks as usize * self.layout.block_bytes()
+    fn gathered_bytes(&self, have: u32, terms: &Terms) -> usize {
+        let blocks = |(layers, pages): &(Range<u32>, Range<u32>)| {
+            let travel = self.travel_of(pages.clone(), terms);
+            layers.len() as u64 * u64::from(travel.end.saturating_sub(travel.start.max(have)))
+        };
+        self.gathered.iter().map(blocks).sum::<u64>() as usize * terms.block_bytes()
+    }
+
+    fn best_group(&self, now: Duration, have: u32, way: &Way) -> usize {
+        let blocks = u64::from(way.terms.travel_pages(self.tokens) - have) * u64::from(self.layout.layers);
+        let per_s = |(first, bytes)| bytes as f64 / now.saturating_sub(first).as_secs_f64();
+        let computed_per_s = self.pace.map(per_s).filter(|pace| pace.is_finite()).unwrap_or(0.0);
+        group_bytes(blocks * way.terms.block_bytes() as u64, computed_per_s, way.bytes_per_s)
+    }
+
+    /// Returns the travel pages in our `pages`: those with tokens of the sequence.
+    fn travel_of(&self, pages: Range<u32>, terms: &Terms) -> Range<u32> {
+        let travel = terms.source.travel_of(pages);
+        travel.start..travel.end.min(terms.travel_pages(self.tokens))
     }
 }
 

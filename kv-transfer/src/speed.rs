@@ -1,5 +1,6 @@
-//! How fast the links of a worker have been lately.
+//! How fast the links of a worker have been lately, and how much of their time was hidden by computing.
 
+use crate::Overlapped;
 use std::{
     sync::{Mutex, PoisonError},
     time::Duration,
@@ -25,6 +26,7 @@ struct State {
     busy: Duration,
     bytes: u64,
     bytes_per_s: f64,
+    overlapped: Overlapped,
 }
 
 impl Speed {
@@ -52,6 +54,19 @@ impl Speed {
                 (state.bytes, state.busy) = (0, Duration::ZERO);
             }
         });
+    }
+
+    /// A hand-off landed that spent this moving.
+    pub(crate) fn overlapped(&self, more: Overlapped) {
+        self.with(|state| {
+            state.overlapped.moved += more.moved;
+            state.overlapped.hidden += more.hidden;
+        });
+    }
+
+    /// Returns what all that landed spent moving.
+    pub(crate) fn all_overlapped(&self) -> Overlapped {
+        self.with(|state| state.overlapped)
     }
 
     /// Returns the recent speed in bytes per second; 0 = not known yet.

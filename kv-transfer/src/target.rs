@@ -26,10 +26,11 @@ use crate::{
     Commit, Event, HandoffId,
     digest::Digest,
     message::{Message, Sent},
+    plan::Terms,
     source::{Limits, fit},
 };
-use kv_cache::{PageId, PageLayout};
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use kv_cache::PageId;
+use std::{collections::BTreeMap, ops::Range, sync::Arc, time::Duration};
 
 /// What happens to a target.
 #[derive(Clone, Debug)]
@@ -41,7 +42,7 @@ pub(crate) enum Input {
     /// The worker calls it off.
     Abort(String),
     /// All bytes of a frame are in the landing.
-    FrameLanded { sequence: u32, blocks: u64, digest: Option<Digest> },
+    FrameLanded { sequence: u32, bytes: u64, digest: Option<Digest> },
     /// The source says that all frames left.
     Committed { sent: Sent, commit: Commit },
     /// The source called it off.
@@ -61,8 +62,8 @@ pub(crate) enum Input {
 pub(crate) enum Action {
     /// Say this to the source.
     Send(Message),
-    /// Let writes into these pages, but the first `have`.
-    Admit { landing: Arc<[PageId]>, have: u32 },
+    /// Let writes of these travel pages into these pages.
+    Admit { landing: Arc<[PageId]>, travel: Range<u32> },
     /// Let no more writes in; answered by `Sealed` once that is certain. `vouched` when the source says so too.
     Seal { vouched: bool },
     /// Close the link: nothing else proves that writes have ended.
@@ -86,7 +87,7 @@ pub(crate) enum End {
     Expired,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum State {
     Begun,
     Landing,
@@ -96,17 +97,18 @@ enum State {
 }
 
 /// One hand-off, seen from the worker that will decode the sequence.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Target {
     handoff: HandoffId,
-    layout: PageLayout,
+    terms: Arc<Terms>,
     limits: Limits,
-    /// Pages of the sequence.
+    tokens: u32,
+    /// Pages of the sequence here.
     pages: u32,
     have: u32,
     state: State,
     deadline: Duration,
-    /// Blocks in the landing.
+    /// Bytes in the landing.
     landed: u64,
     /// By frame number.
     digests: BTreeMap<u32, Option<Digest>>,
@@ -118,24 +120,26 @@ impl Target {
     pub(crate) fn begun(
         now: Duration,
         (handoff, from, tokens): (HandoffId, String, u32),
-        layout: &PageLayout,
+        terms: Arc<Terms>,
         limits: Limits,
         out: &mut Vec<Action>,
     ) -> Self {
         let mut target = Self {
             handoff,
-            layout: layout.clone(),
             limits,
-            pages: layout.pages_for(tokens as usize) as u32,
+            tokens,
+            pages: terms.target.pool.pages_for(tokens as usize) as u32,
             have: 0,
             state: State::Begun,
             deadline: now + limits.open,
             landed: 0,
             digests: BTreeMap::new(),
             committed: None,
+            terms,
         };
-        if target.pages > layout.pages {
-            let reason = format!("{tokens} tokens need {} pages of {}", target.pages, layout.pages);
+        let pool = target.terms.target.pool.pages;
+        if target.pages > pool {
+            let reason = format!("{tokens} tokens need {} pages of {pool}", target.pages);
             out.push(Action::Send(Message::Refuse { handoff, reason }));
             target.done(End::Refused, out);
         } else {
@@ -165,7 +169,7 @@ impl Target {
             Input::Open { landing, have } => return self.open(now, landing, have, out),
             Input::Refuse(reason) => self.refuse(reason, out),
             Input::Abort(reason) => self.abort(now, reason, out),
-            Input::FrameLanded { sequence, blocks, digest } => self.frame_landed(now, sequence, blocks, digest, out),
+            Input::FrameLanded { sequence, bytes, digest } => self.frame_landed(now, sequence, bytes, digest, out),
             Input::Committed { sent, commit } => return self.source_committed(now, sent, commit, out),
             Input::PeerAborted(reason) => return self.peer_ended(now, reason, false, out),
             Input::PeerQuiet => return self.peer_ended(now, "the source ended it".into(), true, out),
@@ -186,7 +190,7 @@ impl Target {
             // A second answer to the same question is a mistake of our worker; the first one stands.
             _ => return true,
         }
-        if landing.len() != self.pages as usize || have > self.pages || !fit(&landing, &self.layout) {
+        if landing.len() != self.pages as usize || have > self.pages || !fit(&landing, &self.terms.target.pool) {
             let reason = format!("landing of {} pages, {have} there, does not fit {}", landing.len(), self.pages);
             out.push(Action::Send(Message::Refuse { handoff, reason: reason.clone() }));
             out.push(Action::Emit(Event::Lost { handoff, reason }));
@@ -197,7 +201,7 @@ impl Target {
         self.have = have;
         self.state = State::Landing;
         self.deadline = now + self.limits.progress;
-        out.push(Action::Admit { landing: landing.as_slice().into(), have });
+        out.push(Action::Admit { landing: landing.as_slice().into(), travel: self.travel() });
         out.push(Action::Send(Message::Open { handoff, have, landing }));
         true
     }
@@ -228,12 +232,12 @@ impl Target {
         &mut self,
         now: Duration,
         sequence: u32,
-        blocks: u64,
+        bytes: u64,
         digest: Option<Digest>,
         out: &mut Vec<Action>,
     ) {
         if matches!(self.state, State::Landing) {
-            self.landed += blocks;
+            self.landed += bytes;
             self.digests.insert(sequence, digest);
             self.deadline = now + self.limits.progress;
             self.verify(now, out);
@@ -253,12 +257,12 @@ impl Target {
     /// Compares what the source says it sent with what was asked for and what came. Waits while blocks are missing.
     fn verify(&mut self, now: Duration, out: &mut Vec<Action>) {
         let Some((sent, commit)) = self.committed.clone() else { return };
-        let pages = self.pages - self.have;
-        let blocks = u64::from(pages) * u64::from(self.layout.layers);
-        let bytes = blocks * self.layout.block_bytes() as u64;
+        let pages = self.travel().len() as u32;
+        let block_bytes = self.terms.block_bytes() as u64;
+        let bytes = u64::from(pages) * u64::from(self.terms.target.pool.layers) * block_bytes;
         let problem = if (sent.pages, sent.bytes) != (pages, bytes) {
             format!("{} pages of {} bytes were committed, {pages} of {bytes} asked for", sent.pages, sent.bytes)
-        } else if self.landed < blocks {
+        } else if self.landed < bytes {
             return;
         } else if self.digests.len() != sent.frames as usize {
             format!("{} frames were committed, {} landed", sent.frames, self.digests.len())
@@ -289,6 +293,12 @@ impl Target {
             }
         }
         true
+    }
+
+    /// Returns the travel pages that are to come.
+    fn travel(&self) -> Range<u32> {
+        let all = self.terms.travel_pages(self.tokens);
+        self.terms.target.travel_of(0..self.have).end.min(all)..all
     }
 
     fn sealed(&mut self, out: &mut Vec<Action>) {

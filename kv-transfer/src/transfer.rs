@@ -1,19 +1,23 @@
 //! The handle that workers hold: starts everything and passes requests to the driver.
 
 use crate::{
-    Begin, Commit, Config, Error, Event, HandoffId, Identity,
+    Begin, Commit, Config, Error, Event, Fetch, HandoffId, Identity,
+    auth::ClusterKey,
     driver::{Driver, Live, Parts},
     handoffs::{Handoffs, Request},
     handshake::Offer,
     inbox::{Inbox, Note},
     landing::Landings,
+    link::Access,
     links::{Links, MOST_STREAMS},
     metrics::Metrics,
     mover::Movers,
     pages::Pages,
+    ranks::Ranks,
+    socket::Sockets,
     source::Limits,
     speed::Speed,
-    transport::memory,
+    transport::{memory, shm::Shared},
 };
 use kv_cache::PageId;
 use std::{fs::File, net::SocketAddr, ops::Range, sync::Arc, time::Duration};
@@ -24,8 +28,6 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// Least bytes of a frame; smaller ones cost more in wake-ups than sharing them among streams gains.
-const LEAST_FRAME_BYTES: usize = 256 << 10;
 /// Arrivals from all links that wait for the driver; when it is full, links stop reading.
 const MOST_ARRIVALS: usize = 256;
 
@@ -44,8 +46,25 @@ struct Inner {
     speed: Arc<Speed>,
 }
 
+/// Time that hand-offs spent moving, from a source's first frame to the acknowledged commit, and what of it computing hid.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Overlapped {
+    /// While frames were under way, and from commits to their acknowledgements.
+    pub moved: Duration,
+    /// What of it came before the last push: nobody waited for that.
+    pub hidden: Duration,
+}
+
+impl Overlapped {
+    /// Returns the hidden share, in 0 ..= 1, or `None` when nothing moved.
+    pub fn share(&self) -> Option<f64> {
+        (!self.moved.is_zero()).then(|| self.hidden.as_secs_f64() / self.moved.as_secs_f64())
+    }
+}
+
 impl Transfer {
     /// Maps the pool `pages` (a file of `identity.layout.pool_bytes()` bytes), listens for links and starts reporting to `events`.
+    /// Other processes of this host can write landings themselves where the file is a memfd whose size is sealed.
     ///
     /// `events` is bounded; when it is full the link waits, and with it the peer. After `shutdown` the hand-offs in flight get
     /// half a second to end; [`Transfer::drain`] comes before that.
@@ -56,6 +75,10 @@ impl Transfer {
         events: mpsc::Sender<Event>,
         shutdown: CancellationToken,
     ) -> Result<Self, Error> {
+        let access = Access {
+            sockets: Sockets::new(config.tls.as_ref())?,
+            cluster: ClusterKey::read(config.cluster_token_file.as_deref())?,
+        };
         let pool = Arc::new(Pages::map(pages, identity.layout.clone())?);
         let listen = |source| Error::Listen { address: config.listen, source };
         let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
@@ -69,8 +92,10 @@ impl Transfer {
         let inbox = Arc::new(Inbox::default());
         let landings = Arc::new(Landings::new(pool.clone(), inbox.clone()));
         let (arrivals, arrived) = mpsc::channel(MOST_ARRIVALS);
-        let offer = Offer::new(&config, identity.clone(), memory::process());
-        let links = Links::new(&config, offer, (pool, landings.clone()), movers, arrivals);
+        let shared = Shared::of(pages, &identity.layout);
+        let shares = shared.as_ref().map(|shared| shared.host().to_owned()).map_err(ToString::to_string);
+        let offer = Offer::new(&config, identity.clone(), memory::process(), shares);
+        let links = Links::new(&config, (offer, access), (pool, landings.clone()), shared.ok(), movers, arrivals);
         let accepting = CancellationToken::new();
         links.tasks.spawn(links.clone().accept(listener, accepting.clone()));
 
@@ -80,8 +105,14 @@ impl Transfer {
             live: watch::Sender::default(),
             speed: Arc::default(),
         };
+        let limits = limits(&config);
         let driver = Driver::new(Parts {
-            handoffs: Handoffs::new(identity.layout.clone(), limits(&config)),
+            handoffs: Ranks::new(
+                Handoffs::new(identity.layout.clone(), limits),
+                identity.rank,
+                identity.layout.kv_heads,
+                limits.open,
+            ),
             links: links.clone(),
             landings,
             inbox,
@@ -90,7 +121,8 @@ impl Transfer {
             live: inner.live.clone(),
             speed: inner.speed.clone(),
             metrics: Metrics::new(&identity.worker),
-            block_bytes: identity.layout.block_bytes(),
+            incarnation: identity.incarnation,
+            address: inner.address.clone(),
             _accepting: accepting.drop_guard(),
         });
         links.tasks.spawn(driver.run(shutdown));
@@ -105,9 +137,16 @@ impl Transfer {
     /// Source: asks the target for a landing. Never blocks; the link is opened if needed. The hand-off's trace span is a child of
     /// the current one.
     pub fn begin(&self, begin: Begin) {
-        let span = tracing::info_span!("handoff", id = %begin.handoff, side = "source", peer = begin.target.worker);
+        let span = tracing::info_span!("handoff", id = %begin.handoff, side = "source", peer = begin.targets.first().map_or("", |peer| &peer.worker));
         self.inner.live.send_modify(|live| live.queued += 1);
         self.inner.inbox.put(Note::Begin(begin, span));
+    }
+
+    /// Target: asks a peer that holds a prefix to hand it over. Never blocks. What follows is [`Event::Begun`] as for any hand-off, or
+    /// [`Event::Lost`] when the peer refuses, cannot be reached or does not answer in time.
+    pub fn fetch(&self, fetch: Fetch) {
+        self.inner.live.send_modify(|live| live.queued += 1);
+        self.inner.inbox.put(Note::Fetch(fetch));
     }
 
     /// Source: the blocks of `layers` of pages `pages` (indices into [`Begin::pages`]) are final. They are sent as soon as the
@@ -129,7 +168,7 @@ impl Transfer {
         self.request(Request::Open { handoff, landing, have });
     }
 
-    /// Target: no landing for this one.
+    /// Target: no landing for this one. Or the answer to [`Event::Asked`]: this worker does not hand that over.
     pub fn refuse(&self, handoff: HandoffId, reason: String) {
         self.request(Request::Refuse { handoff, reason });
     }
@@ -150,6 +189,11 @@ impl Transfer {
     /// Returns how fast pages left this worker lately, in bytes per second while there was something to send; 0 = not known yet.
     pub fn link_bytes_per_s(&self) -> f64 {
         self.inner.speed.bytes_per_s()
+    }
+
+    /// Returns what the hand-offs that landed so far spent moving, as their source.
+    pub fn overlapped(&self) -> Overlapped {
+        self.inner.speed.all_overlapped()
     }
 
     /// Waits until no hand-off is in flight, for at most `limit`. Returns how many were left.
@@ -179,12 +223,11 @@ fn advertised(advertise: Option<&str>, bound: SocketAddr) -> String {
 }
 
 fn limits(config: &Config) -> Limits {
-    let frame_bytes = config.group_bytes / config.tcp_streams.clamp(1, MOST_STREAMS) / 2;
     Limits {
         open: Duration::from_millis(config.open_timeout_ms),
         progress: Duration::from_millis(config.progress_timeout_ms),
         group_bytes: config.group_bytes,
-        frame_bytes: frame_bytes.max(LEAST_FRAME_BYTES),
+        group_frames: 2 * config.tcp_streams.clamp(1, MOST_STREAMS),
     }
 }
 

@@ -4,18 +4,17 @@
 //! nothing: what may be sent is decided by the source's state machine, what may be written by the target's landings. Control
 //! messages never pass through it; they have the link's own socket, whose closing is seen at once.
 //!
-//! Two kinds today, and the seam for those to come:
+//! | transport | who writes the target's pages | proof that no write can land                                |
+//! |-----------|-------------------------------|-------------------------------------------------------------|
+//! | `memory`  | the source's mover, by permit | the landing is closed                                       |
+//! | `shm`     | the source, from outside      | its `Quiet` or `Commit`; the map is gone; its process is    |
+//! | `tcp`     | the target's mover, by permit | the landing is closed                                       |
 //!
-//! | transport | who writes the target's pages | proof that no write can land           |
-//! |-----------|-------------------------------|----------------------------------------|
-//! | `memory`  | the source's mover, by permit | the landing is closed                  |
-//! | `tcp`     | the target's mover, by permit | the landing is closed                  |
-//! | one-sided | the source, from outside      | `Quiet` from the source, or its death  |
-//!
-//! A one-sided transport (shared memory, RDMA) has everything it needs in a [`Frame`]: the pages on both sides. Its target
-//! answers `Seal` only when vouched for, or when the endpoint is gone; the state machines already treat it so.
+//! A one-sided transport (`shm`) has everything it needs in a [`Frame`]: the pages on both sides. It tells the target of each
+//! frame by a `Pages` message on the control connection.
 
 pub(crate) mod memory;
+pub(crate) mod shm;
 pub(crate) mod tcp;
 
 use crate::{
@@ -24,6 +23,7 @@ use crate::{
     handoffs::Moved,
     inbox::{Inbox, Note},
     link::LinkStop,
+    plan::Copy,
     source::Frame,
     speed::Speed,
 };
@@ -37,6 +37,28 @@ use tokio::{sync::Notify, time::Instant};
 /// Bytes moved between two looks at anything else: one system call, one permit. At memory speed some 20 to 60 µs, which bounds
 /// how long a mover's other links, and a seal, wait; small enough to be digested from the second-level cache.
 pub(crate) const BURST_BYTES: usize = 256 << 10;
+
+/// Cuts `copies` into groups of at most [`BURST_BYTES`], in order.
+pub(crate) fn bursts(copies: Vec<Copy>) -> impl Iterator<Item = Vec<Copy>> {
+    let mut copies = copies.into_iter();
+    let mut rest: Option<Copy> = None;
+    std::iter::from_fn(move || {
+        let mut burst = Vec::new();
+        let mut room = BURST_BYTES;
+        while room > 0
+            && let Some(copy) = rest.take().or_else(|| copies.next())
+        {
+            let bytes = copy.bytes.min(room);
+            room -= bytes;
+            burst.push(Copy { bytes, ..copy });
+            if bytes < copy.bytes {
+                let (source, target) = (copy.source + bytes, copy.target + bytes);
+                rest = Some(Copy { source, target, bytes: copy.bytes - bytes });
+            }
+        }
+        (!burst.is_empty()).then_some(burst)
+    })
+}
 
 /// The source's end of a link's data path.
 pub(crate) trait Transport: fmt::Debug + Send + Sync {
@@ -150,5 +172,25 @@ pub(crate) struct EndsLink(pub(crate) LinkStop, pub(crate) &'static str);
 impl Drop for EndsLink {
     fn drop(&mut self) {
         self.0.stop(self.1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bursts_hold_every_copy_once_in_order() {
+        let copy = |source, target, bytes| Copy { source, target, bytes };
+        let copies = vec![copy(10, 20, 5), copy(100, 900, 2 * BURST_BYTES), copy(7, 3, 1)];
+        assert_eq!(
+            bursts(copies).collect::<Vec<_>>(),
+            [
+                vec![copy(10, 20, 5), copy(100, 900, BURST_BYTES - 5)],
+                vec![copy(95 + BURST_BYTES, 895 + BURST_BYTES, BURST_BYTES)],
+                vec![copy(95 + 2 * BURST_BYTES, 895 + 2 * BURST_BYTES, 5), copy(7, 3, 1)],
+            ]
+        );
+        assert_eq!(bursts(Vec::new()).count(), 0);
     }
 }

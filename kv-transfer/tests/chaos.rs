@@ -94,7 +94,7 @@ struct Chaos {
 
 impl Chaos {
     async fn new(kind: TransportKind, seed: u64) -> Self {
-        let config = Config { ping_interval_ms: 100, group_bytes: 24 << 10, ..only(kind) };
+        let config = Config { ping_interval_ms: 100, group_bytes: Some(24 << 10), ..only(kind) };
         let source = Worker::start(config.clone(), identity("prefill-0", 48), seed).await;
         let target = Worker::start(config, identity("decode-0", 24), seed).await;
         let proxy = Proxy::start(target.transfer.address(), 512, None).await;
@@ -153,7 +153,7 @@ impl Chaos {
             self.target.transfer.abort(handoff, "before it began".into());
         }
         let tokens = count as u32 * 16;
-        self.source.transfer.begin(Begin { handoff, target, tokens, pages: pages.clone() });
+        self.source.transfer.begin(Begin { handoff, targets: vec![target], tokens, pages: pages.clone() });
         self.records.insert(handoff, Record { pages, ..Record::default() });
     }
 
@@ -215,6 +215,7 @@ impl Chaos {
                 self.target_pool.give_back(&self.target, &landing);
                 self.quiet += 1;
             }
+            Event::Asked { handoff, .. } => panic!("nobody fetched {handoff}"),
             Event::SourceDone { handoff, outcome } => {
                 let record = self.record(handoff);
                 assert!(!std::mem::replace(&mut record.source_done, true), "{handoff} ended twice");
@@ -259,6 +260,13 @@ async fn chaos(kind: TransportKind, seed: u64) {
 async fn memory_under_chaos() {
     for seed in 0..3 {
         chaos(TransportKind::Memory, seed).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn shm_under_chaos() {
+    for seed in 0..3 {
+        chaos(TransportKind::Shm, seed).await;
     }
 }
 

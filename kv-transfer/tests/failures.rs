@@ -97,7 +97,7 @@ async fn still_works(source: &mut Worker, target: &mut Worker) {
     assert_eq!(source.event().await, Event::SourceDone { handoff: next, outcome: Outcome::Landed });
 }
 
-const BOTH: [TransportKind; 2] = [TransportKind::Memory, TransportKind::Tcp];
+const ALL: [TransportKind; 3] = [TransportKind::Memory, TransportKind::Shm, TransportKind::Tcp];
 
 #[tokio::test]
 async fn the_source_calls_off_before_it_begins() {
@@ -145,7 +145,7 @@ async fn the_target_calls_off_before_the_landing() {
 
 #[tokio::test]
 async fn the_source_calls_off_half_way() {
-    for kind in BOTH {
+    for kind in ALL {
         let (mut source, mut target) = pair(only(kind)).await;
         let before = target.contents();
         half_way(&source, &mut target, None).await;
@@ -160,7 +160,7 @@ async fn the_source_calls_off_half_way() {
 
 #[tokio::test]
 async fn the_target_calls_off_half_way() {
-    for kind in BOTH {
+    for kind in ALL {
         let (mut source, mut target) = pair(only(kind)).await;
         let before = target.contents();
         half_way(&source, &mut target, None).await;
@@ -210,8 +210,8 @@ async fn workers_that_do_not_fit_are_refused_with_both_values() {
     let other = Identity { fingerprint: "other".into(), ..identity("decode-0", 64) };
     assert_eq!(refusal(memory.clone(), other).await, "fingerprint: yours `weights`, ours `other`");
     let mut other = identity("decode-0", 64);
-    other.layout.dtype = KvDtype::F32;
-    assert_eq!(refusal(memory, other).await, "page layout: dtype: yours bf16, ours f32");
+    other.layout.dtype = KvDtype::Int8;
+    assert_eq!(refusal(memory, other).await, "page layout: dtype: yours bf16, ours int8, and lossy_kv is off");
     let required = refusal(only(TransportKind::Tcp), identity("decode-0", 64)).await;
     assert_eq!(required, "transport: yours [Memory], ours [Tcp], in the same process");
 }
@@ -250,7 +250,7 @@ async fn another_protocol_version_is_refused_with_both_values() {
     let mut answer = Vec::new();
     timeout(SOON, stream.read_to_end(&mut answer)).await.expect("an answer").expect("read");
     assert_eq!(&answer[4..9], b"\x12BTKV");
-    assert_eq!(String::from_utf8_lossy(&answer[13..]), "protocol: yours 9, ours 1");
+    assert_eq!(String::from_utf8_lossy(&answer[13..]), "protocol: yours 9, ours 2");
 }
 
 #[tokio::test]
@@ -262,7 +262,8 @@ async fn strangers_do_no_harm() {
     }
     // Joins a link that does not exist.
     let mut stream = TcpStream::connect(target.transfer.address()).await.expect("connect");
-    let join = [&17u32.to_le_bytes()[..], &[19], b"BTKV", &1u32.to_le_bytes(), &7u64.to_le_bytes()].concat();
+    let version = 2u32.to_le_bytes();
+    let join = [&53u32.to_le_bytes()[..], &[19], b"BTKV", &version, &7u64.to_le_bytes(), &[0; 4 + 32]].concat();
     stream.write_all(&join).await.expect("write");
     assert_eq!(timeout(SOON, stream.read(&mut [0])).await.expect("closed").expect("read"), 0);
     still_works(&mut source, &mut target).await;
@@ -307,6 +308,8 @@ async fn a_dead_link_ends_both_sides_within_a_second() {
     for (kind, way) in [
         (TransportKind::Tcp, Way::Cut),
         (TransportKind::Tcp, Way::Frozen),
+        (TransportKind::Shm, Way::Cut),
+        (TransportKind::Shm, Way::Frozen),
         (TransportKind::Memory, Way::Cut),
         (TransportKind::Memory, Way::Frozen),
     ] {
@@ -337,7 +340,7 @@ fn a_dead_peer_ends_the_survivor_within_a_second() {
     let runtime =
         || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("runtime");
     for source_dies in [false, true] {
-        for kind in BOTH {
+        for kind in ALL {
             let (one, other) = (runtime(), runtime());
             let mut source = one.block_on(Worker::start(only(kind), identity("prefill-0", 40), 1));
             let mut target = other.block_on(Worker::start(only(kind), identity("decode-0", 64), 2));

@@ -62,4 +62,5 @@ async fn handoffs_are_counted_by_how_they_ended() {
         assert_eq!(value(&metrics, &["baton_handoff_stale_messages_total{", worker]), 0.0);
     }
     assert_eq!(value(&metrics, &["baton_handoff_overhead_seconds_count{", "prefill-0"]), 1.0);
+    assert_eq!(value(&metrics, &["baton_handoff_hidden_ratio_count{", "prefill-0", "tcp"]), 1.0);
 }

@@ -52,6 +52,16 @@ async fn memory_verifies_contents_when_asked() {
 }
 
 #[tokio::test]
+async fn shm_moves_every_byte() {
+    hand_over(only(TransportKind::Shm), 30, 0).await;
+}
+
+#[tokio::test]
+async fn shm_verifies_contents_when_asked() {
+    hand_over(Config { verify: Verify::Full, ..only(TransportKind::Shm) }, 30, 7).await;
+}
+
+#[tokio::test]
 async fn tcp_moves_every_byte() {
     hand_over(only(TransportKind::Tcp), 30, 0).await;
 }
@@ -70,18 +80,20 @@ async fn tcp_over_many_streams_without_digests() {
 async fn a_target_that_has_everything_gets_only_the_commit() {
     hand_over(only(TransportKind::Tcp), 8, 8).await;
     hand_over(only(TransportKind::Memory), 8, 8).await;
+    hand_over(only(TransportKind::Shm), 8, 8).await;
 }
 
 #[tokio::test]
 async fn groups_are_as_large_as_configured() {
-    hand_over(Config { group_bytes: 1, ..only(TransportKind::Tcp) }, 9, 0).await;
-    hand_over(Config { group_bytes: 1 << 30, ..only(TransportKind::Memory) }, 9, 0).await;
+    hand_over(Config { group_bytes: Some(1), ..only(TransportKind::Tcp) }, 9, 0).await;
+    hand_over(Config { group_bytes: Some(1 << 30), ..only(TransportKind::Memory) }, 9, 0).await;
+    hand_over(Config { group_bytes: Some(1 << 30), ..only(TransportKind::Shm) }, 9, 0).await;
 }
 
 /// Many hand-offs at once in both pools, over one link, each landing in its own pages.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_handoffs_share_a_link() {
-    for kind in [TransportKind::Memory, TransportKind::Tcp] {
+    for kind in [TransportKind::Memory, TransportKind::Shm, TransportKind::Tcp] {
         let (mut source, mut target) = pair(only(kind)).await;
         let (pages, landing) = pages_of(&source, &target, 40);
         let (source_before, target_before) = (source.contents(), target.contents());

@@ -235,7 +235,7 @@ impl Runner {
         self.meters.started(tokens, &usage);
         let (handoff, target) = (prompt.handoff, prompt.target.clone());
         let pages = self.parts.scheduler.pages_of(sequence).to_vec();
-        self.parts.transfer.begin(Begin { handoff, target, tokens: tokens as u32, pages });
+        self.parts.transfer.begin(Begin { handoff, targets: vec![target], tokens: tokens as u32, pages });
         let cached = (usage.cached_tokens / self.page_tokens) as u32;
         if cached > 0 {
             self.parts.transfer.push(handoff, 0..self.layers, 0..cached);
@@ -300,6 +300,11 @@ impl Runner {
                 let reason = format!("{} is a prefill worker: nothing lands here", self.parts.worker);
                 tracing::warn!(handoff = handoff.0, from, "a hand-off came to a prefill worker");
                 self.parts.transfer.refuse(handoff, reason);
+            }
+            Event::Asked { handoff, by, .. } => {
+                // Until the router places a request by what its peers hold (`Transfer::fetch`), nobody has reason to ask.
+                tracing::warn!(handoff = handoff.0, by = by.worker, "a prefix was asked for");
+                self.parts.transfer.refuse(handoff, format!("{} hands no prefixes over", self.parts.worker));
             }
             Event::Landed { handoff, .. } | Event::Lost { handoff, .. } | Event::Quiet { handoff } => {
                 tracing::warn!(handoff = handoff.0, "news of a landing that this worker never opened");

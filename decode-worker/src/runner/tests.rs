@@ -29,7 +29,13 @@ async fn runner(stop: &CancellationToken) -> (Runner, mpsc::Sender<Command>, Hea
     let layout = engine.memory().layout().clone();
     let (sender, events) = mpsc::channel(16);
     let (commands_sender, commands) = mpsc::channel(16);
-    let identity = Identity { worker: "w".into(), incarnation: 1, fingerprint: "f".into(), layout: layout.clone() };
+    let identity = Identity {
+        worker: "w".into(),
+        incarnation: 1,
+        fingerprint: "f".into(),
+        layout: layout.clone(),
+        rank: Default::default(),
+    };
     let memory = engine.memory().clone();
     let transfer = Transfer::start(Default::default(), identity, memory.file(), sender, stop.clone()).await;
     let limits = scheduler::Limits {

@@ -8,7 +8,11 @@ const BLOCK: usize = 384;
 
 fn limits() -> Limits {
     let (open, progress) = (Duration::from_secs(10), Duration::from_secs(5));
-    Limits { open, progress, group_bytes: 4 * BLOCK, frame_bytes: 4 * BLOCK }
+    Limits { open, progress, group_bytes: Some(4 * BLOCK), group_frames: 1 }
+}
+
+fn way() -> Way {
+    Way { terms: Terms::same(&layout(LAYERS, 8), &layout(LAYERS, 20)), bytes_per_s: 0.0 }
 }
 
 /// A source and what it said so far. Time stands at `now`.
@@ -23,7 +27,7 @@ impl Run {
     fn new() -> Self {
         let pages: Vec<PageId> = (0..PAGES).map(PageId).collect();
         let target = crate::Peer { worker: "decode".into(), incarnation: 1, link: String::new() };
-        let begin = Begin { handoff: H, target, tokens: PAGES * 16, pages };
+        let begin = Begin { handoff: H, targets: vec![target], tokens: PAGES * 16, pages };
         let mut said = Vec::new();
         let source = Source::begin(Duration::ZERO, &begin, &layout(LAYERS, 8), limits(), &mut said);
         assert_eq!(said, [Action::Send(Message::Begin { handoff: H, tokens: PAGES * 16 })]);
@@ -40,7 +44,7 @@ impl Run {
     }
 
     fn open(&mut self) {
-        assert!(self.step(Input::Opened { landing: (10..10 + PAGES).map(PageId).collect(), have: 0 }));
+        assert!(self.step(Input::Opened { landing: (10..10 + PAGES).map(PageId).collect(), have: 0, way: way() }));
     }
 
     fn push_all(&mut self) {
@@ -111,7 +115,7 @@ fn lands_when_acknowledged() {
 fn commit_says_what_was_sent() {
     let mut run = Run::new();
     run.step(Input::Commit(Commit { first_token: 7 }));
-    run.step(Input::Opened { landing: (0..PAGES).map(PageId).collect(), have: PAGES });
+    run.step(Input::Opened { landing: (0..PAGES).map(PageId).collect(), have: PAGES, way: way() });
     let sent = Sent { pages: 0, bytes: 0, frames: 0, digest: Some(Digest::of_frames([])) };
     let commit = Commit { first_token: 7 };
     // Nothing was pushed, and nothing had to be.
@@ -119,7 +123,7 @@ fn commit_says_what_was_sent() {
 
     let mut run = Run::moving();
     run.step(Input::Commit(Commit { first_token: 8 }));
-    let digests = [Digest([1; 16]), Digest([2; 16]), Digest([3; 16])];
+    let digests = [Digest([1; 8]), Digest([2; 8]), Digest([3; 8])];
     for sequence in [2, 0, 1] {
         assert!(run.said().is_empty(), "frames are still in flight");
         run.step(Input::FrameSent { sequence, digest: Some(digests[sequence as usize]) });
@@ -150,7 +154,7 @@ fn what_was_pushed_before_the_landing_leaves_with_it() {
     run.step(Input::Push { layers: 0..1, pages: 0..1 });
     run.step(Input::Push { layers: 0..1, pages: 1..3 });
     assert_eq!(run.said(), []);
-    run.step(Input::Opened { landing: (0..PAGES).map(PageId).collect(), have: 2 });
+    run.step(Input::Opened { landing: (0..PAGES).map(PageId).collect(), have: 2, way: way() });
     match &run.said()[..] {
         [Action::Post(frame)] => assert_eq!(frame.pieces, [Piece { layer: 0, pages: 2..3 }]),
         other => panic!("{other:?}"),
@@ -160,7 +164,7 @@ fn what_was_pushed_before_the_landing_leaves_with_it() {
 #[test]
 fn the_window_bounds_frames_in_flight() {
     let mut run = Run::new();
-    run.source.limits.frame_bytes = 1;
+    run.source.limits.group_bytes = Some(1);
     run.source.layout.layers = 10;
     run.source.pushed = Coverage::new(10, PAGES);
     run.open();
@@ -308,7 +312,7 @@ fn what_does_not_belong_is_ignored() {
     let mut run = Run::new();
     assert!(!run.step(Input::Acked));
     run.open();
-    assert!(!run.step(Input::Opened { landing: vec![], have: 0 }), "a second landing");
+    assert!(!run.step(Input::Opened { landing: vec![], have: 0, way: way() }), "a second landing");
     assert!(!run.step(Input::Acked), "before Commit");
     assert_eq!(run.said(), []);
     let mut run = Run::committed();
@@ -342,10 +346,10 @@ fn mistakes_of_the_worker_end_it() {
     let mut run = Run::new();
     run.open();
     run.step(Input::Commit(Commit { first_token: 0 }));
-    assert_eq!(outcome(&mut run), "committed with 12 of 12 blocks not pushed");
+    assert_eq!(outcome(&mut run), "committed with 12 blocks not pushed");
     let mut run = Run::new();
-    run.step(Input::Opened { landing: vec![PageId(0)], have: 0 });
-    assert_eq!(outcome(&mut run), "landing of 1 pages, 0 there, for 4 pages");
+    run.step(Input::Opened { landing: vec![PageId(0)], have: 0, way: way() });
+    assert_eq!(outcome(&mut run), "landing of 1 pages, 0 there, does not fit 4");
 }
 
 #[test]
@@ -355,7 +359,7 @@ fn pages_must_fit_the_tokens_and_the_pool() {
         let target = crate::Peer { worker: "decode".into(), incarnation: 1, link: String::new() };
         let pages = pages.iter().copied().map(PageId).collect();
         let mut out = Vec::new();
-        let begin = Begin { handoff: H, target, tokens, pages };
+        let begin = Begin { handoff: H, targets: vec![target], tokens, pages };
         Source::begin(Duration::ZERO, &begin, &layout, limits(), &mut out);
         out
     };

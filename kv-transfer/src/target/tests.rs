@@ -1,10 +1,14 @@
 use super::*;
-use crate::testing::layout;
+use crate::{plan::Terms, testing::layout};
 
 const H: HandoffId = HandoffId(1);
 const PAGES: u32 = 4;
 const LAYERS: u32 = 3;
 const BLOCK: u64 = 384;
+
+fn terms() -> Arc<Terms> {
+    Terms::same(&layout(LAYERS, 8), &layout(LAYERS, 8))
+}
 
 /// A target and what it said so far. Time stands at `now`.
 struct Run {
@@ -17,10 +21,10 @@ impl Run {
     /// Stands in `Begun`.
     fn new() -> Self {
         let (open, progress) = (Duration::from_secs(10), Duration::from_secs(5));
-        let limits = Limits { open, progress, group_bytes: 1, frame_bytes: 1 };
+        let limits = Limits { open, progress, group_bytes: None, group_frames: 1 };
         let mut said = Vec::new();
         let named = (H, "prefill".to_owned(), PAGES * 16);
-        let target = Target::begun(Duration::ZERO, named, &layout(LAYERS, 8), limits, &mut said);
+        let target = Target::begun(Duration::ZERO, named, terms(), limits, &mut said);
         let begun = Event::Begun { handoff: H, from: "prefill".into(), tokens: PAGES * 16 };
         assert_eq!(said, [Action::Emit(begun)]);
         Self { target, now: Duration::ZERO, said: Vec::new() }
@@ -31,7 +35,7 @@ impl Run {
         let mut run = Self::new();
         let landing: Vec<PageId> = [5, 3, 6, 2].map(PageId).into();
         assert!(run.step(Input::Open { landing: landing.clone(), have: 1 }));
-        let admit = Action::Admit { landing: landing.as_slice().into(), have: 1 };
+        let admit = Action::Admit { landing: landing.as_slice().into(), travel: 1..4 };
         let open = Action::Send(Message::Open { handoff: H, have: 1, landing });
         assert_eq!(run.said(), [admit, open], "writes are let in before the source is told");
         run
@@ -54,7 +58,7 @@ impl Run {
     }
 
     fn frame(&mut self, sequence: u32, blocks: u64) {
-        self.step(Input::FrameLanded { sequence, blocks, digest: Some(Digest([sequence as u8; 16])) });
+        self.step(Input::FrameLanded { sequence, bytes: blocks * 384, digest: Some(Digest([sequence as u8; 8])) });
     }
 
     fn step(&mut self, input: Input) -> bool {
@@ -73,7 +77,7 @@ impl Run {
 
 fn sent() -> Sent {
     let bytes = u64::from((PAGES - 1) * LAYERS) * BLOCK;
-    Sent { pages: PAGES - 1, bytes, frames: 1, digest: Some(Digest::of_frames([Digest([0; 16])])) }
+    Sent { pages: PAGES - 1, bytes, frames: 1, digest: Some(Digest::of_frames([Digest([0; 8])])) }
 }
 
 fn commit() -> Commit {
@@ -104,9 +108,9 @@ fn seal() -> Action {
 fn lands_when_everything_is_here_whatever_came_first() {
     let mut run = Run::landing();
     run.step(Input::Committed { sent: Sent { frames: 2, digest: None, ..sent() }, commit: commit() });
-    run.step(Input::FrameLanded { sequence: 1, blocks: 4, digest: None });
+    run.step(Input::FrameLanded { sequence: 1, bytes: 4 * 384, digest: None });
     assert_eq!(run.said(), [], "five blocks are missing");
-    run.step(Input::FrameLanded { sequence: 0, blocks: 5, digest: None });
+    run.step(Input::FrameLanded { sequence: 0, bytes: 5 * 384, digest: None });
     assert_eq!(run.said(), [Action::Seal { vouched: true }]);
     run.step(Input::Sealed);
     let landed = Event::Landed { handoff: H, commit: commit() };
@@ -129,7 +133,7 @@ fn nothing_unverified_becomes_runnable() {
     check(Sent { pages: 4, ..sent() }, "verification: 4 pages of 3456 bytes were committed, 3 of 3456 asked for");
     check(Sent { bytes: 3, ..sent() }, "verification: 3 pages of 3 bytes were committed, 3 of 3456 asked for");
     check(Sent { frames: 2, ..sent() }, "verification: 2 frames were committed, 1 landed");
-    let (landed, other) = (sent().digest.expect("set"), Digest([9; 16]));
+    let (landed, other) = (sent().digest.expect("set"), Digest([9; 8]));
     let digests = format!("verification: digest of the contents: sent Some({other:?}), landed Some({landed:?})");
     check(Sent { digest: Some(other), ..sent() }, &digests);
     let none = format!("verification: digest of the contents: sent None, landed Some({landed:?})");
@@ -251,7 +255,7 @@ fn a_landing_that_does_not_fit_is_refused_for_the_worker() {
 fn more_tokens_than_the_pool_holds_are_refused() {
     let limits = Run::new().target.limits;
     let mut said = Vec::new();
-    let target = Target::begun(Duration::ZERO, (H, why("prefill"), 129), &layout(LAYERS, 8), limits, &mut said);
+    let target = Target::begun(Duration::ZERO, (H, why("prefill"), 129), terms(), limits, &mut said);
     let reason = why("129 tokens need 9 pages of 8");
     assert_eq!(said, [Action::Send(Message::Refuse { handoff: H, reason }), Action::Done(End::Refused)]);
     assert!(target.is_done());

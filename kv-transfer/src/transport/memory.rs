@@ -4,7 +4,7 @@
 //! copy runs on the *source's* movers, in bursts under the target's permit: closing the landing waits for at most one burst
 //! and then proves that nothing more is written.
 
-use super::{BURST_BYTES, EndsLink, Job, JobQueue, Transport};
+use super::{BURST_BYTES, EndsLink, Job, JobQueue, Transport, bursts};
 use crate::{
     HandoffId,
     digest::FrameHasher,
@@ -12,7 +12,7 @@ use crate::{
     link::LinkStop,
     mover::Movers,
     pages::Pages,
-    plan::{self, Copy, Extent, Place},
+    plan::{self, Place, Terms},
 };
 use std::{
     collections::HashMap,
@@ -70,6 +70,8 @@ pub(crate) struct Memory {
 pub(crate) struct Path {
     /// The source's pool.
     pub(crate) pool: Arc<Pages>,
+    /// How its pages become pages of the target.
+    pub(crate) terms: Arc<Terms>,
     /// Token of the link.
     pub(crate) token: u64,
     /// Whether contents are digested on both sides.
@@ -123,34 +125,48 @@ async fn copy_frame(job: Job, landing: &Landing, path: &Path) {
     let frame = &job.frame;
     let hasher = || path.digest.then(|| FrameHasher::new(frame.handoff, frame.sequence, &frame.pieces));
     let (mut sent, mut landed) = (hasher(), hasher());
-    let source = Place { layout: path.pool.layout(), pages: &frame.pages };
-    for burst in plan::copies(source, landing.place(), &frame.pieces).into_iter().flat_map(bursts) {
-        let Some(_permit) = landing.enter() else { return };
-        // SAFETY: the source blocks are frozen until this job reports back; the landing blocks were admitted to this frame
-        // alone and the permit is held. Source and landing are pages of different sequences.
-        unsafe { landing.pool().copy_from(&path.pool, burst) };
-        if let (Some(sent), Some(landed)) = (&mut sent, &mut landed) {
-            // SAFETY: as above; nobody else writes either.
-            let (from, to) = unsafe {
-                let to = Extent { offset: burst.target, bytes: burst.bytes };
-                (path.pool.bytes(Extent { offset: burst.source, bytes: burst.bytes }), landing.pool().bytes(to))
-            };
-            sent.update(from);
-            landed.update(to);
+    if path.terms.converts() {
+        for part in plan::parts(&path.terms, &frame.pieces, BURST_BYTES) {
+            // SAFETY: the source blocks are frozen until this job reports back.
+            let blocks = unsafe { path.pool.converted(&path.terms, &frame.pages, &part) };
+            let Some(permit) = landing.enter() else { return };
+            // SAFETY: the landing blocks were admitted to this frame alone and the permit is held.
+            unsafe { landing.pool().write_blocks(landing.place(), &part, &blocks) };
+            if let (Some(sent), Some(landed)) = (&mut sent, &mut landed) {
+                sent.update(&blocks);
+                for extent in plan::extents(landing.place(), &part) {
+                    // SAFETY: as above; nobody else writes them.
+                    landed.update(unsafe { landing.pool().bytes(extent) });
+                }
+            }
+            drop(permit);
+            tokio::task::yield_now().await;
         }
-        drop(_permit);
+        return finish(job, landing, sent, landed);
+    }
+    let source = Place { view: &path.terms.source, pages: &frame.pages };
+    for burst in bursts(plan::copies(source, landing.place(), &frame.pieces)) {
+        let Some(permit) = landing.enter() else { return };
+        for copy in burst {
+            // SAFETY: the source blocks are frozen until this job reports back; the landing blocks were admitted to this frame
+            // alone and the permit is held. Source and landing are pages of different sequences.
+            unsafe { landing.pool().copy_from(&path.pool, copy) };
+            if let (Some(sent), Some(landed)) = (&mut sent, &mut landed) {
+                // SAFETY: as above; nobody else writes either.
+                let (from, to) = unsafe { (path.pool.bytes(copy.from()), landing.pool().bytes(copy.to())) };
+                sent.update(from);
+                landed.update(to);
+            }
+        }
+        drop(permit);
         tokio::task::yield_now().await;
     }
-    let Some(permit) = landing.enter() else { return };
-    landing.landed(&permit, frame.sequence, &frame.pieces, landed.map(FrameHasher::finish));
-    drop(permit);
-    job.finish(sent.map(FrameHasher::finish));
+    finish(job, landing, sent, landed);
 }
 
-fn bursts(copy: Copy) -> impl Iterator<Item = Copy> {
-    (0..copy.bytes).step_by(BURST_BYTES).map(move |at| Copy {
-        source: copy.source + at,
-        target: copy.target + at,
-        bytes: BURST_BYTES.min(copy.bytes - at),
-    })
+fn finish(job: Job, landing: &Landing, sent: Option<FrameHasher>, landed: Option<FrameHasher>) {
+    let Some(permit) = landing.enter() else { return };
+    landing.landed(&permit, job.frame.sequence, &job.frame.pieces, landed.map(FrameHasher::finish));
+    drop(permit);
+    job.finish(sent.map(FrameHasher::finish));
 }

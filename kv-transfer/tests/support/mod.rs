@@ -4,14 +4,18 @@
 pub(crate) mod proxy;
 
 use kv_cache::{KvDtype, PageId, PageLayout};
-use kv_transfer::{Begin, Commit, Config, Event, HandoffId, Identity, Peer, Transfer, TransportKind};
+use kv_transfer::{Begin, Commit, Config, Event, HandoffId, Identity, Peer, Rank, Transfer, TransportKind};
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use std::{fs::File, ops::Range, os::unix::fs::FileExt, time::Duration};
 use tokio::{sync::mpsc, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 /// Longest a test waits for an event that must come.
 pub(crate) const SOON: Duration = Duration::from_secs(10);
+
+/// Every transport that this machine has.
+pub(crate) const KINDS: [TransportKind; 3] = [TransportKind::Memory, TransportKind::Shm, TransportKind::Tcp];
 
 /// Layers of every pool here.
 pub(crate) const LAYERS: u32 = 4;
@@ -31,17 +35,23 @@ pub(crate) struct Worker {
 
 /// Only over this transport.
 pub(crate) fn only(kind: TransportKind) -> Config {
-    Config { require: Some(kind), group_bytes: 64 << 10, ..Config::default() }
+    Config { require: Some(kind), group_bytes: Some(64 << 10), ..Config::default() }
 }
 
 pub(crate) fn identity(worker: &str, pages: u32) -> Identity {
-    Identity { worker: worker.into(), incarnation: 1_000, fingerprint: "weights".into(), layout: layout(pages) }
+    Identity {
+        worker: worker.into(),
+        incarnation: 1_000,
+        fingerprint: "weights".into(),
+        layout: layout(pages),
+        rank: Rank::default(),
+    }
 }
 
 impl Worker {
     /// Starts one with a pool full of noise: every page is somebody else's until it is a landing.
     pub(crate) async fn start(config: Config, identity: Identity, seed: u64) -> Self {
-        let file = tempfile::tempfile().expect("temporary file");
+        let file = pool(identity.layout.pool_bytes());
         let mut noise = vec![0; identity.layout.pool_bytes()];
         StdRng::seed_from_u64(seed).fill(&mut noise[..]);
         file.write_all_at(&noise, 0).expect("fill pool");
@@ -81,7 +91,7 @@ impl Worker {
     /// Begins a hand-off of these pages to `target`.
     pub(crate) fn begin(&self, handoff: HandoffId, target: Peer, pages: &[PageId]) {
         let tokens = pages.len() as u32 * 16 - 3;
-        self.transfer.begin(Begin { handoff, target, tokens, pages: pages.to_vec() });
+        self.transfer.begin(Begin { handoff, targets: vec![target], tokens, pages: pages.to_vec() });
     }
 
     /// Pushes pages `pages` in two groups of layers.
@@ -93,6 +103,14 @@ impl Worker {
     pub(crate) fn commit(&self, handoff: HandoffId, first_token: u32) {
         self.transfer.commit(handoff, Commit { first_token });
     }
+}
+
+/// Memory that can be shared: a file whose size is sealed.
+pub(crate) fn pool(bytes: usize) -> File {
+    let file = File::from(memfd_create("pool", MemfdFlags::ALLOW_SEALING | MemfdFlags::CLOEXEC).expect("memfd"));
+    file.set_len(bytes as u64).expect("set length");
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL).expect("seal");
+    file
 }
 
 /// `count` pages of a pool, in no order.

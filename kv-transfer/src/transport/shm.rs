@@ -1,0 +1,593 @@
+//! `shm`: two processes of one host; the source writes into the target's pages through a map of its own.
+//!
+//! **How a source gets its map.** Its `Hello` invites: it names the host and a Unix socket (abstract, so that it leaves nothing
+//! behind and belongs to a network namespace) on which it listens for this one handshake. A target on that host connects and
+//! passes the descriptor of its pool, with a proof that it is the target whom the source dialled. The source maps it if its size
+//! can no longer change and fits the layout, and says so;
+//! only then does `Welcome` say `shm`. So what is chosen has been seen to work, and when it does not work both ends still have
+//! a connection on which to agree on something else. Each end checks that the other runs as the same user (or root).
+//!
+//! **Who may write.** The target cannot let writes in one by one, nor check where they go: a source that was let in could write
+//! the whole pool, which is why only processes of the same user are let in, and links authenticate before that. It holds a
+//! *permit* of each landing instead (see [`landing`](crate::landing)), given back with `Quiet` or `Commit`, and all of them
+//! once it can write no more. Of that there are two proofs, and nothing else counts:
+//!
+//! - the source's word on the socket that passed the descriptor, which it gives after it has unmapped the pool;
+//! - its process is gone, which the pidfd says. That a socket closed says nothing: the process may live and write.
+//!
+//! **What came** is known from the source: after each frame it sends the frame's `Pages`, without blocks, on the control
+//! connection; they are held against what was asked for exactly like those of a frame over tcp. With digests, the target
+//! reads its own pages then.
+//!
+//! **Memory.** The map takes address space and 8 bytes of page table for every 4 KiB of the target's pool, in the source. The
+//! first link of this kind makes the target take all of its pool from the system, in the background, so that pages are not
+//! cleared while prompts wait for them.
+
+mod system;
+
+use super::{BURST_BYTES, EndsLink, Job, JobQueue, Transport, bursts};
+use crate::{
+    HandoffId,
+    auth::{Claim, LinkKey, Proof},
+    digest::FrameHasher,
+    landing::Landings,
+    link::LinkStop,
+    message::{Invitation, Message},
+    mover::Movers,
+    pages::Pages,
+    plan::{self, Place, Terms},
+};
+use kv_cache::PageLayout;
+use std::{
+    fs::File,
+    io::{self, ErrorKind, Write},
+    os::fd::{AsFd, OwnedFd},
+    sync::{Arc, Once},
+    thread,
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, Interest, unix::AsyncFd},
+    net::{UnixListener, UnixStream},
+    sync::mpsc,
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+
+/// Longest a target tries to pass its pool before something else is agreed on: a part of what a handshake may take.
+const SHARE_LIMIT: Duration = Duration::from_millis(800);
+/// Bytes of a pool that are given memory, or page tables, between two looks at anything else.
+const SETTLE_BYTES: usize = 1 << 20;
+/// The source's words on the socket: the pool is mapped; it is no longer.
+const MAPPED: u8 = 1;
+const UNMAPPED: u8 = 2;
+
+/// Source: listens for one target's pool.
+#[derive(Debug)]
+pub(crate) struct Door {
+    listener: UnixListener,
+    invitation: Invitation,
+}
+
+impl Door {
+    /// Opens one under a name that nobody can guess or keep.
+    pub(crate) fn open() -> io::Result<Self> {
+        let host = system::host().ok_or_else(|| io::Error::other("this host has no boot id"))?;
+        let socket = format!("baton-kv-{:032x}", rand::random::<u128>());
+        let listener = UnixListener::bind(format!("\0{socket}"))?;
+        Ok(Self { listener, invitation: Invitation { host, socket } })
+    }
+
+    /// Returns what `Hello` says of it.
+    pub(crate) fn invitation(&self) -> Invitation {
+        self.invitation.clone()
+    }
+
+    /// Waits for a pool that can be mapped. Who passes something else is told what is wrong with it.
+    pub(crate) async fn receive(&self, key: &LinkKey) -> Remote {
+        loop {
+            let received = match self.listener.accept().await {
+                Ok((stream, _)) => timeout(SHARE_LIMIT, Remote::receive(stream, key)).await,
+                Err(error) => Ok(Err(error)),
+            };
+            match received {
+                Ok(Ok(remote)) => return remote,
+                Ok(Err(error)) => tracing::warn!(%error, "receive the target's pool"),
+                Err(_) => tracing::warn!("receive the target's pool: it took longer than {SHARE_LIMIT:?}"),
+            }
+        }
+    }
+}
+
+/// Source: the target's pool, mapped. Says so when it no longer is.
+#[derive(Debug)]
+pub(crate) struct Remote {
+    pages: Option<Pages>,
+    socket: std::os::unix::net::UnixStream,
+}
+
+impl Remote {
+    async fn receive(mut stream: UnixStream, key: &LinkKey) -> io::Result<Self> {
+        check_user(&stream)?;
+        let mut bytes = [0; 4096];
+        let received = stream.async_io(Interest::READABLE, || system::receive_file(stream.as_fd(), &mut bytes)).await;
+        let checked = received.and_then(|(length, file)| match bytes[..length].split_first_chunk() {
+            Some((proof, layout)) if key.check(Claim::Pool, &Proof(*proof)) => Ok((layout, file)),
+            _ => Err(io::Error::new(ErrorKind::PermissionDenied, "it is not from the worker that was dialled")),
+        });
+        let mapped = checked.and_then(|(layout, file)| {
+            let layout: PageLayout = serde_json::from_slice(layout)?;
+            if !system::is_sealed(&file) {
+                return Err(io::Error::other("its size could change"));
+            }
+            Pages::map_foreign(&file, layout).map_err(io::Error::other)
+        });
+        match mapped {
+            Ok(pages) => {
+                stream.write_all(&[MAPPED]).await?;
+                Ok(Self { pages: Some(pages), socket: stream.into_std()? })
+            }
+            Err(error) => {
+                stream.write_all(error.to_string().as_bytes()).await?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Returns the pool.
+    pub(crate) fn pages(&self) -> &Pages {
+        self.pages.as_ref().expect("taken only when dropped")
+    }
+}
+
+impl Drop for Remote {
+    fn drop(&mut self) {
+        // In this order. A target that does not get the word waits for the end of this process, as it must.
+        self.pages = None;
+        if let Err(error) = self.socket.write_all(&[UNMAPPED]) {
+            tracing::debug!(%error, "say that the target's pool is unmapped");
+        }
+    }
+}
+
+/// Target: its pool, as it can be passed on.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    file: File,
+    layout: PageLayout,
+    host: String,
+    settled: Once,
+}
+
+impl Shared {
+    /// Returns how to pass the pool in `file`, or why it cannot be.
+    pub(crate) fn of(file: &File, layout: &PageLayout) -> io::Result<Arc<Self>> {
+        let host = system::host().ok_or_else(|| io::Error::other("this host has no boot id"))?;
+        if !system::is_sealed(file) {
+            return Err(io::Error::other("the page pool is no sealed memory file"));
+        }
+        Ok(Arc::new(Self { file: file.try_clone()?, layout: layout.clone(), host, settled: Once::new() }))
+    }
+
+    /// Returns the host whose processes it can be passed to.
+    pub(crate) fn host(&self) -> &str {
+        &self.host
+    }
+
+    /// Passes the pool to the source that invites. From here on it may write.
+    pub(crate) async fn pass(self: &Arc<Self>, invitation: &Invitation, key: &LinkKey) -> io::Result<Writer> {
+        let late = |_| io::Error::new(ErrorKind::TimedOut, format!("the source did not answer within {SHARE_LIMIT:?}"));
+        let writer = timeout(SHARE_LIMIT, self.pass_slowly(invitation, key)).await.map_err(late)??;
+        self.settle();
+        Ok(writer)
+    }
+
+    async fn pass_slowly(&self, invitation: &Invitation, key: &LinkKey) -> io::Result<Writer> {
+        let mut stream = UnixStream::connect(format!("\0{}", invitation.socket)).await?;
+        check_user(&stream)?;
+        // Before its answer, so that the process that answers is the one that is watched.
+        let process = system::process_of(stream.as_fd(), stream.peer_cred()?.pid())?;
+        // SAFETY: the descriptor is owned by what registers it, and so open for as long as it is registered.
+        let process = unsafe { AsyncFd::register_with_interest(process, Interest::READABLE) }?;
+        let mut bytes = key.prove(Claim::Pool).0.to_vec();
+        serde_json::to_writer(&mut bytes, &self.layout)?;
+        stream.async_io(Interest::WRITABLE, || system::send_file(stream.as_fd(), &bytes, &self.file)).await?;
+        let mut answer = [0; 256];
+        match stream.read(&mut answer).await? {
+            0 => Err(ErrorKind::UnexpectedEof.into()),
+            _ if answer[0] == MAPPED => Ok(Writer { process, stream }),
+            length => Err(io::Error::other(format!("the source says: {}", answer[..length].escape_ascii()))),
+        }
+    }
+
+    /// Takes the whole pool from the system, once, in the background.
+    fn settle(self: &Arc<Self>) {
+        self.settled.call_once(|| {
+            let shared = Arc::downgrade(self);
+            let bytes = self.layout.pool_bytes();
+            let settle = move || {
+                for at in (0..bytes).step_by(SETTLE_BYTES) {
+                    // Gone when the worker stopped meanwhile.
+                    let Some(shared) = shared.upgrade() else { return };
+                    if let Err(error) = system::allocate(&shared.file, at as u64, SETTLE_BYTES.min(bytes - at) as u64) {
+                        return tracing::warn!(%error, at, bytes, "take the page pool from the system");
+                    }
+                }
+            };
+            if let Err(error) = thread::Builder::new().name("kv-settle".into()).spawn(settle) {
+                tracing::warn!(%error, "take the page pool from the system");
+            }
+        });
+    }
+}
+
+/// Target: a source that may write its pages.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    process: AsyncFd<OwnedFd>,
+    stream: UnixStream,
+}
+
+impl Writer {
+    /// Waits for proof that it no longer can. Returns which.
+    pub(crate) async fn gone(mut self) -> &'static str {
+        let word = async {
+            let mut word = [0];
+            match self.stream.read(&mut word).await {
+                Ok(1) if word[0] == UNMAPPED => {}
+                // It closed, or says what it should not: no proof of anything.
+                _ => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = word => "the source unmapped the pool",
+            ready = self.process.readable() => match ready {
+                Ok(_) => "the source's process is gone",
+                // Cannot be while the reactor runs; and when it does not, nobody is left to be told.
+                Err(_) => std::future::pending().await,
+            },
+        }
+    }
+}
+
+/// Refuses a process of another user, unless that is root, who can do anything anyway.
+fn check_user(stream: &UnixStream) -> io::Result<()> {
+    let (theirs, ours) = (stream.peer_cred()?.uid(), rustix::process::geteuid().as_raw());
+    if theirs == ours || theirs == 0 {
+        return Ok(());
+    }
+    let reason = format!("user: theirs {theirs}, ours {ours}");
+    Err(io::Error::new(ErrorKind::PermissionDenied, reason))
+}
+
+/// The source's end.
+#[derive(Debug)]
+pub(crate) struct Shm {
+    queue: Arc<JobQueue>,
+    stop: CancellationToken,
+}
+
+/// What a link's copiers share.
+#[derive(Clone, Debug)]
+pub(crate) struct Path {
+    /// The source's pool.
+    pub(crate) pool: Arc<Pages>,
+    /// How its pages become pages of the target.
+    pub(crate) terms: Arc<Terms>,
+    /// Whether contents are digested.
+    pub(crate) digest: bool,
+    /// The link's control connection.
+    pub(crate) say: mpsc::Sender<Message>,
+}
+
+impl Shm {
+    /// Starts copiers on `movers`. The map ends with the last of them.
+    pub(crate) fn start(remote: Remote, path: &Path, movers: &Movers, link: &LinkStop) -> Self {
+        let (queue, stop, remote) = (JobQueue::new(), CancellationToken::new(), Arc::new(remote));
+        for mover in 0..movers.count() {
+            let (queue, stop, path, remote) = (queue.clone(), stop.clone(), path.clone(), remote.clone());
+            let ends = EndsLink(link.clone(), "a copier ended");
+            movers.spawn(mover, async move {
+                let copying = async {
+                    loop {
+                        write_frame(queue.next().await, remote.pages(), &path).await?;
+                    }
+                };
+                let ended: Option<Result<(), String>> = stop.run_until_cancelled(copying).await;
+                if let Some(Err(reason)) = ended {
+                    ends.0.stop(reason);
+                }
+                drop(ends);
+            });
+        }
+        let stopped = stop.clone();
+        movers.spawn(movers.count() - 1, async move {
+            stopped.run_until_cancelled(touch(remote.pages())).await;
+        });
+        Self { queue, stop }
+    }
+}
+
+impl Transport for Shm {
+    fn post(&self, job: Job) {
+        self.queue.post(job);
+    }
+
+    fn cancel(&self, handoff: HandoffId) {
+        self.queue.cancel(handoff);
+    }
+
+    fn close(&self) {
+        self.queue.close();
+        self.stop.cancel();
+    }
+}
+
+/// Fills the page tables of the map, so that copies do not stop at every page they meet for the first time.
+async fn touch(pages: &Pages) {
+    for at in (0..pages.layout().pool_bytes()).step_by(SETTLE_BYTES) {
+        if !pages.touch(at, SETTLE_BYTES) {
+            return;
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Writes one frame and says so. An error ends the link.
+async fn write_frame(job: Job, remote: &Pages, path: &Path) -> Result<(), String> {
+    let frame = &job.frame;
+    let pages = remote.layout().pages;
+    if let Some(page) = frame.landing.iter().find(|page| page.0 >= pages) {
+        return Err(format!("landing page {} of a pool of {pages}", page.0));
+    }
+    let mut hasher = path.digest.then(|| FrameHasher::new(frame.handoff, frame.sequence, &frame.pieces));
+    let source = Place { view: &path.terms.source, pages: &frame.pages };
+    let target = Place { view: &path.terms.target, pages: &frame.landing };
+    // SAFETY, here and below: the source blocks are frozen until this job reports back. The landing blocks are this hand-off's until
+    // the target has our `Quiet` or `Commit`, which come after that report, or our word that the pool is unmapped, which comes
+    // after this task is gone. Each block is in one frame only.
+    if path.terms.converts() {
+        for part in plan::parts(&path.terms, &frame.pieces, BURST_BYTES) {
+            // SAFETY: above.
+            let blocks = unsafe { path.pool.converted(&path.terms, &frame.pages, &part) };
+            // SAFETY: above.
+            unsafe { remote.write_blocks(target, &part, &blocks) };
+            if let Some(hasher) = &mut hasher {
+                hasher.update(&blocks);
+            }
+            tokio::task::yield_now().await;
+        }
+    } else {
+        for burst in bursts(plan::copies(source, target, &frame.pieces)) {
+            for copy in burst {
+                // SAFETY: above.
+                unsafe { remote.copy_from(&path.pool, copy) };
+                if let Some(hasher) = &mut hasher {
+                    // SAFETY: above.
+                    hasher.update(unsafe { path.pool.bytes(copy.from()) });
+                }
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+    // Before the report, which may bring `Commit` about: the target hears of frames first.
+    let (handoff, sequence, pieces) = (frame.handoff, frame.sequence, frame.pieces.clone());
+    let said = path.say.try_send(Message::Pages { handoff, sequence, pieces });
+    said.map_err(|_| "the other end does not read".to_owned())?;
+    job.finish(hasher.map(FrameHasher::finish));
+    Ok(())
+}
+
+/// Target: takes the source's word that a frame's blocks are written. With `digest` they are read here and now.
+pub(crate) fn written(landings: &Landings, link: u64, frame: Message, digest: bool) {
+    let Message::Pages { handoff, sequence, pieces } = frame else { return };
+    let landing =
+        landings.find(handoff, link).filter(|landing| landing.is_written_from_afar() && landing.admit(&pieces));
+    let Some((landing, permit)) = landing.as_ref().and_then(|landing| Some((landing, landing.enter()?))) else {
+        return landings.stale(handoff);
+    };
+    let digest = digest.then(|| {
+        let mut hasher = FrameHasher::new(handoff, sequence, &pieces);
+        for extent in plan::extents(landing.place(), &pieces) {
+            // SAFETY: the permit keeps the pages from being used for anything else, and the source said that it is done.
+            hasher.update(unsafe { landing.pool().bytes(extent) });
+        }
+        hasher.finish()
+    });
+    landing.landed(&permit, sequence, &pieces, digest);
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+    use crate::{
+        handoffs::Moved,
+        inbox::{Inbox, Note},
+        plan::{Extent, Piece},
+        testing::{contents, fill, key, layout, pool, pool_with_seals, sealed_pool},
+    };
+    use kv_cache::PageId;
+    use rustix::fs::SealFlags;
+    use std::os::unix::fs::FileExt;
+
+    async fn passed(file: &File, layout: &PageLayout) -> (Writer, Remote) {
+        let (shared, door) = (Shared::of(file, layout).expect("can be shared"), Door::open().expect("door"));
+        let invitation = door.invitation();
+        let (writer, remote) = tokio::join!(shared.pass(&invitation, key()), door.receive(key()));
+        (writer.expect("passed"), remote)
+    }
+
+    #[tokio::test]
+    async fn a_pool_is_passed_and_written_and_its_end_is_told() {
+        let layout = layout(2, 6);
+        let file = sealed_pool(&layout);
+        let (writer, remote) = passed(&file, &layout).await;
+        let block = Extent { offset: layout.block_offset(1, PageId(3)), bytes: layout.block_bytes() };
+        // SAFETY: this test is the only user of the pool.
+        unsafe { remote.pages().bytes_mut(block) }.fill(7);
+        let mut expected = vec![0; layout.pool_bytes()];
+        expected[block.offset..block.offset + block.bytes].fill(7);
+        assert!(contents(&file, &layout) == expected);
+        drop(remote);
+        assert_eq!(writer.gone().await, "the source unmapped the pool");
+    }
+
+    /// Someone else's end of the socket.
+    async fn stranger() -> (Invitation, UnixListener) {
+        let Door { listener, invitation } = Door::open().expect("door");
+        (invitation, listener)
+    }
+
+    #[tokio::test]
+    async fn a_closed_socket_proves_nothing() {
+        let layout = layout(1, 1);
+        let shared = Shared::of(&sealed_pool(&layout), &layout).expect("can be shared");
+        let (invitation, listener) = stranger().await;
+        let source = async {
+            let (mut stream, _) = listener.accept().await.expect("accept");
+            let mut bytes = [0; 4096];
+            let received = stream.async_io(Interest::READABLE, || system::receive_file(stream.as_fd(), &mut bytes));
+            let (_, file) = received.await.expect("received");
+            stream.write_all(&[MAPPED]).await.expect("answer");
+            file
+        };
+        let (writer, _file) = tokio::join!(shared.pass(&invitation, key()), source);
+        timeout(Duration::from_millis(100), writer.expect("passed").gone()).await.expect_err("this process lives");
+    }
+
+    #[tokio::test]
+    async fn who_does_not_answer_gets_nothing() {
+        let layout = layout(1, 1);
+        let shared = Shared::of(&sealed_pool(&layout), &layout).expect("can be shared");
+        let (mut invitation, listener) = stranger().await;
+        let error = shared.pass(&invitation, key()).await.expect_err("silent").to_string();
+        assert_eq!(error, "the source did not answer within 800ms");
+        let hang_up = async { drop(listener.accept().await) };
+        // The first connection still waits to be accepted.
+        hang_up.await;
+        let (error, ()) = tokio::join!(shared.pass(&invitation, key()), async { drop(listener.accept().await) });
+        assert!(error.is_err());
+        invitation.socket = "baton-kv-nobody".into();
+        let error = shared.pass(&invitation, key()).await.expect_err("nobody listens");
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+    }
+
+    /// What a target passes that cannot be mapped is refused, and the target told why; the next good one is taken.
+    #[tokio::test]
+    async fn a_pool_that_could_be_cut_off_is_refused() {
+        let layout = layout(1, 2);
+        let bytes = layout.pool_bytes();
+        let all = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+        let plain = pool(&layout);
+        let cases = [
+            (pool_with_seals(bytes, SealFlags::GROW | SealFlags::SEAL), "its size could change"),
+            (pool_with_seals(bytes, SealFlags::SHRINK | SealFlags::GROW), "its size could change"),
+            (pool_with_seals(bytes, all | SealFlags::WRITE), "its size could change"),
+            (plain, "its size could change"),
+            (pool_with_seals(bytes - 1, all), "the pool file has"),
+        ];
+        let door = Door::open().expect("door");
+        let invitation = door.invitation();
+        let target = async {
+            for (file, reason) in cases {
+                let host = system::host().expect("a host");
+                let shared = Shared { file, layout: layout.clone(), host, settled: Once::new() };
+                let error = Arc::new(shared).pass(&invitation, key()).await.expect_err(reason).to_string();
+                assert!(error.contains(reason), "{error}");
+            }
+            Shared::of(&sealed_pool(&layout), &layout)
+                .expect("can be shared")
+                .pass(&invitation, key())
+                .await
+                .expect("passed")
+        };
+        let (_writer, remote) = tokio::join!(target, door.receive(key()));
+        assert_eq!(*remote.pages().layout(), layout);
+        let error = Shared::of(&pool(&layout), &layout).expect_err("a plain file").to_string();
+        assert_eq!(error, "the page pool is no sealed memory file");
+    }
+
+    #[tokio::test]
+    async fn the_whole_pool_is_taken_when_it_is_first_passed() {
+        use std::os::unix::fs::MetadataExt;
+        let layout = layout(4, 4_000);
+        let file = sealed_pool(&layout);
+        file.write_all_at(&[9], 5).expect("write");
+        let (shared, door) = (Shared::of(&file, &layout).expect("can be shared"), Door::open().expect("door"));
+        assert!(file.metadata().expect("metadata").blocks() <= 8);
+        let invitation = door.invitation();
+        let (_writer, _remote) = tokio::join!(shared.pass(&invitation, key()), door.receive(key()));
+        let settled = async {
+            while file.metadata().expect("metadata").blocks() * 512 < layout.pool_bytes() as u64 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        timeout(Duration::from_secs(10), settled).await.expect("taken");
+        let mut bytes = [0; 7];
+        file.read_exact_at(&mut bytes, 0).expect("read");
+        assert_eq!(bytes, [0, 0, 0, 0, 0, 9, 0], "what was there stays");
+    }
+
+    /// A child would keep the target's pages writable after the source's process is gone.
+    #[tokio::test]
+    async fn children_do_not_inherit_the_map() {
+        let layout = layout(2, 6);
+        let (_writer, remote) = passed(&sealed_pool(&layout), &layout).await;
+        // SAFETY: only the address is used.
+        let start = unsafe { remote.pages().bytes(Extent { offset: 0, bytes: 1 }) }.as_ptr() as usize;
+        let maps = std::fs::read_to_string("/proc/self/smaps").expect("maps");
+        let ours = maps.lines().skip_while(|line| !line.starts_with(&format!("{start:x}-")));
+        let flags = ours.skip(1).find(|line| line.starts_with("VmFlags:")).expect("flags");
+        assert!(flags.split(' ').any(|flag| flag == "dc"), "{flags}");
+    }
+
+    /// A source's word counts only where it can write, for what was asked for, and once.
+    #[tokio::test]
+    async fn only_what_was_asked_for_counts_as_written() {
+        let layout = layout(2, 6);
+        let file = sealed_pool(&layout);
+        fill(&file, &vec![3; layout.pool_bytes()]);
+        let inbox = Arc::new(Inbox::default());
+        let landings = Landings::new(Arc::new(Pages::map(&file, layout.clone()).expect("map")), inbox.clone());
+        landings.writer_joined(7);
+        let (good, closed, elsewhere) = (HandoffId(1), HandoffId(2), HandoffId(3));
+        for (handoff, link) in [(good, 7), (closed, 7), (elsewhere, 8)] {
+            let terms = Terms::same(&layout, &layout);
+            landings.open(handoff, (link, terms), [4, 2].map(PageId).as_slice().into(), 0..2);
+        }
+        landings.seal(closed);
+        let said = |handoff, pieces: Vec<Piece>| Message::Pages { handoff, sequence: 5, pieces };
+        let piece = |layer, pages| Piece { layer, pages };
+        #[allow(clippy::reversed_empty_ranges)]
+        for (link, frame) in [
+            (7, said(good, vec![piece(0, 0..3)])),                 // beyond the sequence
+            (7, said(good, vec![piece(2, 0..1)])),                 // beyond the layers
+            (7, said(good, vec![piece(0, 0..1), piece(0, 0..1)])), // twice in one frame
+            (7, said(good, vec![piece(0, 2..1)])),                 // backwards
+            (7, said(closed, vec![piece(0, 0..1)])),
+            (7, said(elsewhere, vec![piece(0, 0..1)])),    // another link's
+            (8, said(elsewhere, vec![piece(0, 0..1)])),    // a link that cannot write by itself
+            (7, said(HandoffId(9), vec![piece(0, 0..1)])), // nobody's
+            (7, said(good, vec![piece(1, 1..2)])),
+            (7, said(good, vec![piece(1, 1..2)])), // a second time
+        ] {
+            written(&landings, link, frame, true);
+        }
+        let mut notes = Vec::new();
+        inbox.take(&mut notes).await;
+        let moved: Vec<Moved> = notes
+            .into_iter()
+            .map(|(_, note)| match note {
+                Note::Moved(_, moved) => moved,
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(moved.iter().filter(|moved| matches!(moved, Moved::Stale)).count(), 9);
+        let mut hasher = FrameHasher::new(good, 5, &[piece(1, 1..2)]);
+        hasher.update(&vec![3; layout.block_bytes()]);
+        let digest = Some(hasher.finish());
+        let landed =
+            |moved: &Moved| matches!(moved, Moved::Landed { sequence: 5, bytes: 384, digest: got } if *got == digest);
+        assert_eq!(moved.iter().filter(|moved| landed(moved)).count(), 1, "{moved:?}");
+    }
+}
