@@ -11,7 +11,7 @@ mod report;
 mod router;
 mod stats;
 
-use crate::settings::Bench as Settings;
+use crate::settings::{Bench as Settings, BenchServer};
 use anyhow::Context;
 use report::Report;
 use std::path::Path;
@@ -19,7 +19,11 @@ use std::path::Path;
 /// Measures what `settings` ask for.
 pub(crate) fn run(settings: &Settings) -> anyhow::Result<()> {
     if let Some(what) = settings.serve {
-        return router::serve(what, &settings.workers);
+        return match what {
+            BenchServer::Router => router::serve(&settings.workers),
+            BenchServer::Plain => router::serve_plain(),
+            BenchServer::Target => handoff::serve(&settings.only),
+        };
     }
     if cfg!(debug_assertions) {
         eprintln!("note: this is a debug build, its figures mean little; `make bench` builds a release");

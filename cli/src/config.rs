@@ -124,9 +124,11 @@ fn link(worker: &Worker, transfer: &mut kv_transfer::Config) {
     transfer.advertise = worker.membership.advertise.clone().or(transfer.advertise.take());
     let require = worker.transport.map(|transport| match transport {
         Transport::Memory => kv_transfer::TransportKind::Memory,
+        Transport::Shm => kv_transfer::TransportKind::Shm,
         Transport::Tcp => kv_transfer::TransportKind::Tcp,
     });
     transfer.require = require.or(transfer.require);
+    transfer.cluster_token_file = worker.cluster_token_file.clone().or(transfer.cluster_token_file.take());
 }
 
 /// Refuses to tell others an address that only means "all of this machine's".

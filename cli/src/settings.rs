@@ -215,6 +215,9 @@ pub(crate) struct Worker {
     /// How long running requests may take to finish once the worker is told to stop
     #[arg(long, value_name = "TIME", env = "BATON_DRAIN_TIMEOUT", default_value = "30s", value_parser = units::duration)]
     pub(crate) drain_timeout: Duration,
+    /// File with the token that all workers share; whoever has another gets no hand-off [default: anybody does]
+    #[arg(long, value_name = "FILE", env = "BATON_CLUSTER_TOKEN_FILE")]
+    pub(crate) cluster_token_file: Option<PathBuf>,
     /// Refuse hand-offs over any other transport than this [default: the best both ends have]
     #[arg(long, value_name = "KIND", env = "BATON_TRANSPORT")]
     pub(crate) transport: Option<Transport>,
@@ -277,7 +280,7 @@ pub(crate) struct Chat {
 /// Settings of `baton bench`.
 #[derive(Debug, Args)]
 pub(crate) struct Bench {
-    /// Measure only what begins with this, such as `engine` or `handoff/overhead_p50_us`
+    /// Measure only what begins with this, such as `engine` or `handoff/copy`
     #[arg(long, value_name = "PREFIX", default_value = "")]
     pub(crate) only: String,
     /// Becomes one of the processes that the bench measures, instead of measuring
@@ -351,6 +354,8 @@ pub(crate) enum KvDtype {
 pub(crate) enum Transport {
     /// Within one process
     Memory,
+    /// Between processes of one host, through shared memory
+    Shm,
     /// Between any two processes
     Tcp,
 }
@@ -362,6 +367,8 @@ pub(crate) enum BenchServer {
     Router,
     /// A server that answers without thinking
     Plain,
+    /// A decode worker's end of a link
+    Target,
 }
 
 /// What a process was told, parsed and checked field by field.

@@ -1,110 +1,166 @@
 //! What a hand-off costs, beside moving the same bytes plainly.
 //!
-//! One hand-off carries 512 tokens of a 1 B model (16 MiB in blocks of 32 KiB) between scattered pages. *Overhead* is what a
-//! client could feel: layers finish one by one, as in a prefill, and the clock runs from the last one until the commit is
-//! acknowledged. *At once* pushes every layer in one go, so nothing is hidden. The limits move the same bytes by `memcpy` (memory)
-//! and by blocking sockets over loopback (tcp), without protocol, digest or acknowledgement per group.
+//! | rows      | what is moved                                                          | limit: the same pieces               |
+//! |-----------|------------------------------------------------------------------------|--------------------------------------|
+//! | `copy`    | 24 MiB in 1,536 blocks of 16 KiB, scattered over both pools            | moved plainly                        |
+//! | `merged`  | the same bytes in neighbouring pages: runs of 512 KiB                  | moved plainly                        |
+//! | `busy`    | `copy` while every core runs other work at the same priority           | `copy` on idle cores                 |
+//! | `overhead`| 512 tokens of Llama-3.2-1B (16 MiB), finished layer by layer: the time from the last layer until the commit is acknowledged | the last group, moved plainly |
+//! | `hidden`  | the same in four chunks: the share of its transfer that compute hides  | all of it                            |
+//!
+//! *Plainly* is `memcpy` on one thread where both ends share memory, and blocking sockets, as many as a link has connections, where
+//! they do not: without protocol, digest or acknowledgement per group. Limit and hand-off take turns in one run, five times; a row is
+//! the median of the five. The target is a process of its own, but where the transport is for one process.
 
+mod case;
 mod pair;
 mod plain;
 
 use super::{report::Report, stats::Samples};
 use anyhow::Context;
-use kv_cache::{KvDtype, PageId, PageLayout};
-use kv_transfer::TransportKind;
-use pair::Pair;
-use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
-use std::time::Duration;
+use case::Case;
+use kv_transfer::{Config, TransportKind};
+use pair::{Pair, Pushes};
+use plain::Plain;
+use std::{
+    hint::black_box,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
 
-/// Tokens of one hand-off.
-const TOKENS: u32 = 512;
-/// Time between two layers: 16 ms for the whole prompt, the pace of a fast accelerator.
+pub(super) use pair::serve;
+
+/// Turns of limit and hand-off.
+const TURNS: usize = 5;
+/// Measurements in a turn, of which the median counts.
+const EACH: usize = 20;
+/// Time between two layers of `overhead`: 16 ms for the whole prompt, the pace of a fast accelerator.
 const LAYER: Duration = Duration::from_millis(1);
-const PACED_ROUNDS: usize = 300;
-const AT_ONCE_ROUNDS: usize = 200;
+/// Chunks of `hidden`, and the time between two layers of one: again 16 ms for the whole prompt.
+const CHUNKS: u32 = 4;
+const CHUNK_LAYER: Duration = Duration::from_micros(250);
 
-/// The KV pages of Llama-3.2-1B; the pool is eight hand-offs large, so that blocks rarely come from a cache.
-fn layout() -> PageLayout {
-    PageLayout {
-        layers: 16,
-        page_tokens: 16,
-        kv_heads: 8,
-        key_dim: 64,
-        value_dim: 64,
-        dtype: KvDtype::Bf16,
-        pages: 256,
+/// A transport as it is measured.
+#[derive(Clone, Copy, Debug)]
+struct Kind {
+    /// Last part of its rows' names.
+    name: &'static str,
+    transport: TransportKind,
+    /// Whether the limit is `memcpy`.
+    shares_memory: bool,
+}
+
+const KINDS: [Kind; 3] = [
+    Kind { name: "memory", transport: TransportKind::Memory, shares_memory: true },
+    Kind { name: "shm", transport: TransportKind::Shm, shares_memory: true },
+    Kind { name: "tcp", transport: TransportKind::Tcp, shares_memory: false },
+];
+
+impl Kind {
+    fn config(self) -> Config {
+        Config { require: Some(self.transport), ..Config::default() }
     }
 }
 
-/// Measures every `handoff/` row that is wanted.
+/// Measures every `handoff/` row that is wanted. A transport that this machine or this build lacks is skipped, and said so.
 pub(super) fn run(report: &mut Report) -> anyhow::Result<()> {
-    if !report.wants("handoff/") {
-        return Ok(());
-    }
-    let bytes = layout().page_bytes() * layout().pages_for(TOKENS as usize);
-    let limits = [
-        (TransportKind::Memory, "memory", plain::memcpy_us(&layout(), bytes)),
-        (TransportKind::Tcp, "tcp", plain::tcp_us(bytes).context("send plainly over loopback")?),
-    ];
-    for (_, name, limit) in limits {
-        report.row(&format!("handoff/plain_copy_us/{name}"), limit, "us", None)?;
-    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
-    for (kind, name, limit) in limits {
-        runtime.block_on(transport(report, kind, name, limit)).with_context(|| format!("hand off by {name}"))?;
+    for kind in KINDS {
+        let wanted = |rows: &[&str]| rows.iter().any(|row| report.wants(&format!("handoff/{row}/{}", kind.name)));
+        let cases = [
+            (Case::Scattered, wanted(&["copy", "busy"])),
+            (Case::Runs, wanted(&["merged"])),
+            (Case::Prompt, wanted(&["overhead", "hidden"])),
+        ];
+        for (case, _) in cases.into_iter().filter(|(_, wanted)| *wanted) {
+            let measured = runtime.block_on(async {
+                let mut pair = Pair::start(kind, case).await?;
+                if let Some(why) = pair.warm_up().await? {
+                    println!("handoff/*/{}: skipped: {why}", kind.name);
+                    return Ok(false);
+                }
+                match case {
+                    Case::Scattered => scattered(report, kind, &mut pair).await,
+                    Case::Runs => runs(report, kind, &mut pair).await,
+                    Case::Prompt => prompt(report, kind, &mut pair).await,
+                }
+                .map(|()| true)
+            });
+            if !measured.with_context(|| format!("hand off by {}", kind.name))? {
+                break;
+            }
+        }
     }
     Ok(())
 }
 
-async fn transport(report: &mut Report, kind: TransportKind, name: &str, limit: f64) -> anyhow::Result<()> {
-    let mut pair = Pair::start(kind, layout()).await?;
-    let mut pages = Pages::new(&pair.layout);
-    // Every page once: links are opened, memory is faulted in, and what lands is what was sent.
-    for _ in 0..pair.layout.pages as usize / pages.each {
-        let (from, to) = pages.next();
-        pair.hand_off(&from, &to, None).await?;
-        pair.check(&from, &to)?;
-    }
-
-    let mut paced = Samples::default();
-    let mut at_once = Samples::default();
-    for _ in 0..PACED_ROUNDS {
-        let (from, to) = pages.next();
-        paced.extend([pair.hand_off(&from, &to, Some(LAYER)).await?.overhead.as_secs_f64() * 1e6]);
-    }
-    for _ in 0..AT_ONCE_ROUNDS {
-        let (from, to) = pages.next();
-        at_once.extend([pair.hand_off(&from, &to, None).await?.whole.as_secs_f64() * 1e6]);
-    }
-    pair.stop();
-    report.row(&format!("handoff/overhead_p50_us/{name}"), paced.median(), "us", Some(limit))?;
-    report.row(&format!("handoff/overhead_p99_us/{name}"), paced.quantile(0.99), "us", Some(limit))?;
-    report.row(&format!("handoff/at_once_p50_us/{name}"), at_once.median(), "us", Some(limit))?;
-    report.row(&format!("handoff/at_once_p99_us/{name}"), at_once.quantile(0.99), "us", Some(limit))
-}
-
-/// Deals out pages in a random order that is the same in every run.
-struct Pages {
-    each: usize,
-    order: [Vec<PageId>; 2],
-    at: usize,
-}
-
-impl Pages {
-    fn new(layout: &PageLayout) -> Self {
-        let mut random = StdRng::seed_from_u64(1);
-        let mut shuffled = || {
-            let mut pages: Vec<_> = (0..layout.pages).map(PageId).collect();
-            pages.shuffle(&mut random);
-            pages
+async fn scattered(report: &mut Report, kind: Kind, pair: &mut Pair) -> anyhow::Result<()> {
+    let [copy, limit] = beside(kind, pair, Pushes::AtOnce).await?;
+    let gbs = |samples: &Samples| Case::Scattered.bytes() as f64 / samples.median() / 1e3;
+    report.row(&format!("handoff/copy/{}", kind.name), gbs(&copy), "GB/s", Some(gbs(&limit)))?;
+    if report.wants(&format!("handoff/busy/{}", kind.name)) {
+        let busy = {
+            let _others = Busy::start();
+            pair.measure(TURNS * EACH, Pushes::AtOnce).await?
         };
-        Self { each: layout.pages_for(TOKENS as usize), order: [shuffled(), shuffled()], at: 0 }
+        report.row(&format!("handoff/busy/{}", kind.name), gbs(&busy), "GB/s", Some(gbs(&copy)))?;
     }
+    Ok(())
+}
 
-    /// Returns the pages of the next hand-off, at the source and at the target.
-    fn next(&mut self) -> (Vec<PageId>, Vec<PageId>) {
-        let range = self.at..self.at + self.each;
-        self.at = range.end % self.order[0].len();
-        (self.order[0][range.clone()].to_vec(), self.order[1][range].to_vec())
+async fn runs(report: &mut Report, kind: Kind, pair: &mut Pair) -> anyhow::Result<()> {
+    let [copy, limit] = beside(kind, pair, Pushes::AtOnce).await?;
+    let gbs = |samples: &Samples| Case::Runs.bytes() as f64 / samples.median() / 1e3;
+    report.row(&format!("handoff/merged/{}", kind.name), gbs(&copy), "GB/s", Some(gbs(&limit)))
+}
+
+async fn prompt(report: &mut Report, kind: Kind, pair: &mut Pair) -> anyhow::Result<()> {
+    let [copy, limit] = beside(kind, pair, Pushes::AtOnce).await?;
+    // A layer is more than the smallest group, and at this pace none waits for the next.
+    let last_group = limit.median() / f64::from(Case::Prompt.layout().layers);
+    let paced = pair.measure(2 * TURNS * EACH, Pushes::Layers(LAYER)).await?;
+    for (name, share) in [("p50", 0.5), ("p99", 0.99)] {
+        let row = format!("handoff/overhead/{}/{name}", kind.name);
+        report.row(&row, paced.quantile(share), "us", Some(last_group))?;
+    }
+    let chunked = pair.measure(TURNS * EACH, Pushes::Chunks(CHUNKS, CHUNK_LAYER)).await?;
+    let hidden = 1.0 - (chunked.median() / copy.median()).min(1.0);
+    report.row(&format!("handoff/hidden/{}", kind.name), hidden, "share", Some(1.0))
+}
+
+/// Returns microseconds of hand-offs and of the same moved plainly, a median of each turn.
+async fn beside(kind: Kind, pair: &mut Pair, pushes: Pushes) -> anyhow::Result<[Samples; 2]> {
+    let mut plain = Plain::start(kind, pair.case()).context("move the same plainly")?;
+    let mut medians = [Samples::default(), Samples::default()];
+    for _ in 0..TURNS {
+        medians[1].extend([plain.measure(EACH)?.median()]);
+        medians[0].extend([pair.measure(EACH, pushes).await?.median()]);
+    }
+    Ok(medians)
+}
+
+/// Keeps every core busy until dropped.
+struct Busy(&'static AtomicBool);
+
+impl Busy {
+    fn start() -> Self {
+        static STOP: AtomicBool = AtomicBool::new(false);
+        STOP.store(false, Ordering::Relaxed);
+        for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
+            thread::spawn(|| {
+                let mut work = 1_u64;
+                while !STOP.load(Ordering::Relaxed) {
+                    work = black_box(work.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+                }
+            });
+        }
+        Self(&STOP)
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }

@@ -12,7 +12,6 @@ mod mock;
 mod plain;
 
 use super::{cpu_time, report::Report, stats::Samples};
-use crate::settings::BenchServer;
 use anyhow::Context;
 use child::Child;
 use client::{Client, Load};
@@ -27,12 +26,14 @@ const STREAM: u32 = 300;
 const STREAMS: usize = 64;
 const PACE: Duration = Duration::from_millis(10);
 
-/// Becomes one of the children.
-pub(super) fn serve(what: BenchServer, workers: &[SocketAddr]) -> anyhow::Result<()> {
-    match what {
-        BenchServer::Router => child::router(workers),
-        BenchServer::Plain => plain::serve(PACE),
-    }
+/// Becomes the router.
+pub(super) fn serve(workers: &[SocketAddr]) -> anyhow::Result<()> {
+    child::router(workers)
+}
+
+/// Becomes the plain server.
+pub(super) fn serve_plain() -> anyhow::Result<()> {
+    plain::serve(PACE)
 }
 
 /// Measures every `router/` row that is wanted.

@@ -1,28 +1,57 @@
 //! Two workers' ends of a link, without workers.
 
+use super::{
+    KINDS, Kind,
+    case::{self, Case, Deal, TOKENS},
+};
+use crate::bench::stats::Samples;
 use anyhow::{Context, bail, ensure};
 use engine::KvMemory;
-use kv_cache::{PageId, PageLayout};
-use kv_transfer::{Begin, Commit, Config, Event, HandoffId, Identity, Outcome, Peer, Transfer, TransportKind};
-use rand::{RngCore, SeedableRng, rngs::StdRng};
+use kv_cache::PageId;
+use kv_transfer::{Begin, Commit, Event, HandoffId, Identity, Outcome, Peer, Transfer, TransportKind};
 use std::{
     os::unix::fs::FileExt,
+    process::{Child, Command, Stdio},
+    thread,
     time::{Duration, Instant},
 };
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    sync::mpsc,
+    time::timeout,
+};
 use tokio_util::sync::CancellationToken;
 
-/// Longest wait for any one event.
+/// Longest wait for any one event, and for a child's address.
 const EVENT: Duration = Duration::from_secs(10);
+/// Time from `begin` until pages are pushed: by then the landing is open.
+const OPENS: Duration = Duration::from_millis(2);
 
-/// A source, a target and their pools.
+/// How blocks become final.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Pushes {
+    /// All at one moment, once the landing is open.
+    AtOnce,
+    /// A layer each time this has passed.
+    Layers(Duration),
+    /// So many chunks of pages, each of them a layer each time this has passed.
+    Chunks(u32, Duration),
+}
+
+/// A source, and a target that takes whatever comes.
 pub(super) struct Pair {
-    pub(super) layout: PageLayout,
+    case: Case,
     source: End,
-    target: End,
-    peer: Peer,
+    target: Target,
+    deal: Deal,
     next: u64,
     stop: CancellationToken,
+}
+
+/// Where the target runs. Both end with the pair.
+enum Target {
+    Here(String),
+    Elsewhere(String, Child),
 }
 
 struct End {
@@ -31,96 +60,163 @@ struct End {
     memory: KvMemory,
 }
 
-/// How long one hand-off took.
-pub(super) struct Timing {
-    /// From the last layer pushed until the commit is acknowledged.
-    pub(super) overhead: Duration,
-    /// From `begin` until then.
-    pub(super) whole: Duration,
-}
-
 impl Pair {
-    /// Starts both ends in this process, joined by `kind` and nothing else.
-    pub(super) async fn start(kind: TransportKind, layout: PageLayout) -> anyhow::Result<Self> {
+    /// Starts both ends, joined by `kind` and nothing else.
+    pub(super) async fn start(kind: Kind, case: Case) -> anyhow::Result<Self> {
         let stop = CancellationToken::new();
-        let source = End::start("source", kind, &layout, &stop).await?;
-        let target = End::start("target", kind, &layout, &stop).await?;
+        let source = End::start("source", kind, case, &stop).await?;
         source.fill()?;
-        let peer = Peer { worker: "target".into(), incarnation: 1, link: target.transfer.address() };
-        Ok(Self { layout, source, target, peer, next: 1, stop })
+        let target = if kind.transport == TransportKind::Memory {
+            let end = End::start("target", kind, case, &stop).await?;
+            let address = end.transfer.address();
+            tokio::spawn(async move {
+                if let Err(error) = end.take_all(case).await {
+                    eprintln!("target: {error:#}");
+                }
+            });
+            Target::Here(address)
+        } else {
+            Target::start(kind, case).await.context("start the target")?
+        };
+        Ok(Self { case, source, target, deal: Deal::source(case), next: 1, stop })
     }
 
-    /// Moves a sequence that lies in `from` at the source to `to` at the target. With `pace`, a layer is finished each time that
-    /// has passed; without, all are at once.
-    pub(super) async fn hand_off(
-        &mut self,
-        from: &[PageId],
-        to: &[PageId],
-        pace: Option<Duration>,
-    ) -> anyhow::Result<Timing> {
-        let handoff = HandoffId(self.next);
-        self.next += 1;
-        let tokens = from.len() as u32 * self.layout.page_tokens;
-        let pages = 0..from.len() as u32;
-        let began = Instant::now();
-        self.source.transfer.begin(Begin { handoff, target: self.peer.clone(), tokens, pages: from.to_vec() });
-        match self.target.event().await? {
-            Event::Begun { handoff, .. } => self.target.transfer.open(handoff, to.to_vec(), 0),
-            other => bail!("expected Begun, got {other:?}"),
-        }
-        match pace {
-            Some(pace) => {
-                let mut layers = tokio::time::interval_at(tokio::time::Instant::now() + pace, pace);
-                for layer in 0..self.layout.layers {
-                    layers.tick().await;
-                    self.source.transfer.push(handoff, layer..layer + 1, pages.clone());
-                }
+    /// Returns what is handed over.
+    pub(super) fn case(&self) -> Case {
+        self.case
+    }
+
+    /// Moves every page once: the link is opened, memory is faulted in, and the target checks what lands. Returns why there is no
+    /// such link, if there is none.
+    pub(super) async fn warm_up(&mut self) -> anyhow::Result<Option<String>> {
+        for _ in 0..self.deal.round() {
+            if let Outcome::Refused(reason) = self.hand_off(Pushes::AtOnce).await?.1 {
+                return Ok(Some(reason));
             }
-            None => self.source.transfer.push(handoff, 0..self.layout.layers, pages),
         }
-        let computed = Instant::now();
-        self.source.transfer.commit(handoff, Commit { first_token: 7 });
+        Ok(None)
+    }
+
+    /// Returns the microseconds of each of `count` hand-offs, from their last push until the target owns them.
+    pub(super) async fn measure(&mut self, count: usize, pushes: Pushes) -> anyhow::Result<Samples> {
+        let mut samples = Samples::default();
+        for _ in 0..count {
+            match self.hand_off(pushes).await? {
+                (took, Outcome::Landed) => samples.extend([took.as_secs_f64() * 1e6]),
+                (_, other) => bail!("expected the hand-off to land, got {other:?}"),
+            }
+        }
+        Ok(samples)
+    }
+
+    async fn hand_off(&mut self, pushes: Pushes) -> anyhow::Result<(Duration, Outcome)> {
+        let (handoff, pages) = (HandoffId(self.next), self.deal.next());
+        self.next += 1;
+        let (layers, all) = (self.case.layout().layers, pages.len() as u32);
+        let transfer = &self.source.transfer;
+        transfer.begin(Begin { handoff, targets: vec![self.target.peer()], tokens: TOKENS, pages });
+        // This thread plays the engine's, which computes and pushes without ever waiting for the transfer.
+        let (chunks, step, pace) = match pushes {
+            Pushes::AtOnce => (1, layers, OPENS),
+            Pushes::Layers(pace) => (1, 1, pace),
+            Pushes::Chunks(chunks, pace) => (chunks, 1, pace),
+        };
+        let mut pushed = Instant::now();
+        for chunk in 0..chunks {
+            for layer in (0..layers).step_by(step as usize) {
+                compute(pace);
+                pushed = Instant::now();
+                transfer.push(handoff, layer..layer + step, all * chunk / chunks..all * (chunk + 1) / chunks);
+            }
+        }
+        transfer.commit(handoff, Commit { first_token: 7 });
         match self.source.event().await? {
-            Event::SourceDone { outcome: Outcome::Landed, .. } => {}
+            Event::SourceDone { outcome, .. } => Ok((pushed.elapsed(), outcome)),
             other => bail!("expected the source to be done, got {other:?}"),
         }
-        let timing = Timing { overhead: computed.elapsed(), whole: began.elapsed() };
-        match self.target.event().await? {
-            Event::Landed { .. } => Ok(timing),
-            other => bail!("expected Landed, got {other:?}"),
-        }
     }
+}
 
-    /// Checks that the pages `to` of the target hold what `from` holds at the source.
-    pub(super) fn check(&self, from: &[PageId], to: &[PageId]) -> anyhow::Result<()> {
-        for layer in 0..self.layout.layers {
-            for (from, to) in from.iter().zip(to) {
-                let same = self.source.block(layer, *from)? == self.target.block(layer, *to)?;
-                ensure!(same, "layer {layer}: page {to:?} does not hold what page {from:?} does");
-            }
-        }
-        Ok(())
-    }
+/// Plays an accelerator that computes for so long, while this thread waits for it.
+#[allow(clippy::disallowed_methods)]
+fn compute(pace: Duration) {
+    thread::sleep(pace);
+}
 
-    /// Ends both.
-    pub(super) fn stop(self) {
+impl Drop for Pair {
+    fn drop(&mut self) {
         self.stop.cancel();
     }
 }
 
+impl Target {
+    /// Starts this binary as the target. It prints its address once it is ready.
+    async fn start(kind: Kind, case: Case) -> anyhow::Result<Self> {
+        let program = std::env::current_exe().context("find this binary")?;
+        let what = format!("{}/{}", case.name(), kind.name);
+        let args = ["bench", "--serve", "target", "--only", &what];
+        let child = Command::new(program).args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let mut target = Self::Elsewhere(String::new(), child);
+        if let Self::Elsewhere(address, child) = &mut target {
+            let stdout = child.stdout.take().context("its output is piped")?;
+            let mut lines = BufReader::new(tokio::process::ChildStdout::from_std(stdout)?).lines();
+            let line = timeout(EVENT, lines.next_line()).await.context("wait for its address")??;
+            *address = line.context("it ended")?;
+        }
+        Ok(target)
+    }
+
+    fn peer(&self) -> Peer {
+        let (Self::Here(link) | Self::Elsewhere(link, _)) = self;
+        Peer { worker: "target".into(), incarnation: 1, link: link.clone() }
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        if let Self::Elsewhere(_, child) = self {
+            // It may have ended already; either way nothing of it is left afterwards.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Runs the target of the bench: prints its address, then takes what comes until it is killed or its parent is gone. `what` is
+/// `CASE/KIND`.
+pub(in crate::bench) fn serve(what: &str) -> anyhow::Result<()> {
+    let (case, name) = case::parse(what)?;
+    let kind = KINDS.into_iter().find(|kind| kind.name == name);
+    let kind = kind.with_context(|| format!("{name:?} is no transport of the hand-off bench"))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
+    runtime.block_on(async {
+        let end = End::start("target", kind, case, &CancellationToken::new()).await?;
+        println!("{}", end.transfer.address());
+        let (gone, parent) = tokio::sync::oneshot::channel();
+        thread::spawn(move || {
+            // Ends with the parent, whose end of the pipe closes.
+            let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+            let _ = gone.send(());
+        });
+        tokio::select! {
+            ended = end.take_all(case) => ended,
+            _ = parent => std::process::exit(0),
+        }
+    })
+}
+
 impl End {
-    async fn start(
-        worker: &str,
-        kind: TransportKind,
-        layout: &PageLayout,
-        stop: &CancellationToken,
-    ) -> anyhow::Result<Self> {
-        let memory = KvMemory::new(layout.clone()).context("reserve pages")?;
-        let identity =
-            Identity { worker: worker.into(), incarnation: 1, fingerprint: "bench".into(), layout: layout.clone() };
-        let config = Config { require: Some(kind), ..Config::default() };
+    async fn start(worker: &str, kind: Kind, case: Case, stop: &CancellationToken) -> anyhow::Result<Self> {
+        let memory = KvMemory::new(case.layout()).context("reserve pages")?;
+        let identity = Identity {
+            worker: worker.into(),
+            incarnation: 1,
+            fingerprint: "bench".into(),
+            layout: case.layout(),
+            rank: Default::default(),
+        };
         let (sender, events) = mpsc::channel(64);
-        let transfer = Transfer::start(config, identity, memory.file(), sender, stop.clone()).await?;
+        let transfer = Transfer::start(kind.config(), identity, memory.file(), sender, stop.clone()).await?;
         Ok(Self { transfer, events, memory })
     }
 
@@ -129,23 +225,54 @@ impl End {
         event.context("the transfer has stopped")
     }
 
-    /// Writes random bytes to the whole pool, the same in every run.
-    fn fill(&self) -> anyhow::Result<()> {
-        let mut random = StdRng::seed_from_u64(2);
-        let mut chunk = vec![0; 1 << 20];
-        for offset in (0..self.memory.layout().pool_bytes()).step_by(chunk.len()) {
-            random.fill_bytes(&mut chunk);
-            let length = chunk.len().min(self.memory.layout().pool_bytes() - offset);
-            self.memory.file().write_all_at(&chunk[..length], offset as u64).context("fill the pool")?;
+    /// Target: opens a landing for whatever comes; what lands first in each page is checked.
+    async fn take_all(mut self, case: Case) -> anyhow::Result<()> {
+        let (mut from, mut to) = (Deal::source(case), Deal::target(case));
+        let mut unchecked = to.round();
+        let mut landing = Vec::new();
+        while let Some(event) = self.events.recv().await {
+            match event {
+                Event::Begun { handoff, .. } => {
+                    landing = to.next();
+                    self.transfer.open(handoff, landing.clone(), 0);
+                }
+                Event::Landed { .. } if unchecked > 0 => {
+                    unchecked -= 1;
+                    self.check(&from.next(), &landing)?;
+                }
+                Event::Landed { .. } => {}
+                other => bail!("expected a hand-off to begin or land, got {other:?}"),
+            }
         }
         Ok(())
     }
 
-    fn block(&self, layer: u32, page: PageId) -> anyhow::Result<Vec<u8>> {
+    /// Checks that the pages `to` hold what `from` holds at the source.
+    fn check(&self, from: &[PageId], to: &[PageId]) -> anyhow::Result<()> {
+        let layout = self.memory.layout();
+        let [mut expected, mut landed] = [vec![0; layout.block_bytes()], vec![0; layout.block_bytes()]];
+        for layer in 0..layout.layers {
+            for (from, to) in from.iter().zip(to) {
+                case::contents(layer, *from, &mut expected);
+                let offset = layout.block_offset(layer, *to) as u64;
+                self.memory.file().read_exact_at(&mut landed, offset).context("read a block")?;
+                ensure!(expected == landed, "layer {layer}: page {to:?} does not hold what page {from:?} does");
+            }
+        }
+        Ok(())
+    }
+
+    /// Source: writes the contents of every block.
+    fn fill(&self) -> anyhow::Result<()> {
         let layout = self.memory.layout();
         let mut block = vec![0; layout.block_bytes()];
-        let offset = layout.block_offset(layer, page) as u64;
-        self.memory.file().read_exact_at(&mut block, offset).context("read a block")?;
-        Ok(block)
+        for layer in 0..layout.layers {
+            for page in (0..layout.pages).map(PageId) {
+                case::contents(layer, page, &mut block);
+                let offset = layout.block_offset(layer, page) as u64;
+                self.memory.file().write_all_at(&block, offset).context("fill the pool")?;
+            }
+        }
+        Ok(())
     }
 }

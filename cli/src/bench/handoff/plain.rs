@@ -1,66 +1,223 @@
-//! The same bytes, moved without any protocol.
+//! The same pieces, moved without any protocol.
 
+use super::{
+    Kind,
+    case::{Case, Deal},
+};
 use crate::bench::{machine::loopback_pair, stats::Samples};
 use anyhow::Context;
-use kv_cache::PageLayout;
 use std::{
     hint::black_box,
-    io::{Read, Write},
+    io::{self, IoSlice, IoSliceMut, Read, Write},
+    net::TcpStream,
+    ops::Range,
+    sync::{Arc, mpsc},
     thread,
     time::Instant,
 };
 
-const ROUNDS: usize = 50;
+/// Bytes of one system call.
+const CALL_BYTES: usize = 256 << 10;
 
-/// Returns the median microseconds of copying `bytes` in blocks from pool to pool, on one thread. Blocks are spread over the
-/// pool by a stride, so that neither a cache nor the prefetcher helps more than it does in a real hand-off.
-pub(super) fn memcpy_us(layout: &PageLayout, bytes: usize) -> f64 {
-    let (pool, block) = (layout.pool_bytes(), layout.block_bytes());
-    let source = vec![1_u8; pool];
-    let mut target = vec![0_u8; pool];
-    let blocks = pool / block;
-    // Odd, so that it meets every block of a pool of 2^n blocks before any comes again.
-    let stride = (blocks / 3) | 1;
-    let mut at = 0;
-    let mut copy = || {
-        let began = Instant::now();
-        for _ in 0..bytes / block {
-            let from = at * block;
-            let to = (blocks - 1 - at) * block;
-            target[to..to + block].copy_from_slice(&source[from..from + block]);
-            at = (at + stride) % blocks;
-        }
-        black_box(&mut target);
-        began.elapsed().as_secs_f64() * 1e6
-    };
-    // Faults the pages in.
-    for _ in 0..pool / bytes {
-        copy();
-    }
-    (0..ROUNDS).map(|_| copy()).collect::<Samples>().median()
+/// Moves hand-offs plainly, as a link of a kind would at best.
+pub(super) enum Plain {
+    Memcpy(Memcpy),
+    Sockets(Sockets),
 }
 
-/// Returns the median microseconds from the first byte written until the reader, which holds all `bytes`, has said so.
-pub(super) fn tcp_us(bytes: usize) -> anyhow::Result<f64> {
-    let (mut sender, mut receiver) = loopback_pair()?;
-    let reading = thread::spawn(move || -> std::io::Result<()> {
-        let mut buffer = vec![0; bytes];
-        for _ in 0..=ROUNDS {
-            receiver.read_exact(&mut buffer)?;
-            receiver.write_all(&[1])?;
+impl Plain {
+    pub(super) fn start(kind: Kind, case: Case) -> anyhow::Result<Self> {
+        let mut plain = if kind.shares_memory {
+            Self::Memcpy(Memcpy::new(case))
+        } else {
+            Self::Sockets(Sockets::start(case, kind.config().tcp_streams).context("connect over loopback")?)
+        };
+        // Faults every page in.
+        plain.measure(Deal::source(case).round())?;
+        Ok(plain)
+    }
+
+    /// Returns the microseconds of each of `count` hand-offs.
+    pub(super) fn measure(&mut self, count: usize) -> anyhow::Result<Samples> {
+        let mut samples = Samples::default();
+        for _ in 0..count {
+            let took = match self {
+                Self::Memcpy(memcpy) => memcpy.move_one(),
+                Self::Sockets(sockets) => sockets.move_one()?,
+            };
+            samples.extend([took]);
         }
-        Ok(())
-    });
-    let message = vec![1; bytes];
-    let mut send = || -> std::io::Result<f64> {
+        Ok(samples)
+    }
+}
+
+/// Returns the pieces of the next hand-off in a pool, in the order of layers and pages; neighbours are merged where both pools
+/// have them.
+fn pieces(case: Case, deal: &mut Deal) -> Vec<Range<usize>> {
+    let (layout, pages) = (case.layout(), deal.next());
+    let mut pieces: Vec<Range<usize>> = Vec::new();
+    for layer in 0..layout.layers {
+        for page in &pages {
+            let start = layout.block_offset(layer, *page);
+            match pieces.last_mut() {
+                Some(last) if last.end == start && case == Case::Runs => last.end += layout.block_bytes(),
+                _ => pieces.push(start..start + layout.block_bytes()),
+            }
+        }
+    }
+    pieces
+}
+
+/// `memcpy` on one thread.
+pub(super) struct Memcpy {
+    case: Case,
+    source: (Vec<u8>, Deal),
+    target: (Vec<u8>, Deal),
+}
+
+impl Memcpy {
+    fn new(case: Case) -> Self {
+        let bytes = case.layout().pool_bytes();
+        Self { case, source: (vec![1; bytes], Deal::source(case)), target: (vec![0; bytes], Deal::target(case)) }
+    }
+
+    fn move_one(&mut self) -> f64 {
+        let (from, to) = (pieces(self.case, &mut self.source.1), pieces(self.case, &mut self.target.1));
         let began = Instant::now();
-        sender.write_all(&message)?;
-        sender.read_exact(&mut [0])?;
+        for (from, to) in from.into_iter().zip(to) {
+            self.target.0[to].copy_from_slice(&self.source.0[from]);
+        }
+        black_box(&mut self.target.0);
+        began.elapsed().as_secs_f64() * 1e6
+    }
+}
+
+/// Blocking sockets over loopback, each with its share of the pieces, a thread at either end.
+pub(super) struct Sockets {
+    case: Case,
+    deal: Deal,
+    senders: Vec<mpsc::Sender<Vec<Range<usize>>>>,
+    done: mpsc::Receiver<io::Result<()>>,
+}
+
+impl Sockets {
+    fn start(case: Case, streams: usize) -> io::Result<Self> {
+        let source: Arc<Vec<u8>> = Arc::new(vec![1; case.layout().pool_bytes()]);
+        let (finished, done) = mpsc::channel();
+        let mut senders = Vec::new();
+        for number in 0..streams {
+            let (sender, receiver) = loopback_pair()?;
+            thread::spawn(move || receive(receiver, case, number..streams));
+            let (pieces, wanted) = mpsc::channel();
+            let (source, finished) = (source.clone(), finished.clone());
+            thread::spawn(move || send(sender, &source, &wanted, &finished));
+            senders.push(pieces);
+        }
+        Ok(Self { case, deal: Deal::source(case), senders, done })
+    }
+
+    fn move_one(&mut self) -> anyhow::Result<f64> {
+        let streams = self.senders.len();
+        let pieces = pieces(self.case, &mut self.deal);
+        let shares: Vec<_> = (0..streams).map(|number| share(&pieces, number..streams).to_vec()).collect();
+        let began = Instant::now();
+        for (sender, share) in self.senders.iter().zip(shares) {
+            sender.send(share).context("a plain sender ended")?;
+        }
+        for _ in 0..streams {
+            self.done.recv().context("a plain sender ended")??;
+        }
         Ok(began.elapsed().as_secs_f64() * 1e6)
+    }
+}
+
+/// Returns part `part.start` of `part.end` parts.
+fn share(pieces: &[Range<usize>], part: Range<usize>) -> &[Range<usize>] {
+    let at = |number: usize| pieces.len() * number / part.end;
+    &pieces[at(part.start)..at(part.start + 1)]
+}
+
+fn send(
+    mut stream: TcpStream,
+    pool: &[u8],
+    wanted: &mpsc::Receiver<Vec<Range<usize>>>,
+    finished: &mpsc::Sender<io::Result<()>>,
+) {
+    while let Ok(pieces) = wanted.recv() {
+        let sent = calls(&pieces).try_for_each(|call| {
+            let mut slices: Vec<_> = call.iter().map(|piece| IoSlice::new(&pool[piece.clone()])).collect();
+            let mut rest = slices.as_mut_slice();
+            while !rest.is_empty() {
+                let written = stream.write_vectored(rest)?;
+                IoSlice::advance_slices(&mut rest, written);
+            }
+            Ok(())
+        });
+        let answered = sent.and_then(|()| stream.read_exact(&mut [0]));
+        if finished.send(answered).is_err() {
+            return;
+        }
+    }
+}
+
+/// Reads its share of one hand-off after another and says so after each, until the sender is gone.
+fn receive(mut stream: TcpStream, case: Case, part: Range<usize>) {
+    let mut pool = vec![0; case.layout().pool_bytes()];
+    let mut deal = Deal::target(case);
+    let mut receive_one = || -> io::Result<()> {
+        let pieces = pieces(case, &mut deal);
+        for call in calls(share(&pieces, part.clone())) {
+            let bytes: usize = call.iter().map(ExactSizeIterator::len).sum();
+            let mut read = 0;
+            while read < bytes {
+                let mut slices = slices_mut(&mut pool, call, read);
+                match stream.read_vectored(&mut slices)? {
+                    0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                    more => read += more,
+                }
+            }
+        }
+        stream.write_all(&[1])
     };
-    send().context("warm the connection up")?;
-    let rounds: std::io::Result<Samples> = (0..ROUNDS).map(|_| send()).collect();
-    let median = rounds?.median();
-    reading.join().expect("the reader does not panic")?;
-    Ok(median)
+    while receive_one().is_ok() {}
+}
+
+/// Views pieces of a pool, which may lie in any order, but for their first `skip` bytes.
+fn slices_mut<'a>(pool: &'a mut [u8], pieces: &[Range<usize>], mut skip: usize) -> Vec<IoSliceMut<'a>> {
+    let mut order: Vec<usize> = (0..pieces.len()).collect();
+    order.sort_unstable_by_key(|at| pieces[*at].start);
+    let mut slices: Vec<Option<&mut [u8]>> = pieces.iter().map(|_| None).collect();
+    let (mut rest, mut at) = (pool, 0);
+    for number in order {
+        let piece = &pieces[number];
+        let (_, tail) = rest.split_at_mut(piece.start - at);
+        let (slice, tail) = tail.split_at_mut(piece.len());
+        slices[number] = Some(slice);
+        (rest, at) = (tail, piece.end);
+    }
+    let mut views = Vec::with_capacity(pieces.len());
+    for slice in slices.into_iter().flatten() {
+        let skipped = skip.min(slice.len());
+        skip -= skipped;
+        if skipped < slice.len() {
+            views.push(IoSliceMut::new(&mut slice[skipped..]));
+        }
+    }
+    views
+}
+
+/// Cuts pieces into what one system call moves.
+fn calls(pieces: &[Range<usize>]) -> impl Iterator<Item = &[Range<usize>]> {
+    let mut rest = pieces;
+    std::iter::from_fn(move || {
+        let mut bytes = 0;
+        let count = rest.iter().take_while(|piece| {
+            let fits = bytes == 0 || bytes + piece.len() <= CALL_BYTES;
+            bytes += piece.len();
+            fits
+        });
+        let (call, left) = rest.split_at(count.count());
+        rest = left;
+        (!call.is_empty()).then_some(call)
+    })
 }
