@@ -243,16 +243,18 @@ async fn handed_off_equals_recorded_whatever_comes_first() {
 }
 
 #[tokio::test]
-async fn handed_off_equals_recorded_over_tcp() {
-    let mut pair = Pair::over("tcp", TransportKind::Tcp, small()).await;
-    let prompts = golden();
-    for (attempt, prompt) in prompts.iter().enumerate() {
-        pair.submit(attempt as u64, prompt).await;
+async fn handed_off_equals_recorded_over_tcp_and_shared_memory() {
+    for kind in [TransportKind::Tcp, TransportKind::Shm] {
+        let mut pair = Pair::over(&format!("{kind:?}"), kind, small()).await;
+        let prompts = golden();
+        for (attempt, prompt) in prompts.iter().enumerate() {
+            pair.submit(attempt as u64, prompt).await;
+        }
+        for (attempt, prompt) in prompts.iter().enumerate() {
+            pair.check(attempt as u64, prompt).await;
+        }
+        pair.all_pages_back().await;
     }
-    for (attempt, prompt) in prompts.iter().enumerate() {
-        pair.check(attempt as u64, prompt).await;
-    }
-    pair.all_pages_back().await;
 }
 
 /// Pages of 8 bits change the numbers, and a hand-off changes nothing more.
@@ -270,7 +272,7 @@ async fn pages_of_every_element_type_are_handed_off_as_they_are() {
         for (attempt, prompt) in prompts.iter_mut().enumerate() {
             prompt.greedy = alone.ended(attempt as u64).await.tokens.into_iter().map(|(_, token)| token).collect();
         }
-        for kind in [TransportKind::Memory, TransportKind::Tcp] {
+        for kind in [TransportKind::Memory, TransportKind::Shm, TransportKind::Tcp] {
             let mut pair = Pair::over(&format!("{dtype}-{kind:?}"), kind, engine.clone()).await;
             // The second time the prefixes are cached on both sides.
             for attempt in [0, 100] {

@@ -175,6 +175,7 @@ impl Source {
             incarnation: 1,
             fingerprint: model().info().fingerprint.clone(),
             layout: layout.clone(),
+            rank: Default::default(),
         };
         let (sender, events) = mpsc::channel(16);
         let alive = CancellationToken::new();
@@ -200,7 +201,7 @@ impl Source {
         let pages = (0..self.layout.pages_for(tokens) as u32).map(PageId).collect();
         let Member { id, incarnation, link, .. } = target.clone();
         let target = Peer { worker: id, incarnation, link };
-        self.transfer.begin(Begin { handoff: HandoffId(handoff), target, tokens: tokens as u32, pages });
+        self.transfer.begin(Begin { handoff: HandoffId(handoff), targets: vec![target], tokens: tokens as u32, pages });
     }
 
     /// Waits until the one hand-off it has begun is over.

@@ -106,6 +106,8 @@ async fn three_processes_serve_through_the_death_of_etcd() -> anyhow::Result<()>
     let directory = EtcdDirectory::connect(vec![url], "baton")?;
     let mut observer = directory.watch();
     two_hundred_requests(&client, 1).await?;
+    let links = prefill.admin.metric("baton_handoff_links", &["side=\"source\"", "transport=\"shm\""]).await?;
+    anyhow::ensure!(links == 1.0, "{links} links through shared memory between processes of one host");
 
     // etcd dies while the next 200 run: nobody notices.
     let (served, ()) = tokio::join!(two_hundred_requests(&client, 2), async {

@@ -75,8 +75,10 @@ async fn every_family_continues_as_the_reference_does() -> anyhow::Result<()> {
     for family in FAMILIES.into_iter().chain(QUANTISED) {
         let local = continuations(family, Policy::Local, TransportKind::Memory).await?;
         let memory = continuations(family, Policy::Remote, TransportKind::Memory).await?;
+        let shm = continuations(family, Policy::Remote, TransportKind::Shm).await?;
         let tcp = continuations(family, Policy::Remote, TransportKind::Tcp).await?;
         assert_eq!(local, memory, "{family}: a hand-off in memory changes nothing");
+        assert_eq!(local, shm, "{family}: a hand-off through shared memory changes nothing");
         assert_eq!(local, tcp, "{family}: a hand-off over tcp changes nothing");
 
         let (prompts, binding_gap) = recorded(family);
