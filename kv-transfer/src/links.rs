@@ -18,9 +18,9 @@ use crate::{
     socket::Socket,
     transport::{
         Transport,
-        memory::{self, Memory, Registration},
-        shm::{self, Door, Remote, Shared, Shm, Writer},
-        tcp::{self, Receiver, Tcp},
+        memory::{self, Registration},
+        shm::{self, Door, Remote, Shared, Writer},
+        tcp::{self, Receiver},
     },
 };
 use ::metrics::Counter;
@@ -168,7 +168,7 @@ impl Links {
                 let (pool, token, digest) = (self.pool.clone(), welcome.token, welcome.digest);
                 let path = memory::Path { pool, terms: terms.clone(), token, digest };
                 let gone = || NoLink { reason: format!("{}: its landings are gone", peer.worker), refused: false };
-                Arc::new(Memory::start(welcome.landings, &path, &self.movers, stop).ok_or_else(gone)?)
+                Arc::new(memory::start(welcome.landings, &path, &self.movers, stop).ok_or_else(gone)?)
             }
             TransportKind::Shm => {
                 let same = |remote: &Remote| *remote.pages().layout() == welcome.identity.layout;
@@ -176,14 +176,14 @@ impl Links {
                 let remote = remote.filter(same).ok_or_else(|| NoLink { reason: problem(), refused: false })?;
                 let (pool, terms, digest) = (self.pool.clone(), terms.clone(), welcome.digest);
                 let path = shm::Path { pool, terms, digest, say };
-                Arc::new(Shm::start(remote, &path, &self.movers, stop))
+                Arc::new(shm::start(remote, &path, &self.movers, stop))
             }
             TransportKind::Tcp => {
                 let joins =
                     (0..self.streams as u32).map(|number| self.access.join(&peer.link, welcome.token, &key, number));
                 let streams = futures::future::try_join_all(joins).await?;
                 let path = tcp::Path { pool: self.pool.clone(), terms: terms.clone(), digest: welcome.digest };
-                Arc::new(Tcp::start(streams, &path, &self.movers, stop))
+                Arc::new(tcp::start(streams, &path, &self.movers, stop))
             }
         };
         Ok((stream, welcome, terms, transport))

@@ -23,6 +23,7 @@ use crate::{
     handoffs::Moved,
     inbox::{Inbox, Note},
     link::LinkStop,
+    mover::Movers,
     plan::Copy,
     source::Frame,
     speed::Speed,
@@ -30,9 +31,11 @@ use crate::{
 use std::{
     collections::VecDeque,
     fmt,
+    future::Future,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 use tokio::{sync::Notify, time::Instant};
+use tokio_util::sync::CancellationToken;
 
 /// Bytes moved between two looks at anything else: one system call, one permit. At memory speed some 20 to 60 µs, which bounds
 /// how long a mover's other links, and a seal, wait; small enough to be digested from the second-level cache.
@@ -101,6 +104,52 @@ impl Drop for Job {
         let bytes = if matches!(moved, Moved::Lost) { 0 } else { self.bytes };
         self.speed.finished(Instant::now(), bytes);
         self.inbox.put(Note::Moved(self.frame.handoff, moved));
+    }
+}
+
+/// The source's end of a link whose movers draw frames from one queue. What differs between kinds is what a mover does with one.
+#[derive(Debug)]
+pub(crate) struct Queued {
+    queue: Arc<JobQueue>,
+    stop: CancellationToken,
+}
+
+impl Queued {
+    fn new() -> Self {
+        Self { queue: JobQueue::new(), stop: CancellationToken::new() }
+    }
+
+    /// Runs `moving` on mover `number` until the transport is closed. It ends on its own only with a reason, and the link with it;
+    /// `ended` is the reason where it could give none.
+    fn run(
+        &self,
+        movers: &Movers,
+        number: usize,
+        (link, ended): (&LinkStop, &'static str),
+        moving: impl Future<Output = String> + Send + 'static,
+    ) {
+        let (stop, ends) = (self.stop.clone(), EndsLink(link.clone(), ended));
+        movers.spawn(number, async move {
+            if let Some(reason) = stop.run_until_cancelled(moving).await {
+                ends.0.stop(reason);
+            }
+            drop(ends);
+        });
+    }
+}
+
+impl Transport for Queued {
+    fn post(&self, job: Job) {
+        self.queue.post(job);
+    }
+
+    fn cancel(&self, handoff: HandoffId) {
+        self.queue.cancel(handoff);
+    }
+
+    fn close(&self) {
+        self.queue.close();
+        self.stop.cancel();
     }
 }
 

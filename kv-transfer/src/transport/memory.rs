@@ -4,9 +4,8 @@
 //! copy runs on the *source's* movers, in bursts under the target's permit: closing the landing waits for at most one burst
 //! and then proves that nothing more is written.
 
-use super::{BURST_BYTES, EndsLink, Job, JobQueue, Transport, bursts};
+use super::{BURST_BYTES, Job, JobQueue, Queued, bursts};
 use crate::{
-    HandoffId,
     digest::FrameHasher,
     landing::{Landing, Landings},
     link::LinkStop,
@@ -18,7 +17,6 @@ use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
 };
-use tokio_util::sync::CancellationToken;
 
 /// Landings of this process, by number.
 static REGISTRY: Mutex<Option<HashMap<u64, Weak<Landings>>>> = Mutex::new(None);
@@ -58,13 +56,6 @@ fn registry() -> MutexGuard<'static, Option<HashMap<u64, Weak<Landings>>>> {
     REGISTRY.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The source's end.
-#[derive(Debug)]
-pub(crate) struct Memory {
-    queue: Arc<JobQueue>,
-    stop: CancellationToken,
-}
-
 /// What a link's copiers share.
 #[derive(Clone, Debug)]
 pub(crate) struct Path {
@@ -78,39 +69,18 @@ pub(crate) struct Path {
     pub(crate) digest: bool,
 }
 
-impl Memory {
-    /// Starts copiers on `movers` for the landings under `number`, or `None` when they are gone.
-    pub(crate) fn start(number: u64, path: &Path, movers: &Movers, link: &LinkStop) -> Option<Self> {
-        let landings = registry().as_ref()?.get(&number)?.upgrade()?;
-        let (queue, stop) = (JobQueue::new(), CancellationToken::new());
-        for mover in 0..movers.count() {
-            let (queue, stop, path) = (queue.clone(), stop.clone(), path.clone());
-            let (landings, ends) = (landings.clone(), EndsLink(link.clone(), "a copier ended"));
-            movers.spawn(mover, async move {
-                stop.run_until_cancelled(copy_frames(&queue, &landings, &path)).await;
-                drop(ends);
-            });
-        }
-        Some(Self { queue, stop })
+/// Starts copiers on `movers` for the landings under `number`, or `None` when they are gone.
+pub(crate) fn start(number: u64, path: &Path, movers: &Movers, link: &LinkStop) -> Option<Queued> {
+    let landings = registry().as_ref()?.get(&number)?.upgrade()?;
+    let queued = Queued::new();
+    for mover in 0..movers.count() {
+        let (queue, path, landings) = (queued.queue.clone(), path.clone(), landings.clone());
+        queued.run(movers, mover, (link, "a copier ended"), async move { copy_frames(&queue, &landings, &path).await });
     }
+    Some(queued)
 }
 
-impl Transport for Memory {
-    fn post(&self, job: Job) {
-        self.queue.post(job);
-    }
-
-    fn cancel(&self, handoff: HandoffId) {
-        self.queue.cancel(handoff);
-    }
-
-    fn close(&self) {
-        self.queue.close();
-        self.stop.cancel();
-    }
-}
-
-async fn copy_frames(queue: &JobQueue, landings: &Landings, path: &Path) {
+async fn copy_frames(queue: &JobQueue, landings: &Landings, path: &Path) -> String {
     loop {
         let job = queue.next().await;
         match landings.find(job.frame.handoff, path.token) {

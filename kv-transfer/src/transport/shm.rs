@@ -25,9 +25,8 @@
 
 mod system;
 
-use super::{BURST_BYTES, EndsLink, Job, JobQueue, Transport, bursts};
+use super::{BURST_BYTES, Job, Queued, bursts};
 use crate::{
-    HandoffId,
     auth::{Claim, LinkKey, Proof},
     digest::FrameHasher,
     landing::Landings,
@@ -52,7 +51,6 @@ use tokio::{
     sync::mpsc,
     time::timeout,
 };
-use tokio_util::sync::CancellationToken;
 
 /// Longest a target tries to pass its pool before something else is agreed on: a part of what a handshake may take.
 const SHARE_LIMIT: Duration = Duration::from_millis(800);
@@ -260,13 +258,6 @@ fn check_user(stream: &UnixStream) -> io::Result<()> {
     Err(io::Error::new(ErrorKind::PermissionDenied, reason))
 }
 
-/// The source's end.
-#[derive(Debug)]
-pub(crate) struct Shm {
-    queue: Arc<JobQueue>,
-    stop: CancellationToken,
-}
-
 /// What a link's copiers share.
 #[derive(Clone, Debug)]
 pub(crate) struct Path {
@@ -280,47 +271,24 @@ pub(crate) struct Path {
     pub(crate) say: mpsc::Sender<Message>,
 }
 
-impl Shm {
-    /// Starts copiers on `movers`. The map ends with the last of them.
-    pub(crate) fn start(remote: Remote, path: &Path, movers: &Movers, link: &LinkStop) -> Self {
-        let (queue, stop, remote) = (JobQueue::new(), CancellationToken::new(), Arc::new(remote));
-        for mover in 0..movers.count() {
-            let (queue, stop, path, remote) = (queue.clone(), stop.clone(), path.clone(), remote.clone());
-            let ends = EndsLink(link.clone(), "a copier ended");
-            movers.spawn(mover, async move {
-                let copying = async {
-                    loop {
-                        write_frame(queue.next().await, remote.pages(), &path).await?;
-                    }
-                };
-                let ended: Option<Result<(), String>> = stop.run_until_cancelled(copying).await;
-                if let Some(Err(reason)) = ended {
-                    ends.0.stop(reason);
+/// Starts copiers on `movers`. The map ends with the last of them.
+pub(crate) fn start(remote: Remote, path: &Path, movers: &Movers, link: &LinkStop) -> Queued {
+    let (queued, remote) = (Queued::new(), Arc::new(remote));
+    for mover in 0..movers.count() {
+        let (queue, path, remote) = (queued.queue.clone(), path.clone(), remote.clone());
+        queued.run(movers, mover, (link, "a copier ended"), async move {
+            loop {
+                if let Err(reason) = write_frame(queue.next().await, remote.pages(), &path).await {
+                    return reason;
                 }
-                drop(ends);
-            });
-        }
-        let stopped = stop.clone();
-        movers.spawn(movers.count() - 1, async move {
-            stopped.run_until_cancelled(touch(remote.pages())).await;
+            }
         });
-        Self { queue, stop }
     }
-}
-
-impl Transport for Shm {
-    fn post(&self, job: Job) {
-        self.queue.post(job);
-    }
-
-    fn cancel(&self, handoff: HandoffId) {
-        self.queue.cancel(handoff);
-    }
-
-    fn close(&self) {
-        self.queue.close();
-        self.stop.cancel();
-    }
+    let stopped = queued.stop.clone();
+    movers.spawn(movers.count() - 1, async move {
+        stopped.run_until_cancelled(touch(remote.pages())).await;
+    });
+    queued
 }
 
 /// Fills the page tables of the map, so that copies do not stop at every page they meet for the first time.
@@ -400,6 +368,7 @@ pub(crate) fn written(landings: &Landings, link: u64, frame: Message, digest: bo
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::*;
+    use crate::HandoffId;
     use crate::{
         handoffs::Moved,
         inbox::{Inbox, Note},

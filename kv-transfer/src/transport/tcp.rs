@@ -7,7 +7,7 @@
 //! The *target* writes its own pages. A frame for a landing that is closed, or that fails admission, is read and thrown away,
 //! which is why closing the landing, or the connection, proves that nothing more of it can land.
 
-use super::{BURST_BYTES, EndsLink, Job, JobQueue, Transport};
+use super::{BURST_BYTES, EndsLink, Job, JobQueue, Queued};
 use crate::{
     HandoffId,
     digest::FrameHasher,
@@ -20,10 +20,10 @@ use crate::{
     socket::{Data, Detached},
 };
 use std::{
+    convert::Infallible,
     io::{self, IoSlice, IoSliceMut},
     sync::Arc,
 };
-use tokio_util::sync::CancellationToken;
 
 /// Most extents in one system call; the kernel takes 1024.
 const MOST_SLICES: usize = 256;
@@ -32,13 +32,6 @@ const LONGEST_HEADER: usize = 1 << 20;
 
 /// Bytes thrown away at a time.
 const DISCARD_BYTES: usize = 16 << 10;
-
-/// The source's end.
-#[derive(Debug)]
-pub(crate) struct Tcp {
-    queue: Arc<JobQueue>,
-    stop: CancellationToken,
-}
 
 /// What a link's senders share.
 #[derive(Clone, Debug)]
@@ -51,43 +44,25 @@ pub(crate) struct Path {
     pub(crate) digest: bool,
 }
 
-impl Tcp {
-    /// Starts a sender per connection.
-    pub(crate) fn start(streams: Vec<Detached>, path: &Path, movers: &Movers, link: &LinkStop) -> Self {
-        let (queue, stop) = (JobQueue::new(), CancellationToken::new());
-        for (number, stream) in streams.into_iter().enumerate() {
-            let (queue, stop, path) = (queue.clone(), stop.clone(), path.clone());
-            let ends = EndsLink(link.clone(), "a data connection ended");
-            movers.spawn(number, async move {
-                let sending = async {
-                    let mut stream = stream.attach()?;
-                    loop {
-                        send_frame(&mut stream, queue.next().await, &path).await?;
-                    }
-                };
-                let ended: Option<io::Result<()>> = stop.run_until_cancelled(sending).await;
-                if let Some(Err(error)) = ended {
-                    ends.0.stop(format!("data connection: {error}"));
-                }
-                drop(ends);
-            });
-        }
-        Self { queue, stop }
+/// Starts a sender per connection.
+pub(crate) fn start(streams: Vec<Detached>, path: &Path, movers: &Movers, link: &LinkStop) -> Queued {
+    let queued = Queued::new();
+    for (number, stream) in streams.into_iter().enumerate() {
+        let (queue, path) = (queued.queue.clone(), path.clone());
+        queued.run(movers, number, (link, "a data connection ended"), async move {
+            match send_frames(stream, &queue, &path).await {
+                Ok(never) => match never {},
+                Err(error) => format!("data connection: {error}"),
+            }
+        });
     }
+    queued
 }
 
-impl Transport for Tcp {
-    fn post(&self, job: Job) {
-        self.queue.post(job);
-    }
-
-    fn cancel(&self, handoff: HandoffId) {
-        self.queue.cancel(handoff);
-    }
-
-    fn close(&self) {
-        self.queue.close();
-        self.stop.cancel();
+async fn send_frames(stream: Detached, queue: &JobQueue, path: &Path) -> io::Result<Infallible> {
+    let mut stream = stream.attach()?;
+    loop {
+        send_frame(&mut stream, queue.next().await, path).await?;
     }
 }
 
