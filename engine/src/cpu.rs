@@ -57,6 +57,7 @@ use kernels::Kernels;
 use kv_cache::{PageId, TokenId};
 use latent::LatentBuffers;
 use linear::{Largest, Output};
+use nodes::Stay;
 use norm::{NormOutput, NormTask};
 use packed::PANEL;
 use pages::{LayerPages, Slot};
@@ -229,6 +230,11 @@ impl Cpu {
     /// Returns the instruction set in use.
     pub(crate) fn isa(&self) -> &'static str {
         self.kernels.name
+    }
+
+    /// Keeps the calling thread on a core of its own, if there is one for each thread, until what is returned is dropped.
+    pub(crate) fn stay(&self) -> Stay {
+        self.pool.stay()
     }
 
     /// Starts a step: computes angles and slots of all rows.

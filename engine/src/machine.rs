@@ -102,7 +102,7 @@ impl Probes {
 
 /// Runs `work` once for each thread, a few times, and returns the median time in seconds.
 fn median(pool: &mut Pool, work: &(dyn Fn(usize) + Sync)) -> f64 {
-    let threads = pool.threads();
+    let (threads, _stay) = (pool.threads(), pool.stay());
     let mut rounds = [0.0; ROUNDS];
     for seconds in &mut rounds {
         let start = Instant::now();

@@ -255,6 +255,7 @@ impl Engine {
         self.limits.check(rows)?;
         self.check_adapters(rows)?;
         self.claim_pages(rows)?;
+        let _stay = self.cpu.stay();
         let (mut spans, mut kept) = (reuse(std::mem::take(&mut self.spans)), reuse(std::mem::take(&mut self.kept)));
         self.list(rows, &mut spans, &mut kept);
         self.forward(&spans, &kept, on_layer);

@@ -6,8 +6,11 @@
 //! cores: a thread packs panels of its node's share, so that the system puts them into its node's memory, and takes tasks of
 //! its node's share before it helps the others.
 //!
-//! With one node there is one share, and nobody is told where to run. This has been tried with made-up nodes only: no machine with
-//! two was at hand.
+//! With one node there is one share. Several have been tried as made-up ones only: no machine with two was at hand.
+//!
+//! Where there is a thread for every core, each stays on a core of its own ([`Nodes::stay`]). Left to the system, a thread that is
+//! woken is put beside the one that wakes it when the other core looks taken, as a core of a virtual machine does once its host has
+//! let it sleep; the two then share a core for milliseconds, and memory is read half as fast.
 
 use std::{ops::Range, sync::OnceLock};
 
@@ -18,7 +21,7 @@ pub(crate) struct Nodes {
 }
 
 impl Nodes {
-    /// Returns a machine whose memory is all alike.
+    /// Returns one node of cores that are not known: threads run where they run.
     pub(crate) fn one() -> Self {
         Self { cores: vec![Vec::new()] }
     }
@@ -26,19 +29,24 @@ impl Nodes {
     /// Returns this machine's nodes, read once.
     pub(crate) fn machine() -> &'static Self {
         static NODES: OnceLock<Nodes> = OnceLock::new();
-        NODES.get_or_init(|| Self::from_lists(&system::core_lists(), &system::allowed_cores()))
+        NODES.get_or_init(|| Self::from_lists(&system::core_lists(), &allowed_cores()))
     }
 
     /// Makes nodes of the system's lists of their cores (`0-3,8-11`), of which those in `allowed` count. Nodes without cores,
-    /// which are memory only, are left out.
+    /// which are memory only, are left out; lists that say nothing make one node.
     fn from_lists(lists: &[String], allowed: &[usize]) -> Self {
         let list = |list: &String| {
             let cores = cores_of(list)?;
             Some(allowed.iter().copied().filter(|core| cores.iter().any(|range| range.contains(core))).collect())
         };
-        let Some(mut cores) = lists.iter().map(list).collect::<Option<Vec<Vec<usize>>>>() else { return Self::one() };
+        let mut cores = lists.iter().map(list).collect::<Option<Vec<Vec<usize>>>>().unwrap_or_default();
         cores.retain(|cores| !cores.is_empty());
-        if cores.len() > 1 { Self { cores } } else { Self::one() }
+        if cores.len() > 1 { Self { cores } } else { Self { cores: vec![allowed.to_vec()] } }
+    }
+
+    /// Returns how many cores there are; 0 where they are not known.
+    pub(crate) fn cores(&self) -> usize {
+        self.cores.iter().map(Vec::len).sum()
     }
 
     /// Returns how many there are.
@@ -62,13 +70,54 @@ impl Nodes {
         (0..self.count()).find(|&node| self.share(node, threads).contains(&thread)).unwrap_or(0)
     }
 
-    /// Keeps the calling thread, and those it starts, on the cores of its node: any of them, for the system knows best which is
-    /// free. Where there is one node, or the system refuses, threads run where they run.
+    /// Keeps the calling thread, and those it starts, on its core when there is one for each of `threads`; on those of its node, any
+    /// of them, when there are more threads; where they run when there are fewer, or when the system refuses.
     pub(crate) fn stay(&self, thread: usize, threads: usize) {
-        if self.count() > 1 {
-            system::stay_on(&self.cores[self.of_thread(thread, threads)]);
+        let cores = self.place(thread, threads);
+        if !cores.is_empty() {
+            system::stay_on(&system::Cores::of(cores));
         }
     }
+
+    /// [`Nodes::stay`] until what it returns is dropped.
+    pub(crate) fn stay_a_while(&self, thread: usize, threads: usize) -> Stay {
+        let cores = self.place(thread, threads);
+        let before = if cores.is_empty() { None } else { system::Cores::allowed() };
+        if before.is_some() {
+            system::stay_on(&system::Cores::of(cores));
+        }
+        Stay { before }
+    }
+
+    /// Returns the cores that a thread is to stay on; none where that is the system's to choose.
+    fn place(&self, thread: usize, threads: usize) -> &[usize] {
+        let cores = self.cores();
+        if threads < cores {
+            return &[];
+        }
+        let node = self.of_thread(thread, threads);
+        let first: usize = self.cores[..node].iter().map(Vec::len).sum();
+        if threads == cores { &self.cores[node][thread - first..=thread - first] } else { &self.cores[node] }
+    }
+}
+
+/// A thread's stay on a core, after which it may go where it might before.
+#[derive(Debug)]
+pub(crate) struct Stay {
+    before: Option<system::Cores>,
+}
+
+impl Drop for Stay {
+    fn drop(&mut self) {
+        if let Some(before) = &self.before {
+            system::stay_on(before);
+        }
+    }
+}
+
+/// Returns the cores that the calling thread may use; none where that is not known.
+fn allowed_cores() -> Vec<usize> {
+    system::Cores::allowed().map(|cores| cores.numbers()).unwrap_or_default()
 }
 
 /// Reads a list of cores as the kernel writes it: numbers and ranges, both ends included; `None` for anything else.
@@ -95,31 +144,44 @@ mod system {
         nodes.into_iter().map(|(_, list)| list).collect()
     }
 
-    /// Returns the cores that this process may use; none when there are more than the system's set holds.
-    pub(super) fn allowed_cores() -> Vec<usize> {
-        let mut set = empty_set();
-        // SAFETY: the set is valid for as many bytes as are named, and core numbers stay below its size.
-        unsafe {
-            if libc::sched_getaffinity(0, size_of_val(&set), &raw mut set) != 0 {
-                return Vec::new();
-            }
-            (0..libc::CPU_SETSIZE as usize).filter(|core| libc::CPU_ISSET(*core, &set)).collect()
+    /// A set of cores.
+    #[derive(Clone, Copy)]
+    pub(super) struct Cores(libc::cpu_set_t);
+
+    impl Cores {
+        /// Returns those that the calling thread may use; `None` when there are more than the system's set holds.
+        pub(super) fn allowed() -> Option<Self> {
+            let mut cores = Self::of(&[]);
+            // SAFETY: the set is valid for as many bytes as are named.
+            let failed = unsafe { libc::sched_getaffinity(0, size_of_val(&cores.0), &raw mut cores.0) } != 0;
+            (!failed).then_some(cores)
+        }
+
+        /// Makes a set of `cores`, which came from [`Cores::numbers`].
+        pub(super) fn of(cores: &[usize]) -> Self {
+            // SAFETY: a set is an array of bits, and none of them set is an empty one.
+            let mut set = unsafe { std::mem::zeroed() };
+            // SAFETY: a core's number is below the set's size.
+            cores.iter().for_each(|core| unsafe { libc::CPU_SET(*core, &mut set) });
+            Self(set)
+        }
+
+        pub(super) fn numbers(&self) -> Vec<usize> {
+            // SAFETY: as above.
+            (0..libc::CPU_SETSIZE as usize).filter(|core| unsafe { libc::CPU_ISSET(*core, &self.0) }).collect()
         }
     }
 
-    /// Keeps the calling thread on `cores`, which came from [`allowed_cores`].
-    pub(super) fn stay_on(cores: &[usize]) {
-        let mut set = empty_set();
-        // SAFETY: as above. That the system refuses costs speed alone.
-        unsafe {
-            cores.iter().for_each(|core| libc::CPU_SET(*core, &mut set));
-            libc::sched_setaffinity(0, size_of_val(&set), &raw const set);
+    impl std::fmt::Debug for Cores {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.debug_list().entries(self.numbers()).finish()
         }
     }
 
-    fn empty_set() -> libc::cpu_set_t {
-        // SAFETY: a set is an array of bits, and none of them set is an empty one.
-        unsafe { std::mem::zeroed() }
+    /// Keeps the calling thread on `cores`. That the system refuses costs speed alone.
+    pub(super) fn stay_on(cores: &Cores) {
+        // SAFETY: the set is valid for as many bytes as are named.
+        unsafe { libc::sched_setaffinity(0, size_of_val(&cores.0), &raw const cores.0) };
     }
 }
 
@@ -129,17 +191,30 @@ mod system {
         Vec::new()
     }
 
-    pub(super) fn allowed_cores() -> Vec<usize> {
-        Vec::new()
+    #[derive(Debug)]
+    pub(super) struct Cores;
+
+    impl Cores {
+        pub(super) fn allowed() -> Option<Self> {
+            None
+        }
+
+        pub(super) fn of(_: &[usize]) -> Self {
+            Self
+        }
+
+        pub(super) fn numbers(&self) -> Vec<usize> {
+            Vec::new()
+        }
     }
 
-    pub(super) fn stay_on(_: &[usize]) {}
+    pub(super) fn stay_on(_: &Cores) {}
 }
 
 /// Two nodes of equal size that share the cores of this machine: everything but their effect on speed can be seen on it.
 #[cfg(test)]
 pub(crate) fn made_up() -> Nodes {
-    let cores = system::allowed_cores();
+    let cores = allowed_cores();
     Nodes { cores: vec![cores.clone(), cores] }
 }
 
@@ -153,7 +228,6 @@ mod tests {
 
     #[test]
     fn nodes_are_what_the_system_says_and_the_process_may_use() {
-        let one = Nodes::one().cores;
         let all: Vec<usize> = (0..16).collect();
         let check = |lists: &[&str], allowed: &[usize], expected: &[&[usize]]| {
             assert_eq!(nodes(lists, allowed), expected, "{lists:?} {allowed:?}");
@@ -172,7 +246,7 @@ mod tests {
             (&["0-7", "x"], &all),
             (&["0-7", "99999999999999999999999"], &all),
         ] {
-            assert_eq!(nodes(lists, allowed), one, "{lists:?} {allowed:?}");
+            assert_eq!(nodes(lists, allowed), [allowed], "{lists:?} {allowed:?}");
         }
     }
 
@@ -197,20 +271,36 @@ mod tests {
     }
 
     #[test]
+    fn threads_have_cores_of_their_own_where_there_is_one_for_each() {
+        let place = |cores: &[&[usize]], threads: usize| -> Vec<Vec<usize>> {
+            let nodes = Nodes { cores: cores.iter().map(|cores| cores.to_vec()).collect() };
+            (0..threads).map(|thread| nodes.place(thread, threads).to_vec()).collect()
+        };
+        assert_eq!(place(&[&[2, 5]], 2), [[2], [5]]);
+        assert_eq!(place(&[&[2, 5], &[7]], 3), [[2], [5], [7]]);
+        assert_eq!(place(&[&[2, 5], &[7, 9]], 3), [[]; 3].map(|none: [usize; 0]| none.to_vec()));
+        assert_eq!(place(&[&[2, 5]], 3), [[2, 5]; 3]);
+        assert_eq!(place(&[&[2], &[7]], 4), [[2], [2], [7], [7]]);
+        assert_eq!(place(&[&[]], 2), [[]; 2].map(|none: [usize; 0]| none.to_vec()), "cores that are not known");
+    }
+
+    #[test]
     #[cfg(target_os = "linux")]
-    fn a_thread_stays_on_its_nodes_cores() {
-        let allowed = system::allowed_cores();
-        let nodes = Nodes { cores: allowed.iter().map(|core| vec![*core]).collect() };
+    fn a_thread_stays_on_its_core_for_as_long_as_it_is_told_to() {
+        let allowed = allowed_cores();
+        let nodes = Nodes { cores: vec![allowed.clone()] };
         for thread in 0..allowed.len() {
-            let nodes = nodes.clone();
-            let threads = allowed.len();
-            let seen = std::thread::spawn(move || {
-                nodes.stay(thread, threads);
-                system::allowed_cores()
-            });
-            let expected = if threads > 1 { vec![allowed[thread]] } else { allowed.clone() };
-            assert_eq!(seen.join().expect("a thread"), expected);
+            let (nodes, allowed) = (nodes.clone(), allowed.clone());
+            let stays = move || {
+                let stay = nodes.stay_a_while(thread, allowed.len());
+                assert_eq!(allowed_cores(), [allowed[thread]]);
+                drop(stay);
+                assert_eq!(allowed_cores(), allowed);
+                nodes.stay(thread, allowed.len());
+                assert_eq!(allowed_cores(), [allowed[thread]]);
+            };
+            std::thread::spawn(stays).join().expect("a thread");
         }
-        assert_eq!(system::allowed_cores(), allowed, "the caller's are as they were");
+        assert_eq!(allowed_cores(), allowed, "the caller's are as they were");
     }
 }

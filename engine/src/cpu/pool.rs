@@ -9,10 +9,10 @@
 //!
 //! Tasks that follow each other read weights that do. On a machine with several memory nodes ([`super::nodes`]) a thread takes the
 //! tasks of its node's share first, and those of the others when there are no more. For that it must stay on its node's cores,
-//! which it does when the pool has a thread for every core: a smaller one is best placed by the system. The caller is never told
-//! where to run, because threads inherit that.
+//! which it does when the pool has a thread for every core: a smaller one is best placed by the system. The caller stays on its own
+//! for a [while](Pool::stay) only, because threads that it starts inherit that.
 
-use super::nodes::Nodes;
+use super::nodes::{Nodes, Stay};
 use crate::Error;
 use std::{
     cell::UnsafeCell,
@@ -86,8 +86,8 @@ impl fmt::Debug for Pool {
 impl Pool {
     /// Starts `threads - 1` threads beside the caller, and returns when they run: what a thread needs to start is not part of a job.
     pub(crate) fn new(threads: usize) -> Result<Self, Error> {
-        let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
-        Self::on(if threads < cores { Nodes::one() } else { Nodes::machine().clone() }, threads)
+        let machine = Nodes::machine();
+        Self::on(if threads < machine.cores() { Nodes::one() } else { machine.clone() }, threads)
     }
 
     /// Starts threads that are spread over `nodes`.
@@ -123,6 +123,11 @@ impl Pool {
     /// Returns the number of threads, the caller included.
     pub(crate) fn threads(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// Keeps the caller on its core, if each thread has one, until what is returned is dropped.
+    pub(crate) fn stay(&self) -> Stay {
+        self.shared.nodes.stay_a_while(0, self.threads())
     }
 
     /// Runs tasks `0 .. tasks`, each once, on whichever threads have time, and returns when all are done.
