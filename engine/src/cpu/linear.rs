@@ -636,6 +636,15 @@ impl Ahead {
         Self { at, step: bytes / tiles, tile: bytes / tiles * steps }
     }
 
+    /// Asks for `bytes` that lie between two steps.
+    #[inline(always)]
+    pub(crate) fn between<S: Simd>(&mut self, simd: S, bytes: usize) {
+        for line in (0..bytes).step_by(64) {
+            simd.prefetch(self.at.wrapping_add(line));
+        }
+        self.at = self.at.wrapping_add(bytes);
+    }
+
     /// Returns the share of the next tile.
     #[inline(always)]
     pub(crate) fn share(&mut self) -> Self {

@@ -101,6 +101,8 @@ pub(crate) trait Simd: Copy {
     fn dot_halves(self, sum: Self::W, a: Self::W, b: Self::W) -> Self::W;
     /// `words >> (4 * nibbles) & mask`.
     fn field(self, words: Self::W, nibbles: usize, mask: u32) -> Self::W;
+    /// Adds words.
+    fn add_words(self, a: Self::W, b: Self::W) -> Self::W;
     /// Converts words that are i32 to floats.
     fn integers(self, words: Self::W) -> Self::F;
     /// Turns a square of `LANES` rows of `LANES` words, `from_stride` and `to_stride` words from row to row.

@@ -56,6 +56,8 @@ pub(crate) trait Code<S: Simd> {
     /// Returns step `step` of a word of each output.
     fn step(simd: S, words: S::W, step: usize) -> Self::Columns;
     fn accumulate(simd: S, sum: Self::Sum, input: u32, columns: Self::Columns) -> Self::Sum;
+    /// Adds two sums of parts of a segment.
+    fn join(simd: S, a: Self::Sum, b: Self::Sum) -> Self::Sum;
     /// Ends a segment.
     fn finish(simd: S, sum: Self::Sum) -> S::F;
 }
@@ -110,6 +112,11 @@ impl<S: Simd, const BITS: usize> Code<S> for Integers<BITS> {
     }
 
     #[inline(always)]
+    fn join(simd: S, a: S::W, b: S::W) -> S::W {
+        simd.add_words(a, b)
+    }
+
+    #[inline(always)]
     fn finish(simd: S, sum: S::W) -> S::F {
         simd.integers(sum)
     }
@@ -139,6 +146,11 @@ impl<S: Simd> Code<S> for W8a8 {
     #[inline(always)]
     fn accumulate(simd: S, sum: S::W, input: u32, columns: S::W) -> S::W {
         simd.dot_bytes(sum, columns, simd.splat_word(input))
+    }
+
+    #[inline(always)]
+    fn join(simd: S, a: S::W, b: S::W) -> S::W {
+        simd.add_words(a, b)
     }
 
     #[inline(always)]
@@ -175,6 +187,11 @@ impl<S: DotBf16> Code<S> for Fp8 {
     #[inline(always)]
     fn start(simd: S, _: i32) -> S::F {
         simd.splat(0.0)
+    }
+
+    #[inline(always)]
+    fn join(simd: S, a: S::F, b: S::F) -> S::F {
+        simd.add(a, b)
     }
 
     #[inline(always)]
@@ -382,6 +399,9 @@ unsafe fn sum_tile<S: Simd, C: Code<S>, const ROWS: usize, const VECTORS: usize,
             if EXPANDED { tile.expanded.step::<S, C>(at - tile.first) } else { groups.word(tile.panel, at, C::CODE) };
         let panel = panel.cast::<u32>().wrapping_add(tile.column);
         let header = tile.panel.wrapping_add(at / groups.inputs * groups.bytes);
+        if ROWS == 1 && at.is_multiple_of(groups.inputs) {
+            ahead.between(simd, groups.header_bytes());
+        }
         // SAFETY: all reads and writes below are within what the caller vouches for: a row has a scale and a sum for each segment,
         // and codes up to whole words; a panel has whole words, and scales for the group that the segment is in.
         unsafe {
@@ -392,6 +412,9 @@ unsafe fn sum_tile<S: Simd, C: Code<S>, const ROWS: usize, const VECTORS: usize,
                     sums[row] = [C::start(simd, inputs); VECTORS];
                 });
             }
+            // One row's sums would wait for each other: where order is of no consequence every other step has its own.
+            let apart = ROWS == 1 && C::INPUTS != Inputs::Bf16 && C::STEPS > 1;
+            let mut others = [C::start(simd, 0); VECTORS];
             // What is expanded is read step by step, each a word of its own.
             let (words, steps) = if EXPANDED { (words * C::STEPS, 1) } else { (words, C::STEPS) };
             let mut input = tile.input.add(at * C::INPUTS.bytes());
@@ -408,10 +431,16 @@ unsafe fn sum_tile<S: Simd, C: Code<S>, const ROWS: usize, const VECTORS: usize,
                     unrolled!(row < ROWS, {
                         let input = input.add(row * tile.input_stride).cast::<u32>().read_unaligned();
                         unrolled!(vector < VECTORS, {
-                            sums[row][vector] = C::accumulate(simd, sums[row][vector], input, columns[vector]);
+                            let sum = if apart && step % 2 == 1 { &mut others[vector] } else { &mut sums[row][vector] };
+                            *sum = C::accumulate(simd, *sum, input, columns[vector]);
                         });
                     });
                     input = input.add(4);
+                });
+            }
+            if apart {
+                unrolled!(vector < VECTORS, {
+                    sums[0][vector] = C::join(simd, sums[0][vector], others[vector]);
                 });
             }
             let mut scales = [simd.splat(0.0); VECTORS];

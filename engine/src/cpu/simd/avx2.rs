@@ -247,6 +247,11 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn add_words(self, a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_add_epi32(a, b) }
+    }
+
+    #[inline(always)]
     fn integers(self, words: __m256i) -> __m256 {
         unsafe { _mm256_cvtepi32_ps(words) }
     }

@@ -329,6 +329,11 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    fn add_words(self, a: W, b: W) -> W {
+        unsafe { std::array::from_fn(|i| vaddq_u32(a[i], b[i])) }
+    }
+
+    #[inline(always)]
     fn integers(self, words: W) -> F {
         unsafe { words.map(|words| vcvtq_f32_s32(vreinterpretq_s32_u32(words))) }
     }

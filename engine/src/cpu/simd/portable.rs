@@ -230,6 +230,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn add_words(self, a: [u32; LANES], b: [u32; LANES]) -> [u32; LANES] {
+        std::array::from_fn(|lane| a[lane].wrapping_add(b[lane]))
+    }
+
+    #[inline(always)]
     fn integers(self, words: [u32; LANES]) -> F {
         words.map(|word| word as i32 as f32)
     }
