@@ -47,6 +47,8 @@ impl Offer {
     pub(crate) fn new(config: &Config, identity: Identity, process: u64, shares: Result<String, String>) -> Self {
         let transports = config.require.map_or(TRANSPORTS.to_vec(), |only| vec![only]);
         let digest = match config.verify {
+            // TLS has authenticated what arrives.
+            Verify::Auto if config.tls.is_some() => Vec::new(),
             Verify::Auto => vec![TransportKind::Tcp],
             Verify::Full => TRANSPORTS.to_vec(),
             Verify::Counts => Vec::new(),
@@ -155,7 +157,7 @@ fn terms(source: &Identity, target: &Identity, lossy: bool) -> Result<Terms, Str
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{auth::Proof, testing::identity};
+    use crate::{TlsConfig, auth::Proof, testing::identity};
     use kv_cache::KvDtype;
 
     fn offer(worker: &str, change: impl FnOnce(&mut Config, &mut Identity)) -> Offer {
@@ -230,6 +232,11 @@ mod tests {
         assert_eq!(answer(&source, &apart(plain.clone())), Ok((Shm, false)));
         assert_eq!(answer(&source, &elsewhere(plain.clone())), Ok((Tcp, true)));
         assert_eq!(answer(&source, &with(|config| config.require = Some(Tcp))), Ok((Tcp, true)));
+        let tls = |config: &mut Config, _: &mut Identity| {
+            let file = std::path::PathBuf::from("worker.pem");
+            config.tls = Some(TlsConfig { ca: file.clone(), cert: file.clone(), key: file, name: None });
+        };
+        assert_eq!(answer(&offer("prefill", tls), &elsewhere(offer("decode", tls))), Ok((Tcp, false)), "TLS digests");
         assert_eq!(answer(&source, &with(|config| config.verify = Verify::Full)), Ok((Memory, true)));
         let counts = |config: &mut Config| config.verify = Verify::Counts;
         assert_eq!(answer(&source, &elsewhere(with(counts))), Ok((Tcp, true)), "the source wants digests");

@@ -12,7 +12,8 @@
 //! Memory of a link: its socket buffers, one header and system calls of 256 KiB straight from and
 //! into pages per data connection, at most one control frame (4 MiB) being read, and descriptors of the blocks still to go. A
 //! link over `shm` has no data connections; at its source, the map of the target's pool has page tables of a 512th of the
-//! pool's size (the pages themselves are the target's, and counted once).
+//! pool's size (the pages themselves are the target's, and counted once). With TLS each connection holds up to 64 KiB that are
+//! encrypted and have not left, and up to two records (2 x 18 KiB) that came and were not read.
 
 mod auth;
 mod convert;
@@ -42,6 +43,7 @@ mod simulation;
 mod socket;
 mod source;
 mod speed;
+mod streaming;
 mod target;
 #[cfg(test)]
 mod testing;
@@ -194,6 +196,16 @@ impl Default for Config {
     }
 }
 
+impl Config {
+    /// Reads the files that are named, to find what is wrong with them before anything starts.
+    ///
+    /// # Errors
+    /// [`Error::ClusterToken`] and [`Error::Tls`], as [`Transfer::start`] would return them.
+    pub fn check_files(&self) -> Result<(), Error> {
+        link::Access::new(self).map(|_| ())
+    }
+}
+
 /// Files in PEM that make a worker's links TLS. They are read again when they change.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -213,7 +225,7 @@ pub struct TlsConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verify {
-    /// `Full` over tcp, `Counts` in memory, shared or not.
+    /// `Full` over tcp in clear text; `Counts` in memory, shared or not, and where TLS authenticates every byte.
     Auto,
     /// Page count, bytes and a digest of the contents.
     Full,

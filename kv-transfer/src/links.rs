@@ -149,7 +149,7 @@ impl Links {
         };
         self.arrive(Arrival::Up(link, up)).await;
         let pings = self.pings(welcome.ping_ms);
-        let reason = link::carry(link, stream, messages, &self.arrivals, stop, pings).await;
+        let reason = link::carry(link, stream.into_split(), messages, &self.arrivals, stop, pings).await;
         // Whatever ended it, its data path ends too.
         stop.stop(reason.clone());
         transport.close();
@@ -393,7 +393,7 @@ impl Links {
         let (outgoing, messages) = mpsc::channel(MOST_MESSAGES);
         let up = Up { peer, incarnation, token, kind, terms, role: Role::Target(outgoing, stop.clone()) };
         self.arrive(Arrival::Up(link, up)).await;
-        let reason = link::carry(link, stream, messages, &self.arrivals, stop, self.pings(ping_ms)).await;
+        let reason = link::carry(link, stream.into_split(), messages, &self.arrivals, stop, self.pings(ping_ms)).await;
         stop.stop(reason.clone());
         self.arrive(Arrival::Down { link, reason, refused: false }).await;
     }
@@ -417,10 +417,8 @@ impl Links {
 mod tests {
     use super::*;
     use crate::{
-        auth::ClusterKey,
         inbox::Inbox,
         message::Invitation,
-        socket::Sockets,
         testing::{identity, key, sealed_pool},
     };
 
@@ -442,10 +440,7 @@ mod tests {
         let offer = Offer::new(config, identity, 1, Ok(host));
         let (arrivals, _) = mpsc::channel(1);
         let movers = Movers::start(1).expect("threads");
-        let access = Access {
-            sockets: Sockets::new(None).expect("clear text"),
-            cluster: ClusterKey::read(None).expect("no file"),
-        };
+        let access = Access::new(&Config::default()).expect("no files");
         (Links::new(config, (offer, access), (pool, landings), Some(shared), movers, arrivals), hello)
     }
 

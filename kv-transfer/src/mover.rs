@@ -5,6 +5,10 @@
 //! has a few threads of its own, each running a single-threaded reactor on which every link's data connections live. Their
 //! number does not grow with the number of links, an idle one costs nothing, and nothing on them waits other than by being
 //! woken by the kernel: no polling peer is needed, however busy the cores are.
+//!
+//! The first of them is *home* to all else of the links, too: listener, control connections and driver. Waking another thread costs
+//! some 20 µs, as much as copying 300 KiB; at home a push, its copy, its report and the commit that follows it are one wake-up, and
+//! a message that arrives is another. In return whoever copies there lets the others in after every burst.
 
 use std::{future::Future, io, thread};
 use tokio::runtime::{Builder, Handle};
@@ -23,7 +27,7 @@ impl Movers {
         // Made first: when a later thread cannot be had, dropping it ends the earlier ones.
         let mut movers = Self { handles: Vec::new(), stop: CancellationToken::new() };
         for number in 0..count.max(1) {
-            let runtime = Builder::new_current_thread().enable_io().build()?;
+            let runtime = Builder::new_current_thread().enable_all().build()?;
             movers.handles.push(runtime.handle().clone());
             let stop = movers.stop.clone();
             thread::Builder::new()
@@ -36,6 +40,11 @@ impl Movers {
     /// Returns their number.
     pub(crate) fn count(&self) -> usize {
         self.handles.len()
+    }
+
+    /// Returns the home of what is not moving bytes.
+    pub(crate) fn home(&self) -> &Handle {
+        &self.handles[0]
     }
 
     /// Runs `task` on mover `number`, wrapping around. Until then nothing of it runs; sockets are to be registered inside.

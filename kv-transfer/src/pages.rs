@@ -15,6 +15,7 @@ use crate::{
     Error,
     convert::convert,
     plan::{self, Copy, Extent, Piece, Place, Terms},
+    streaming,
 };
 use kv_cache::{PageId, PageLayout};
 use std::{fs::File, io, os::fd::AsRawFd, ptr};
@@ -188,16 +189,20 @@ impl Pages {
         }
     }
 
-    /// Copies blocks of `source` into landing blocks here.
+    /// Copies blocks of `source` into landing blocks here, one copy after the other.
     ///
     /// # Safety
     /// As [`Pages::bytes`] for the source's bytes and [`Pages::bytes_mut`] for ours.
-    pub(crate) unsafe fn copy_from(&self, source: &Pages, copy: Copy) {
-        let from = source.address(copy.source, copy.bytes);
-        let to = self.address(copy.target, copy.bytes);
-        // SAFETY: both valid for the length (checked); source and landing blocks are distinct even when both pools are the
-        // same file, since no page is a source and a landing at once (caller).
-        unsafe { ptr::copy_nonoverlapping(from, to, copy.bytes) };
+    pub(crate) unsafe fn copy_from(&self, source: &Pages, copies: &[Copy]) {
+        for (at, copy) in copies.iter().enumerate() {
+            let from = source.address(copy.source, copy.bytes);
+            let to = self.address(copy.target, copy.bytes);
+            let next =
+                copies.get(at + 1).map_or(ptr::null(), |next| source.address(next.source, next.bytes).cast_const());
+            // SAFETY: both valid for the length (checked); source and landing blocks are distinct even when both pools are the
+            // same file, since no page is a source and a landing at once (caller).
+            unsafe { streaming::copy(from, to, copy.bytes, next) };
+        }
     }
 }
 
@@ -258,7 +263,7 @@ mod tests {
         // SAFETY: this test is the only user of both pools.
         unsafe {
             source.bytes_mut(from).fill(9);
-            target.copy_from(&source, Copy { source: from.offset, target: to.offset, bytes: from.bytes });
+            target.copy_from(&source, &[Copy { source: from.offset, target: to.offset, bytes: from.bytes }]);
         }
         let landed = crate::testing::contents(&target_file, &theirs);
         assert!(landed[to.offset..to.offset + to.bytes].iter().all(|byte| *byte == 9));

@@ -236,7 +236,9 @@ impl Ranks {
     /// A leg is about to begin here.
     fn leg_begins(&mut self, now: Duration, id: HandoffId, terms: &Arc<Terms>, out: &mut Vec<Action>) {
         let handoff = leg(id, terms.source_rank, terms.target_rank);
-        if let Some(reason) = self.handoffs.remembered(handoff) {
+        // The leg between the first ranks has the hand-off's own id: that it has ended says nothing of the others.
+        let going = self.receiving.get(&handoff).is_some_and(|receiving| !receiving.dead);
+        if let Some(reason) = self.handoffs.remembered(handoff).filter(|_| !going) {
             let reason = reason.to_owned();
             return self.handoffs.request(now, Request::Abort { handoff: id, reason }, out);
         }

@@ -36,6 +36,9 @@ use std::{collections::VecDeque, ops::Range, sync::Arc, time::Duration};
 /// Frames of one hand-off that may be in flight at once: enough to keep every stream of a link busy.
 const WINDOW: u32 = 16;
 
+/// Largest frame, where a block is no larger: what is called off need not wait long for those in flight, and streams end together.
+const MOST_FRAME_BYTES: usize = 1 << 20;
+
 /// How long the link or the target gets to say why a frame was lost, before "lost" must do as the reason.
 const EXPLANATION: Duration = Duration::from_millis(500);
 
@@ -350,8 +353,11 @@ impl Source {
         let (landing, have, terms) = (landing.clone(), *have, way.terms.clone());
         let group = self.limits.group_bytes.unwrap_or_else(|| self.best_group(now, have, way));
         self.deadline = now + self.limits.progress;
-        if flush || self.gathered_bytes(have, &terms) >= group {
-            let frame = (group / self.limits.group_frames).max(LEAST_GROUP_BYTES.min(group));
+        let gathered = self.gathered_bytes(have, &terms);
+        if flush || gathered >= group {
+            // What came all at once leaves in few frames, since each costs a report on both sides.
+            let leaves = if self.limits.group_bytes.is_none() { gathered.max(group) } else { group };
+            let frame = (leaves / self.limits.group_frames).clamp(LEAST_GROUP_BYTES.min(group), MOST_FRAME_BYTES);
             let limit = (frame / terms.block_bytes()).max(1) as u32;
             let gathered = std::mem::take(&mut self.gathered);
             let travel = |pages| self.travel_of(pages, &terms);

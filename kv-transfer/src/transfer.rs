@@ -2,7 +2,6 @@
 
 use crate::{
     Begin, Commit, Config, Error, Event, Fetch, HandoffId, Identity,
-    auth::ClusterKey,
     driver::{Driver, Live, Parts},
     handoffs::{Handoffs, Request},
     handshake::Offer,
@@ -14,7 +13,6 @@ use crate::{
     mover::Movers,
     pages::Pages,
     ranks::Ranks,
-    socket::Sockets,
     source::Limits,
     speed::Speed,
     transport::{memory, shm::Shared},
@@ -75,10 +73,7 @@ impl Transfer {
         events: mpsc::Sender<Event>,
         shutdown: CancellationToken,
     ) -> Result<Self, Error> {
-        let access = Access {
-            sockets: Sockets::new(config.tls.as_ref())?,
-            cluster: ClusterKey::read(config.cluster_token_file.as_deref())?,
-        };
+        let access = Access::new(&config)?;
         let pool = Arc::new(Pages::map(pages, identity.layout.clone())?);
         let listen = |source| Error::Listen { address: config.listen, source };
         let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
@@ -88,6 +83,11 @@ impl Transfer {
         }
         let streams = config.tcp_streams.clamp(1, MOST_STREAMS);
         let movers = Movers::start(streams).map_err(Error::Threads)?;
+        let home = movers.home().clone();
+        let listener = {
+            let _reactor = home.enter();
+            listener.into_std().and_then(TcpListener::from_std).map_err(listen)?
+        };
 
         let inbox = Arc::new(Inbox::default());
         let landings = Arc::new(Landings::new(pool.clone(), inbox.clone()));
@@ -97,7 +97,7 @@ impl Transfer {
         let offer = Offer::new(&config, identity.clone(), memory::process(), shares);
         let links = Links::new(&config, (offer, access), (pool, landings.clone()), shared.ok(), movers, arrivals);
         let accepting = CancellationToken::new();
-        links.tasks.spawn(links.clone().accept(listener, accepting.clone()));
+        links.tasks.spawn_on(links.clone().accept(listener, accepting.clone()), &home);
 
         let inner = Inner {
             address: advertised(config.advertise.as_deref(), bound),
@@ -125,7 +125,21 @@ impl Transfer {
             address: inner.address.clone(),
             _accepting: accepting.drop_guard(),
         });
-        links.tasks.spawn(driver.run(shutdown));
+        // It runs on threads of our own, and ends with the runtime of the worker all the same.
+        let alive = CancellationToken::new();
+        let ends = alive.clone().drop_guard();
+        let running = alive.clone();
+        links.tasks.spawn_on(
+            async move {
+                running.run_until_cancelled(driver.run(shutdown)).await;
+                drop(ends);
+            },
+            &home,
+        );
+        tokio::spawn(async move {
+            let _gone = alive.clone().drop_guard();
+            alive.cancelled().await;
+        });
         Ok(Self { inner: Arc::new(inner) })
     }
 

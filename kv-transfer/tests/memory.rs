@@ -4,7 +4,10 @@ mod support;
 
 use kv_cache::PageId;
 use kv_transfer::{Config, Event, HandoffId, Outcome, TransportKind};
-use support::{Worker, identity, only};
+use support::{
+    Worker, identity, only,
+    tls::{Files, authority},
+};
 
 /// Pages of each pool: 100 MiB.
 const PAGES: u32 = 2_133;
@@ -34,8 +37,11 @@ async fn hand_over(source: &mut Worker, target: &mut Worker, handoff: u64) {
 /// Both ends of one link live in this process, so twice of everything is seen.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_link_takes_no_more_memory_than_it_says() {
-    for kind in [TransportKind::Memory, TransportKind::Shm, TransportKind::Tcp] {
-        let config = Config { group_bytes: Some(4 << 20), ..only(kind) };
+    let (files, authority) = (Files::new(), authority());
+    let tls = files.worker("worker", &authority, "127.0.0.1");
+    let kinds = [TransportKind::Memory, TransportKind::Shm, TransportKind::Tcp].map(|kind| (kind, None));
+    for (kind, tls) in kinds.into_iter().chain([(TransportKind::Tcp, Some(tls))]) {
+        let config = Config { group_bytes: Some(4 << 20), tls, ..only(kind) };
         let mut source = Worker::start(config.clone(), identity("prefill-0", PAGES), 1).await;
         let mut target = Worker::start(config, identity("decode-0", PAGES), 2).await;
         let (memory, tables) = (kilobytes("RssAnon"), kilobytes("VmPTE"));

@@ -4,9 +4,7 @@ mod support;
 
 use kv_cache::PageId;
 use kv_transfer::{Config, Error, Event, HandoffId, Outcome, TlsConfig, Transfer, TransportKind};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use std::{
-    fs,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -14,8 +12,8 @@ use support::{
     SOON, Worker, assert_same, identity, landed, only,
     proxy::{Proxy, Way},
     some_pages,
+    tls::{Authority, Files, authority},
 };
-use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -26,42 +24,6 @@ use tokio_util::sync::CancellationToken;
 
 const H: HandoffId = HandoffId(0x5EC);
 const KINDS: [TransportKind; 3] = [TransportKind::Memory, TransportKind::Shm, TransportKind::Tcp];
-
-/// Keys and certificates in files.
-struct Files(TempDir);
-
-impl Files {
-    fn new() -> Self {
-        Self(tempfile::tempdir().expect("temporary directory"))
-    }
-
-    fn write(&self, name: &str, contents: &str) -> PathBuf {
-        let path = self.0.path().join(name);
-        fs::write(&path, contents).expect("write");
-        path
-    }
-
-    /// Writes a certificate of `authority` for `host` and returns the settings of a worker that has it.
-    fn worker(&self, name: &str, authority: &Authority, host: &str) -> TlsConfig {
-        let key = KeyPair::generate().expect("a key");
-        let params = CertificateParams::new(vec![host.to_owned()]).expect("a host");
-        let certificate = params.signed_by(&key, authority).expect("signed");
-        TlsConfig {
-            ca: self.write(&format!("{name}-ca.pem"), &authority.pem()),
-            cert: self.write(&format!("{name}.pem"), &certificate.pem()),
-            key: self.write(&format!("{name}.key"), &key.serialize_pem()),
-            name: None,
-        }
-    }
-}
-
-type Authority = CertifiedIssuer<'static, KeyPair>;
-
-fn authority() -> Authority {
-    let mut params = CertificateParams::new(Vec::new()).expect("no name");
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key")).expect("signed")
-}
 
 fn with(kind: TransportKind, tls: Option<TlsConfig>) -> Config {
     Config { tls, ..only(kind) }

@@ -117,11 +117,11 @@ async fn copy_frame(job: Job, landing: &Landing, path: &Path) {
     let source = Place { view: &path.terms.source, pages: &frame.pages };
     for burst in bursts(plan::copies(source, landing.place(), &frame.pieces)) {
         let Some(permit) = landing.enter() else { return };
-        for copy in burst {
-            // SAFETY: the source blocks are frozen until this job reports back; the landing blocks were admitted to this frame
-            // alone and the permit is held. Source and landing are pages of different sequences.
-            unsafe { landing.pool().copy_from(&path.pool, copy) };
-            if let (Some(sent), Some(landed)) = (&mut sent, &mut landed) {
+        // SAFETY: the source blocks are frozen until this job reports back; the landing blocks were admitted to this frame
+        // alone and the permit is held. Source and landing are pages of different sequences.
+        unsafe { landing.pool().copy_from(&path.pool, &burst) };
+        if let (Some(sent), Some(landed)) = (&mut sent, &mut landed) {
+            for copy in burst {
                 // SAFETY: as above; nobody else writes either.
                 let (from, to) = unsafe { (path.pool.bytes(copy.from()), landing.pool().bytes(copy.to())) };
                 sent.update(from);

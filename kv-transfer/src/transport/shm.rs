@@ -327,13 +327,11 @@ async fn write_frame(job: Job, remote: &Pages, path: &Path) -> Result<(), String
         }
     } else {
         for burst in bursts(plan::copies(source, target, &frame.pieces)) {
-            for copy in burst {
+            // SAFETY: above.
+            unsafe { remote.copy_from(&path.pool, &burst) };
+            if let Some(hasher) = &mut hasher {
                 // SAFETY: above.
-                unsafe { remote.copy_from(&path.pool, copy) };
-                if let Some(hasher) = &mut hasher {
-                    // SAFETY: above.
-                    hasher.update(unsafe { path.pool.bytes(copy.from()) });
-                }
+                burst.into_iter().for_each(|copy| hasher.update(unsafe { path.pool.bytes(copy.from()) }));
             }
             tokio::task::yield_now().await;
         }

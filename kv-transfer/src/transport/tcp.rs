@@ -99,6 +99,7 @@ async fn send_frame(stream: &mut Data, job: Job, path: &Path) -> io::Result<()> 
             blocks.iter().for_each(|block| hasher.update(block));
         }
         header.clear();
+        tokio::task::yield_now().await;
     }
     job.finish(hasher.map(FrameHasher::finish));
     Ok(())
@@ -171,6 +172,7 @@ impl Receiver {
                 // SAFETY: admitted to this frame alone and the permit is held, so nobody writes these blocks.
                 burst.into_iter().for_each(|extent| hasher.update(unsafe { landing.pool().bytes(extent) }));
             }
+            tokio::task::yield_now().await;
         }
         if let Some(permit) = landing.enter() {
             landing.landed(&permit, sequence, pieces, hasher.map(FrameHasher::finish));

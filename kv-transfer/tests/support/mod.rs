@@ -1,7 +1,9 @@
 //! A worker without an engine: a pool of random bytes, a transfer over it, and its events.
 #![allow(dead_code)] // Each test file uses its part.
 
+pub(crate) mod late;
 pub(crate) mod proxy;
+pub(crate) mod tls;
 
 use kv_cache::{KvDtype, PageId, PageLayout};
 use kv_transfer::{Begin, Commit, Config, Event, HandoffId, Identity, Peer, Rank, Transfer, TransportKind};
