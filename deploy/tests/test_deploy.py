@@ -11,7 +11,9 @@ import pathlib
 import re
 import shutil
 import subprocess
+import tempfile
 import threading
+import tomllib
 import unittest
 
 import kubernetes_validate
@@ -21,6 +23,7 @@ DEPLOY = pathlib.Path(__file__).resolve().parent.parent
 ROOT = DEPLOY.parent
 BASE = DEPLOY / "kubernetes/base"
 EXAMPLE = DEPLOY / "kubernetes/overlays/example"
+TLS = DEPLOY / "kubernetes/components/link-tls"
 WORKLOADS = ("Deployment", "StatefulSet")
 
 
@@ -269,6 +272,79 @@ class Pods(EachKustomization):
             for manifest, _, _, container in rendered.baton_workloads():
                 fields = {v["name"]: v["valueFrom"]["fieldRef"]["fieldPath"] for v in container["env"] if "valueFrom" in v}
                 self.assertEqual(fields, {"BATON_NAME": "metadata.name", "BATON_ADVERTISE": "status.podIP"}, name(manifest))
+
+
+class Links(EachKustomization):
+    """Hand-offs want a token, and TLS where it is asked for."""
+
+    def test_workers_are_given_the_token(self):
+        for rendered in self.each():
+            for manifest, labels, pod, container in rendered.baton_workloads():
+                settings = {variable["name"]: variable.get("value") for variable in container["env"]}
+                if labels["app.kubernetes.io/component"] == "router":
+                    self.assertNotIn("BATON_CLUSTER_TOKEN_FILE", settings, name(manifest))
+                    continue
+                (mount,) = container["volumeMounts"]
+                (volume,) = pod["volumes"]
+                self.assertEqual(settings["BATON_CLUSTER_TOKEN_FILE"], f"{mount['mountPath']}/token", name(manifest))
+                self.assertEqual((volume["name"], volume["secret"]["secretName"]), (mount["name"], "baton-links"), name(manifest))
+                # The user of the image reads it as its group.
+                self.assertEqual((volume["secret"]["defaultMode"], pod["securityContext"]["fsGroup"]), (0o440, 10001))
+
+    def test_certificates_are_where_the_settings_say(self):
+        mount, *settings = kustomization(TLS)["patches"]
+        pod = yaml.safe_load(mount["patch"])["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        (generator,) = kustomization(TLS)["configMapGenerator"]
+        for patch in settings:
+            role = patch["target"]["name"].removeprefix("baton-")
+            (added,) = yaml.safe_load(patch["patch"])
+            self.assertEqual(added["value"]["name"], "BATON_CONFIG")
+            folder, _, file = added["value"]["value"].rpartition("/")
+            self.assertEqual(volumes[mounts[folder]]["configMap"]["name"], generator["name"])
+            self.assertIn(file, generator["files"])
+            # A worker refuses tables that are not its own.
+            ((table, contents),) = tomllib.loads((TLS / file).read_text()).items()
+            self.assertEqual(table, f"{role}-worker")
+            tls = contents["transfer"]["tls"]
+            paths = {setting: tls[setting].rpartition("/") for setting in ("ca", "cert", "key")}
+            self.assertEqual({setting: path[2] for setting, path in paths.items()}, {"ca": "ca.crt", "cert": "tls.crt", "key": "tls.key"})
+            for folder, _, _ in paths.values():
+                self.assertEqual(volumes[mounts[folder]]["secret"]["secretName"], "baton-link-tls")
+
+    @unittest.skipUnless(shutil.which("kubectl"), "kubectl is not installed")
+    def test_certificates_are_added_to_both_pools(self):
+        # kustomize takes relative paths alone.
+        with tempfile.TemporaryDirectory(dir=EXAMPLE.parent) as folder:
+            overlay = pathlib.Path(folder)
+            settings = {"namespace": "baton", "resources": ["../example"], "components": ["../../components/link-tls"]}
+            (overlay / "kustomization.yaml").write_text(yaml.safe_dump(settings))
+            rendered = Rendered(overlay)
+        version = kubernetes_validate.latest_version()
+        maps = {manifest["metadata"]["name"] for manifest in rendered.of("ConfigMap")}
+        pools = [workload for workload in rendered.baton_workloads() if workload[0]["kind"] == "StatefulSet"]
+        self.assertEqual(len(pools), 2)
+        for manifest, _, pod, container in pools:
+            kubernetes_validate.validate(manifest, version, strict=True)
+            (config,) = [volume["configMap"]["name"] for volume in pod["volumes"] if "configMap" in volume]
+            self.assertIn(config, maps, name(manifest))
+            secrets = {volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
+            self.assertEqual(secrets, {"baton-links", "baton-link-tls"}, name(manifest))
+            self.assertEqual(len(container["volumeMounts"]), 3, name(manifest))
+            role = manifest["metadata"]["name"].removeprefix("baton-")
+            self.assertIn({"name": "BATON_CONFIG", "value": f"/etc/baton/config/{role}.toml"}, container["env"])
+
+    def test_compose(self):
+        secrets = compose()["secrets"]
+        for service, settings in compose()["services"].items():
+            tokens = [flag.partition("=")[2] for flag in settings["command"] if flag.startswith("--cluster-token-file=")]
+            expected = ["/run/secrets/token"] if service in ("prefill", "decode") else []
+            self.assertEqual(tokens, expected, service)
+            self.assertEqual(settings.get("secrets", []), ["token"] if expected else [], service)
+        self.assertEqual(secrets, {"token": {"file": "./token"}})
+        self.assertIn("/deploy/token", (ROOT / ".gitignore").read_text().split())
 
 
 @unittest.skipUnless(os.environ.get("BATON_BINARY"), "BATON_BINARY names no binary to ask")
