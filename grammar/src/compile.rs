@@ -1,6 +1,8 @@
 //! Texts become grammars: bounded, once, and away from the threads that compute.
 
-use crate::{Error, Kind, Mask, Matcher, Spec, TokenId, TokenTable, ebnf, guarded, matcher::allows_any, schema};
+use crate::{
+    Error, Kind, Mask, Matcher, Spec, TokenId, TokenTable, ebnf, guarded, matcher::allows_any, schema, thoughts,
+};
 use llguidance::{
     JsonCompileOptions, ParserFactory,
     api::TopLevelGrammar,
@@ -237,6 +239,10 @@ impl Shared {
             Kind::Regex => TopLevelGrammar::from_regex(&spec.text),
             Kind::Lark => TopLevelGrammar::from_lark(spec.text.clone()),
             Kind::Choice => TopLevelGrammar::from_lark(choice(&spec.text)?),
+        };
+        let grammar = match &spec.thoughts {
+            Some(thoughts) => thoughts::before(grammar, thoughts, &self.table)?,
+            None => grammar,
         };
         let parser = self.factory.create_parser(grammar).map_err(|error| format!("{error:#}"))?;
         let mut pristine = llguidance::Matcher::new(Ok(parser));

@@ -17,12 +17,13 @@ mod matcher;
 mod schema;
 mod spec;
 mod spelling;
+mod thoughts;
 mod tokens;
 
 pub use compile::{Grammar, Grammars, Limits};
 pub use kv_cache::TokenId;
 pub use matcher::{Mask, Masks, Matcher};
-pub use spec::{Kind, Spec};
+pub use spec::{Kind, Spec, Thoughts};
 pub use spelling::token_bytes;
 pub use tokens::TokenTable;
 

@@ -13,6 +13,21 @@ pub struct Spec {
     /// A regular expression for what may stand between the parts of JSON; empty = nothing, `None` = the default, up to
     /// [`Spec::DEFAULT_WHITESPACE`]. Means nothing to the other kinds.
     pub whitespace: Option<String>,
+    /// What may come before the output that must fit.
+    pub thoughts: Option<Thoughts>,
+}
+
+/// Reasoning before an answer, between two marks.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Thoughts {
+    /// The mark it begins with.
+    pub start: String,
+    /// The mark it ends with.
+    pub end: String,
+    /// Whether it has begun before the output does; otherwise the output may begin with it, or not.
+    pub begun: bool,
+    /// Most tokens it may take; then it must end.
+    pub budget: Option<u32>,
 }
 
 /// The languages grammars are written in.
@@ -35,17 +50,17 @@ impl Spec {
 
     /// JSON that `schema` validates.
     pub fn json_schema(schema: &Value) -> Self {
-        Self { kind: Kind::JsonSchema, text: schema.to_string(), whitespace: None }
+        Self { kind: Kind::JsonSchema, text: schema.to_string(), whitespace: None, thoughts: None }
     }
 
     /// Any JSON object.
     pub fn json_object() -> Self {
-        Self { kind: Kind::JsonSchema, text: r#"{"type":"object"}"#.into(), whitespace: None }
+        Self { kind: Kind::JsonSchema, text: r#"{"type":"object"}"#.into(), whitespace: None, thoughts: None }
     }
 
     /// Output that `pattern` matches from its beginning to its end.
     pub fn regex(pattern: &str) -> Self {
-        Self { kind: Kind::Regex, text: pattern.into(), whitespace: None }
+        Self { kind: Kind::Regex, text: pattern.into(), whitespace: None, thoughts: None }
     }
 
     /// A grammar in Lark, or in EBNF of the GBNF kind (`root ::= …`), which is translated.
@@ -54,12 +69,17 @@ impl Spec {
     /// [`Error::Invalid`] says where the EBNF cannot be read.
     pub fn grammar(text: &str) -> Result<Self, Error> {
         let text = if ebnf::is_ebnf(text) { ebnf::to_lark(text).map_err(Error::Invalid)? } else { text.into() };
-        Ok(Self { kind: Kind::Lark, text, whitespace: None })
+        Ok(Self { kind: Kind::Lark, text, whitespace: None, thoughts: None })
+    }
+
+    /// Any output: for the sake of what else a spec says.
+    pub fn anything() -> Self {
+        Self { kind: Kind::Lark, text: "start: <[*]>*".into(), whitespace: None, thoughts: None }
     }
 
     /// One of `choices`, to the letter.
     pub fn choice<S: AsRef<str>>(choices: &[S]) -> Self {
         let choices: Vec<&str> = choices.iter().map(AsRef::as_ref).collect();
-        Self { kind: Kind::Choice, text: Value::from(choices).to_string(), whitespace: None }
+        Self { kind: Kind::Choice, text: Value::from(choices).to_string(), whitespace: None, thoughts: None }
     }
 }

@@ -157,6 +157,15 @@ impl TokenTable {
         words.filter(|word| word.first() != Some(&TokTrie::SPECIAL_TOKEN_MARKER)).flatten().copied().collect()
     }
 
+    /// Returns the token that stands for `text`, special or not.
+    pub(crate) fn token(&self, text: &[u8]) -> Option<TokenId> {
+        let special = [&[TokTrie::SPECIAL_TOKEN_MARKER][..], text].concat();
+        (0..self.vocab_size() as TokenId).find(|id| {
+            let word = self.trie.token(*id);
+            word == text || word == special
+        })
+    }
+
     pub(crate) fn trie(&self) -> &TokTrie {
         &self.trie
     }

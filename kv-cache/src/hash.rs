@@ -32,6 +32,16 @@ impl PrefixHasher {
         Self { parent: cut(&hasher) }
     }
 
+    /// Goes on behind a page.
+    pub fn after(page: PageHash) -> Self {
+        Self { parent: page }
+    }
+
+    /// Returns the hash of the last page; before the first, of the chain's root.
+    pub fn parent(&self) -> PageHash {
+        self.parent
+    }
+
     /// Returns the hash of the next page, which holds `tokens`.
     pub fn push(&mut self, tokens: &[TokenId]) -> PageHash {
         let mut hasher = blake3::Hasher::new();
@@ -79,6 +89,7 @@ mod tests {
         let all = page_hashes(b"", &tokens, 16);
         assert_eq!(all.len(), 4);
         assert_eq!(page_hashes(b"", &tokens[..47], 16), all[..2]);
+        assert_eq!(PrefixHasher::after(all[1]).push(&tokens[32..48]), all[2]);
 
         let mut other = tokens.clone();
         other[0] = 99;

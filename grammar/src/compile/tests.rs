@@ -1,12 +1,15 @@
 use super::*;
+use crate::Thoughts;
 use serde_json::json;
 use std::sync::mpsc;
 
 /// Every byte is a token, some words are too, and 0 ends a sequence.
 fn bytes() -> Arc<TokenTable> {
     let single = (0..=255u8).map(|byte| (u32::from(byte) + 1, vec![byte], false));
-    let words = ["{\"", "\":", "true", "false", "null", "yes", "no", "ye", "[[", "}}", "  ", "<tool>"];
-    let words = (300..).zip(words).map(|(id, word)| (id, word.as_bytes().to_vec(), word == "<tool>"));
+    let words =
+        ["{\"", "\":", "true", "false", "null", "yes", "no", "ye", "[[", "}}", "  ", "<tool>", "<think>", "</think>"];
+    let words =
+        (300..).zip(words).map(|(id, word)| (id, word.as_bytes().to_vec(), matches!(word, "<tool>" | "</think>")));
     let end = std::iter::once((0, b"</s>".to_vec(), true));
     Arc::new(TokenTable::from_parts(333, &[0], end.chain(single).chain(words)).unwrap())
 }
@@ -219,7 +222,7 @@ proptest::proptest! {
         thread_local!(static GRAMMARS: Grammars = grammars());
         let kind = [Kind::JsonSchema, Kind::Regex, Kind::Lark][kind];
         let text = if kind == Kind::Lark { format!("start: {text}") } else { text };
-        GRAMMARS.with(|grammars| drop(grammars.compile_here(&Spec { kind, text, whitespace: None })));
+        GRAMMARS.with(|grammars| drop(grammars.compile_here(&Spec { kind, text, whitespace: None, thoughts: None })));
     }
 }
 
@@ -303,4 +306,66 @@ fn compiling_threads_answer_within_their_bounds() {
     assert_eq!(ask(&full, &[]), Err(Error::Busy(0)));
     let hurried = Grammars::new(bytes(), Limits { patience: Duration::ZERO, ..Limits::default() }, 1).unwrap();
     assert!(matches!(ask(&hurried, &[]), Err(Error::Invalid(_))));
+}
+
+/// Tokens of `text`, in which `<think>` and `</think>` are the tokens of that name.
+fn thinking(text: &str) -> Vec<TokenId> {
+    let mut out = Vec::new();
+    for (i, part) in text.split("<think>").enumerate() {
+        out.extend((i > 0).then_some(312));
+        for (i, part) in part.split("</think>").enumerate() {
+            out.extend((i > 0).then_some(313));
+            out.extend(tokens(part));
+        }
+    }
+    out
+}
+
+#[test]
+fn a_grammar_holds_behind_reasoning() {
+    let spec = |begun, budget, marks: [&str; 2]| {
+        let [start, end] = marks.map(str::to_owned);
+        Spec { thoughts: Some(Thoughts { start, end, begun, budget }), ..Spec::choice(&["yes", "no"]) }
+    };
+    let whole = |spec: &Spec, output: Vec<TokenId>| {
+        let grammar = grammars().compile_here(spec).unwrap_or_else(|error| panic!("{spec:?}: {error}"));
+        let mut matcher = grammar.start(true);
+        for token in output {
+            if matcher.is_complete() || !matcher.masks().unwrap().at(0).unwrap().allows(token) {
+                return false;
+            }
+            matcher.advance(token).unwrap();
+        }
+        matcher.is_complete() || matcher.masks().unwrap().at(0).unwrap().allows(0)
+    };
+    let check = |begun, budget, text: &str, expected| {
+        let tokens = spec(begun, budget, ["<think>", "</think>"]);
+        assert_eq!(whole(&tokens, thinking(text)), expected, "{text:?}, {budget:?}, as tokens");
+        if budget.is_none() {
+            let marks = ["<r>", "</r>"];
+            let text = text.replace("think>", "r>");
+            assert_eq!(whole(&spec(begun, None, marks), self::tokens(&text)), expected, "{text:?}");
+        }
+    };
+    check(true, None, "No, ye.</think>\n\nyes", true);
+    check(true, None, "</think>no", true);
+    check(true, None, "</think>\n\n\nno", false);
+    check(true, None, "no", false);
+    check(true, None, "hm</think>maybe", false);
+    check(false, None, "yes", true);
+    check(false, None, "<think>hm</think>yes", true);
+    check(false, None, "<think>hm", false);
+    check(false, None, "hm</think>yes", false);
+    check(true, Some(2), "hm</think>no", true);
+    check(true, Some(2), "hmm</think>no", false);
+    check(true, Some(1 << 20), "hm</think>no", true);
+    check(false, Some(0), "<think></think>no", true);
+    check(false, Some(0), "<think>h</think>no", false);
+    // Any token may be part of a thought, special ones too, and text that only looks like the mark; but it does not end the answer.
+    let by_token = spec(true, None, ["<think>", "</think>"]);
+    assert!(whole(&by_token, [vec![311, 312], tokens("</think>"), vec![313], tokens("no")].concat()));
+    assert!(!whole(&by_token, vec![0]));
+    refused(&spec(true, Some(3), ["<r>", "</r>"]), &["budget", "</r>"]);
+    let anything = Spec { thoughts: by_token.thoughts, ..Spec::anything() };
+    assert!(whole(&anything, [thinking("hm</think>"), vec![311], tokens("x\n")].concat()));
 }
