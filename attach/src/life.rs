@@ -84,6 +84,8 @@ impl Slot {
 pub struct Parts {
     /// Member id.
     pub worker: String,
+    /// Name clients ask for.
+    pub model_name: String,
     /// The model over its pages.
     pub engine: Engine,
     /// Which sequences a step holds.
@@ -200,6 +202,7 @@ impl Worker {
         let (load_sender, load) = watch::channel(Load::default());
         let parts = Parts {
             worker: member.id.clone(),
+            model_name: slot.model_name.clone(),
             engine,
             scheduler,
             transfer: transfer.clone(),

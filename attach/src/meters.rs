@@ -1,11 +1,14 @@
 //! What a worker measures, under the same names for both roles.
 
-use crate::{Load, Rate};
+mod vllm;
+
+use crate::{Load, Parts, Rate};
 use engine::scheduler::{Scheduler, Usage};
 use metrics::{
     Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
 };
 use std::time::{Duration, Instant};
+use vllm::Vllm;
 
 /// Handles of one worker's metrics, made once, and the rates that its load reports.
 pub struct Meters {
@@ -31,6 +34,7 @@ pub struct Meters {
     told: Option<Instant>,
     prefill: Rate,
     decode_steps: Rate,
+    vllm: Vllm,
 }
 
 /// How often the log hears what became of drafts.
@@ -45,8 +49,12 @@ pub struct StepTokens {
     pub single: usize,
     /// Tokens guessed after those.
     pub drafts: usize,
+    /// Sequences that had drafts.
+    pub guessed: usize,
     /// Drafts that were right.
     pub accepted: usize,
+    /// Tokens drawn: what sequences said in this step.
+    pub drawn: usize,
 }
 
 impl std::fmt::Debug for Meters {
@@ -56,10 +64,11 @@ impl std::fmt::Debug for Meters {
 }
 
 impl Meters {
-    /// Makes the metrics of the worker with this member id.
-    pub fn new(worker: &str) -> Self {
+    /// Makes the metrics of a worker.
+    pub fn new(parts: &Parts) -> Self {
         describe();
-        let worker = worker.to_owned();
+        let worker = parts.worker.clone();
+        let layout = parts.engine.memory().layout();
         let pages = |state: &'static str| gauge!("baton_pages", "worker" => worker.clone(), "state" => state);
         let step = |kind: &'static str| histogram!("baton_step_seconds", "worker" => worker.clone(), "kind" => kind);
         let tokens =
@@ -86,6 +95,7 @@ impl Meters {
             told: None,
             prefill: Rate::default(),
             decode_steps: Rate::default(),
+            vllm: Vllm::new(&parts.model_name, &worker, layout.page_tokens as usize, layout.pages as usize),
         }
     }
 
@@ -94,11 +104,13 @@ impl Meters {
         self.queue.record(usage.queue);
         self.cache_query.increment(tokens as u64);
         self.cache_hit.increment(usage.cached_tokens as u64);
+        self.vllm.started(tokens, usage.cached_tokens);
     }
 
     /// Counts a step.
     pub fn step(&mut self, tokens: StepTokens, took: Duration) {
-        let StepTokens { prompt, single, drafts, accepted } = tokens;
+        self.vllm.step(tokens);
+        let StepTokens { prompt, single, drafts, accepted, .. } = tokens;
         let histogram = match (prompt, single) {
             (_, 0) => &self.prefill_step,
             (0, _) => &self.decode_step,
@@ -134,6 +146,7 @@ impl Meters {
     /// Counts sequences that lost their pages.
     pub fn preempted(&self, sequences: usize) {
         self.preemptions.increment(sequences as u64);
+        self.vllm.preempted(sequences);
     }
 
     /// Sets the gauges and returns the load, as far as `scheduler` knows it.
@@ -144,6 +157,7 @@ impl Meters {
         self.pages_free.set(pages.free as f64);
         self.pages_cached.set(pages.cached as f64);
         self.pages_held.set(pages.held() as f64);
+        self.vllm.load(&backlog, &pages);
         Load {
             running: backlog.running,
             waiting: backlog.waiting,

@@ -5,7 +5,7 @@ use engine::{
     Adapter, Adapters, Sampling, TokenId,
     scheduler::{History, Request, Stop, Until},
 };
-use grammar::{Kind, Spec};
+use grammar::{Kind, Spec, Thoughts};
 use kv_cache::root_salt;
 use std::{
     sync::Arc,
@@ -71,7 +71,14 @@ pub(crate) fn decode_grammar(grammar: proto::Grammar) -> Result<Spec, String> {
         Wire::Choice => Kind::Choice,
         Wire::Unspecified => return Err(format!("grammar: kind {} is not known here", grammar.kind)),
     };
-    Ok(Spec { kind, text: grammar.text, whitespace: grammar.whitespace })
+    let thoughts = grammar.thoughts.map(|thoughts| {
+        let proto::Thoughts { start, end, begun, budget } = thoughts;
+        if end.is_empty() || (start.is_empty() && !begun) {
+            return Err(format!("grammar: thoughts have the marks {start:?} and {end:?}; neither may be empty"));
+        }
+        Ok(Thoughts { start, end, begun, budget })
+    });
+    Ok(Spec { kind, text: grammar.text, whitespace: grammar.whitespace, thoughts: thoughts.transpose()? })
 }
 
 /// What the checks need to know of the model.

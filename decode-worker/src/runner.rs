@@ -104,7 +104,7 @@ impl Runner {
             sequences: HashMap::new(),
             reservations: Reservations::new(reservations),
             routers: Routers::default(),
-            meters: Meters::new(&parts.worker),
+            meters: Meters::new(&parts),
             parts,
         }
     }
@@ -275,7 +275,9 @@ impl Runner {
         let started = Instant::now();
         let computed = scheduler.compute(plan, engine, &mut |_, _| {}, &|| epoch.elapsed());
         let accepted = computed.verified.iter().map(|verified| verified.accepted).sum();
-        meters.step(StepTokens { prompt, single: tokens - prompt - drafts, drafts, accepted }, began.elapsed());
+        let (guessed, drawn) = (computed.verified.len(), computed.drawn.len());
+        let single = tokens - prompt - drafts;
+        meters.step(StepTokens { prompt, single, drafts, guessed, accepted, drawn }, began.elapsed());
         if let Some(speculator) = &mut self.speculator {
             speculator.observe(&computed, tokens, prompt, started.elapsed());
         }

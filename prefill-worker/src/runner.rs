@@ -104,7 +104,7 @@ impl Runner {
             sequences: HashMap::new(),
             handoffs: HashMap::new(),
             routers: Routers::default(),
-            meters: Meters::new(&parts.worker),
+            meters: Meters::new(&parts),
             parts,
         }
     }
@@ -215,9 +215,10 @@ impl Runner {
     fn step(&mut self, plan: Plan) {
         plan.started().iter().for_each(|&sequence| self.begin(sequence));
         let prompt = plan.prompt_tokens();
-        let tokens = StepTokens { prompt, single: plan.tokens() - prompt, ..StepTokens::default() };
+        let single = plan.tokens() - prompt;
         let started = Instant::now();
         let computed = self.compute(plan);
+        let tokens = StepTokens { prompt, single, drawn: computed.drawn.len(), ..StepTokens::default() };
         self.meters.step(tokens, started.elapsed());
         for reported in computed.reported {
             self.routers.reported(self.sequences[&reported.id], reported);

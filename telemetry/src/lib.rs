@@ -22,6 +22,7 @@ mod metrics;
 mod otlp;
 mod process;
 mod trace;
+mod vllm;
 
 pub use admin::serve_admin;
 pub use health::Health;

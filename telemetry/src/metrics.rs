@@ -1,9 +1,9 @@
 //! The registry of this process and its text.
 //!
 //! Crates declare and record with the `metrics` facade; this is the one recorder behind it. Histograms get their buckets by the unit
-//! that ends their name, so that a new metric needs no entry here.
+//! that ends their name, so that a new metric needs no entry here; those under vLLM's names get vLLM's.
 
-use crate::process;
+use crate::{process, vllm};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use std::{sync::OnceLock, time::Duration};
 
@@ -57,8 +57,10 @@ fn builder() -> PrometheusBuilder {
         ("_size", &COUNTS),
         ("_ratio", &RATIOS),
     ];
-    suffixes.iter().fold(PrometheusBuilder::new(), |builder, (suffix, buckets)| {
-        let matcher = Matcher::Suffix((*suffix).into());
+    let by_suffix = suffixes.iter().map(|(suffix, buckets)| (Matcher::Suffix((*suffix).into()), *buckets));
+    // A whole name counts for more than how it ends.
+    let by_name = vllm::BUCKETS.iter().map(|(name, buckets)| (Matcher::Full((*name).into()), *buckets));
+    by_suffix.chain(by_name).fold(PrometheusBuilder::new(), |builder, (matcher, buckets)| {
         builder.set_buckets_for_metric(matcher, buckets).expect("the tables are not empty")
     })
 }

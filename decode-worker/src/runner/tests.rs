@@ -49,6 +49,7 @@ async fn runner(stop: &CancellationToken) -> (Runner, mpsc::Sender<Command>, Hea
     let health = Health::new("starting", PATIENCE);
     let parts = Parts {
         worker: "w".into(),
+        model_name: "m".into(),
         engine,
         scheduler: Scheduler::new(limits).expect("the limits make sense"),
         transfer: transfer.expect("the transfer starts"),
