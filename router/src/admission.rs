@@ -45,6 +45,16 @@ impl Admission {
         Self { inner: Arc::new(inner) }
     }
 
+    /// Whether there is a place in the queue.
+    pub(crate) fn check_queue(&self) -> Result<(), Error> {
+        let inner = &self.inner;
+        let waiting = inner.waiting.load(Ordering::Relaxed);
+        if waiting >= inner.max_queued && inner.turns.available_permits() == 0 {
+            return Err(Error::Overloaded { waiting });
+        }
+        Ok(())
+    }
+
     /// Waits for the turn of a request with this many choices. The permit is held until the last token. Cancel-safe: a
     /// client that leaves gives its place in the queue back.
     pub(crate) async fn admit(&self, choices: usize) -> Result<OwnedSemaphorePermit, Error> {
@@ -92,7 +102,7 @@ mod tests {
     use futures::FutureExt;
 
     fn admission(max_concurrent: usize, max_queued: usize) -> Admission {
-        Admission::new(&Limits { max_concurrent, max_queued, ..Limits::default() }, Metrics::new())
+        Admission::new(&Limits { max_concurrent, max_queued, ..Limits::default() }, Metrics::new("m"))
     }
 
     #[tokio::test(start_paused = true)]
@@ -102,6 +112,7 @@ mod tests {
         let mut waiting = Box::pin(door.admit(1));
         assert!(waiting.as_mut().now_or_never().is_none());
         assert_eq!(door.admit(1).await.unwrap_err(), Error::Overloaded { waiting: 1 });
+        assert_eq!(door.check_queue(), Err(Error::Overloaded { waiting: 1 }));
         drop(held);
         assert!(waiting.await.is_ok());
     }

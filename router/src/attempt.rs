@@ -11,7 +11,7 @@ use crate::{
     },
     recovery::{Failure, FailureKind, Part},
 };
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 use tokio::sync::mpsc;
 
 /// Events taken from the queue at once: what gathered while the client was written to.
@@ -37,6 +37,8 @@ pub(crate) struct Attempt {
     suspected: Option<Failure>,
     /// Prompt tokens that were not computed, once that is known.
     cached_tokens: Option<u32>,
+    /// How long the prompt waited and was computed, once that is known.
+    prompt_times: Option<[Duration; 2]>,
 }
 
 #[derive(Debug)]
@@ -130,6 +132,7 @@ impl Attempt {
             failure: None,
             suspected: None,
             cached_tokens: None,
+            prompt_times: None,
         })
     }
 
@@ -176,6 +179,11 @@ impl Attempt {
         self.cached_tokens
     }
 
+    /// Returns how long the prompt waited at its worker and how long it was computed, once that is known.
+    pub(crate) fn prompt_times(&self) -> Option<[Duration; 2]> {
+        self.prompt_times
+    }
+
     fn hear(&mut self, event: LegEvent) {
         let Some(at) = self.legs.iter().position(|leg| leg.guard.attempt() == event.attempt) else { return };
         match event.said {
@@ -204,6 +212,7 @@ impl Attempt {
         // What the decode worker already held saved a transfer, not compute.
         if self.legs[at].part != Part::Decode {
             self.cached_tokens = Some(ended.cached_tokens);
+            self.prompt_times = Some([ended.queue, ended.prefill]);
         }
         let (kind, message) = match ended.end {
             End::Stop(token) => return self.ended = Some(Ending::Stop(token)),

@@ -1,5 +1,6 @@
 //! Settings of the router.
 
+use crate::server::TlsFiles;
 use serde::{Deserialize, Serialize};
 use std::{path::PathBuf, time::Duration};
 
@@ -22,6 +23,16 @@ pub struct Config {
     pub runtime_lora: bool,
     /// `host:port` the directory is told; unset = the listener's address.
     pub advertise: Option<String>,
+    /// Keys of which a request must show one, as they are. With neither this nor a file, nobody is asked for a key.
+    /// Not a key of files that may be shown.
+    #[serde(skip)]
+    pub api_keys: Vec<String>,
+    /// TOML file with hashes of keys and what each may use; read again when it changes.
+    pub api_key_file: Option<PathBuf>,
+    /// Certificate and key; unset = clear text.
+    pub tls: Option<TlsFiles>,
+    /// Origins whose pages may ask from a browser, such as `https://chat.example.com`; `*` alone means any.
+    pub cors_origins: Vec<String>,
     /// Where prompts are computed.
     pub placement: Policy,
     /// How candidates are compared.
@@ -31,8 +42,15 @@ pub struct Config {
     /// Bytes the prefix index may use. When it is full, what was neither stored nor matched longest is forgotten first;
     /// forgetting costs a worse placement, never a wrong one.
     pub prefix_index_bytes: usize,
+    /// Bytes that remembered tokens and page names of prompts may use. When it is full, what was neither made nor found longest is
+    /// forgotten first; forgetting costs time.
+    pub text_cache_bytes: usize,
     /// Threads that render templates and tokenise; 0 = half of the cores.
     pub text_threads: usize,
+    /// How calls of tools are read from what the model says.
+    pub tool_call_parser: ToolCallParser,
+    /// How its reasoning is told from its answer.
+    pub reasoning_parser: ReasoningParser,
 }
 
 impl Default for Config {
@@ -44,13 +62,65 @@ impl Default for Config {
             aliases: Vec::new(),
             runtime_lora: false,
             advertise: None,
+            api_keys: Vec::new(),
+            api_key_file: None,
+            tls: None,
+            cors_origins: Vec::new(),
             placement: Policy::Auto,
             weights: Weights::default(),
             limits: Limits::default(),
             prefix_index_bytes: 64 << 20,
+            text_cache_bytes: 32 << 20,
             text_threads: 0,
+            tool_call_parser: ToolCallParser::Auto,
+            reasoning_parser: ReasoningParser::Auto,
         }
     }
+}
+
+/// How a model writes calls of tools. The names are vLLM's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ToolCallParser {
+    /// As its chat template shows.
+    #[default]
+    Auto,
+    /// Calls are not read; tools with `tool_choice: auto` are refused.
+    None,
+    /// `<tool_call>{"name": …, "arguments": …}</tool_call>`: Hermes, Qwen 2.5 and 3.
+    Hermes,
+    /// `{"name": …, "parameters": …}`: Llama 3.1 and 3.2.
+    Llama3Json,
+    /// `[TOOL_CALLS]`: Mistral.
+    Mistral,
+    /// `[f(a=1)]`: Llama 3.2 and 4.
+    #[serde(alias = "llama4_pythonic")]
+    Pythonic,
+    /// `<function=f><parameter=a>1</parameter></function>`: Qwen3-Coder.
+    #[serde(alias = "qwen3_coder")]
+    Qwen3Xml,
+    /// `<|START_ACTION|>[…]<|END_ACTION|>`: Command R and A.
+    #[serde(alias = "cohere_command")]
+    Cohere,
+}
+
+/// How a model marks its reasoning.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReasoningParser {
+    /// As its chat template shows.
+    #[default]
+    Auto,
+    /// It does not; everything is the answer.
+    None,
+    /// It begins with reasoning, up to `</think>`: DeepSeek-R1 and models distilled from it.
+    DeepseekR1,
+    /// `<think>` and `</think>`, or none: Qwen3.
+    Qwen3,
+    /// `[THINK]` and `[/THINK]`: Magistral.
+    Mistral,
+    /// `<|START_THINKING|>` and `<|END_THINKING|>`: Command A.
+    Cohere,
 }
 
 /// Where prompts are computed.
@@ -131,8 +201,22 @@ pub struct Limits {
     pub max_attempts: u32,
     /// Most choices of one request: prompts times `n`.
     pub max_choices: u32,
+    /// Connections at once; more wait unaccepted.
+    pub max_connections: usize,
+    /// Largest head of a request in bytes; at least 8,192.
+    pub max_header_bytes: usize,
+    /// Longest wait for the head of a request, and for a TLS handshake. A connection without a request ends after it, too.
+    pub header_timeout_ms: u64,
     /// Largest request body in bytes.
     pub max_body_bytes: usize,
+    /// Responses of `/v1/responses` that are kept to be asked for again; the oldest are forgotten first.
+    pub stored_responses: usize,
+    /// Bytes they may take, with the conversations up to them.
+    pub stored_response_bytes: usize,
+    /// Longest wait for a whole body.
+    pub body_timeout_ms: u64,
+    /// Longest wait for a client to take in anything of what is written to it.
+    pub write_timeout_ms: u64,
     /// Most alternatives `top_logprobs` may ask for.
     pub max_logprobs: u32,
     /// Tokens a client may be behind before its request is ended: the answer to a client that does not read.
@@ -160,7 +244,14 @@ impl Default for Limits {
             request_timeout_ms: 600_000,
             max_attempts: 4,
             max_choices: 128,
+            max_connections: 32_768,
+            max_header_bytes: 64 << 10,
+            header_timeout_ms: 75_000,
             max_body_bytes: 32 << 20,
+            stored_responses: 4_096,
+            stored_response_bytes: 32 << 20,
+            body_timeout_ms: 60_000,
+            write_timeout_ms: 60_000,
             max_logprobs: 20,
             stream_buffer_tokens: 4_096,
             drain_timeout_ms: 30_000,
@@ -172,6 +263,18 @@ impl Default for Limits {
 }
 
 impl Limits {
+    pub(crate) fn header_timeout(&self) -> Duration {
+        Duration::from_millis(self.header_timeout_ms)
+    }
+
+    pub(crate) fn body_timeout(&self) -> Duration {
+        Duration::from_millis(self.body_timeout_ms)
+    }
+
+    pub(crate) fn write_timeout(&self) -> Duration {
+        Duration::from_millis(self.write_timeout_ms)
+    }
+
     pub(crate) fn queue_timeout(&self) -> Duration {
         Duration::from_millis(self.queue_timeout_ms)
     }
@@ -256,12 +359,22 @@ impl Config {
             ("limits.stall_timeout_ms", l.stall_timeout_ms),
             ("limits.max_attempts", u64::from(l.max_attempts)),
             ("limits.max_choices", u64::from(l.max_choices)),
+            ("limits.max_connections", l.max_connections as u64),
+            ("limits.header_timeout_ms", l.header_timeout_ms),
             ("limits.max_body_bytes", l.max_body_bytes as u64),
+            ("limits.body_timeout_ms", l.body_timeout_ms),
+            ("limits.write_timeout_ms", l.write_timeout_ms),
             ("limits.stream_buffer_tokens", l.stream_buffer_tokens as u64),
             ("limits.connect_timeout_ms", l.connect_timeout_ms),
             ("limits.probe_interval_ms", l.probe_interval_ms),
         ] {
             at_least_one(field, value)?;
+        }
+        if !(8_192..=1 << 30).contains(&l.max_header_bytes) {
+            return Err(format!("limits.max_header_bytes: {} is not between 8192 and {}", l.max_header_bytes, 1 << 30));
+        }
+        if let Some(bad) = self.cors_origins.iter().find(|origin| !is_origin(origin, self.cors_origins.len())) {
+            return Err(format!("cors_origins: {bad:?} is no origin such as https://chat.example.com; * stands alone"));
         }
         if l.probe_timeout_ms <= l.probe_interval_ms {
             return Err(format!(
@@ -271,6 +384,14 @@ impl Config {
         }
         Ok(())
     }
+}
+
+/// An origin is a scheme and a host, perhaps with a port.
+fn is_origin(text: &str, of: usize) -> bool {
+    let host = text.split_once("://").map(|(_, host)| host);
+    (text == "*" && of == 1)
+        || host
+            .is_some_and(|host| !host.is_empty() && !host.contains('/') && text.bytes().all(|b| b.is_ascii_graphic()))
 }
 
 #[cfg(test)]
@@ -287,6 +408,11 @@ mod tests {
         let mut bad = good.clone();
         bad.limits.probe_timeout_ms = 10;
         assert!(bad.validate().unwrap_err().contains("limits.probe_timeout_ms"));
+        let mut bad = good.clone();
+        for origins in [vec!["example.com"], vec!["https://a/b"], vec!["*", "https://a"]] {
+            bad.cors_origins = origins.into_iter().map(String::from).collect();
+            assert!(bad.validate().unwrap_err().contains("cors_origins"));
+        }
         assert!(Config::default().validate().unwrap_err().contains("model_name"));
     }
 }

@@ -24,6 +24,12 @@ pub(crate) enum Error {
     /// Too much is waiting already; the client should slow down.
     #[error("{waiting} requests are waiting already; try again later")]
     Overloaded { waiting: usize },
+    /// A key has used up what it may ask for.
+    #[error("{message}")]
+    RateLimited { message: String, retry_after: Duration },
+    /// The client did not send its body.
+    #[error("the request body did not come within {} ms", .0.as_millis())]
+    SlowBody(Duration),
     /// Nobody can take the request now; it can be sent again.
     #[error("{message}")]
     Unavailable { message: String, retry_after: Duration },

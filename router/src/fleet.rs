@@ -247,6 +247,13 @@ impl Fleet {
         self.index().bytes()
     }
 
+    /// Returns how many prefill and how many decode workers are attached.
+    pub(crate) fn attached(&self) -> (usize, usize) {
+        let workers = self.workers();
+        let count = |kind| workers.iter().filter(|w| w.kind == kind && w.state().attached.is_some()).count();
+        (count(Kind::Prefill), count(Kind::Decode))
+    }
+
     fn cards<T>(&self, field: impl Fn(&ModelCard) -> T) -> impl Iterator<Item = T> {
         let workers = self.workers();
         let attached = workers.iter().filter_map(|worker| {
@@ -267,10 +274,9 @@ impl Fleet {
     /// Says that a worker came, went or drains.
     fn changed(&self) {
         self.version.send_modify(|version| *version += 1);
-        for kind in [Kind::Prefill, Kind::Decode] {
-            let attached = self.workers().iter().filter(|w| w.kind == kind && w.state().attached.is_some()).count();
-            self.metrics.fleet_size(kind, attached);
-        }
+        let (prefill, decode) = self.attached();
+        self.metrics.fleet_size(Kind::Prefill, prefill);
+        self.metrics.fleet_size(Kind::Decode, decode);
     }
 
     /// Makes the workers those of the view. One that is no longer listed stays while its stream lives.

@@ -1,6 +1,12 @@
 //! The HTTP surface: routes, bodies, request ids.
 
+mod messages;
+mod responses;
+mod server;
+mod text;
+
 use crate::{
+    door,
     error::Error,
     fleet::adapters::Change,
     metrics::{Endpoint, Outcome},
@@ -17,8 +23,12 @@ use crate::{
 use axum::{
     Json,
     body::Bytes,
-    extract::{DefaultBodyLimit, Path, State, rejection::BytesRejection},
-    http::{HeaderMap, HeaderValue, StatusCode, Uri, header},
+    extract::{
+        DefaultBodyLimit, Path, State,
+        rejection::{BytesRejection, PathRejection},
+    },
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header},
+    middleware,
     response::{IntoResponse, Response},
     routing::{get, post},
 };
@@ -30,10 +40,10 @@ use std::{
 use telemetry::Health;
 use tokio::time::Instant;
 use tower::ServiceBuilder;
-use tower_http::catch_panic::CatchPanicLayer;
-
-/// Longest request id taken from a client.
-const MAX_REQUEST_ID: usize = 128;
+use tower_http::{
+    catch_panic::CatchPanicLayer,
+    cors::{AllowHeaders, AllowOrigin, CorsLayer},
+};
 
 /// Bodies up to this size are parsed where they arrive: a hundred microseconds at most, about what handing them over costs.
 const SMALL_BODY_BYTES: usize = 64 << 10;
@@ -47,7 +57,7 @@ pub(crate) struct Service {
 
 /// Returns the routes.
 pub(crate) fn routes(service: Service) -> axum::Router {
-    let max_body_bytes = service.router.config.limits.max_body_bytes;
+    let router = service.router.clone();
     axum::Router::new()
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(completions))
@@ -60,6 +70,10 @@ pub(crate) fn routes(service: Service) -> axum::Router {
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
         .route("/version", get(version))
+        .merge(messages::routes())
+        .merge(responses::routes())
+        .merge(server::routes())
+        .merge(text::routes())
         .fallback(|uri: Uri| async move {
             error::not_served(StatusCode::NOT_FOUND, &format!("there is nothing at {}", uri.path()))
         })
@@ -72,9 +86,27 @@ pub(crate) fn routes(service: Service) -> axum::Router {
                 .layer(CatchPanicLayer::custom(|_| {
                     error::response(&Error::Failed("the router failed; this is a bug".into()))
                 }))
-                .layer(DefaultBodyLimit::max(max_body_bytes)),
+                .layer(cors(&router.config.cors_origins))
+                .layer(middleware::from_fn_with_state(router, door::enter))
+                // The door has counted.
+                .layer(DefaultBodyLimit::disable()),
         )
         .with_state(service)
+}
+
+/// Lets pages of these origins ask from browsers; `*` is any.
+fn cors(origins: &[String]) -> CorsLayer {
+    let allowed = match origins {
+        [any] if any == "*" => AllowOrigin::any(),
+        origins => AllowOrigin::list(origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok())),
+    };
+    let headers = AllowHeaders::mirror_request();
+    let exposed = ["x-request-id", "retry-after"].map(HeaderName::from_static);
+    CorsLayer::new()
+        .allow_origin(allowed)
+        .allow_methods([Method::GET, Method::POST, Method::DELETE])
+        .allow_headers(headers)
+        .expose_headers(exposed)
 }
 
 async fn chat(State(service): State<Service>, headers: HeaderMap, body: Result<Bytes, BytesRejection>) -> Response {
@@ -86,6 +118,7 @@ async fn chat(State(service): State<Service>, headers: HeaderMap, body: Result<B
         Err(error) => return refuse(&origin, &error, &mut guard),
     };
     let params = request.params.clone();
+    let origin = renamed(origin, params.request_id.as_deref());
     let head = head(&router, &origin, "chatcmpl", &params.model);
     let accepted = openai::accept(router.clone(), origin.clone(), params, guard, 1, request.into_prompt()).await;
     let answered = match accepted {
@@ -110,6 +143,7 @@ async fn completions(
         Ok(request) => request,
         Err(error) => return refuse(&origin, &error, &mut guard),
     };
+    let origin = renamed(origin, params.request_id.as_deref());
     let head = head(&router, &origin, "cmpl", &params.model);
     let count = prompts.len();
     let accepted = openai::accept(router.clone(), origin.clone(), params, guard, count, move |_| Ok(prompts)).await;
@@ -157,14 +191,10 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), Error> {
     Err(Error::Invalid { message, param: Some("content-type".into()) })
 }
 
-/// Who asks: the client's own request id if it can stand in a header and a log line, or a new one.
+/// Who asks.
 fn origin(headers: &HeaderMap, endpoint: Endpoint) -> Origin {
-    let given = headers.get("x-request-id").and_then(|value| value.to_str().ok());
-    let usable = |id: &&str| (1..=MAX_REQUEST_ID).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic());
-    let request: Arc<str> = match given.filter(usable) {
-        Some(id) => id.into(),
-        None => format!("{:032x}", rand::random::<u128>()).into(),
-    };
+    // The door has put one there.
+    let request: Arc<str> = headers.get("x-request-id").and_then(|id| id.to_str().ok()).unwrap_or_default().into();
     let span = tracing::info_span!(
         "request",
         id = %request,
@@ -177,7 +207,23 @@ fn origin(headers: &HeaderMap, endpoint: Endpoint) -> Origin {
     // Without export of our own, workers still continue the client's trace.
     let passed_on = || parent.parse::<telemetry::TraceParent>().map(|parent| parent.to_string()).unwrap_or_default();
     let traceparent = telemetry::traceparent(&span).unwrap_or_else(passed_on).into();
-    Origin { request, traceparent, arrived: Instant::now(), span }
+    let length = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+    let key = door::visit().key;
+    if let Some(key) = &key {
+        tracing::debug!(parent: &span, request = %request, key = key.name(), "key shown");
+    }
+    Origin { request, traceparent, arrived: Instant::now(), body_bytes: length.unwrap_or(usize::MAX), key, span }
+}
+
+/// A body may name a request that has no name in its headers.
+fn renamed(origin: Origin, id: Option<&str>) -> Origin {
+    match id.filter(|_| !door::visit().named) {
+        Some(id) => {
+            origin.span.record("id", id);
+            Origin { request: id.into(), ..origin }
+        }
+        None => origin,
+    }
 }
 
 fn head(router: &Router, origin: &Origin, prefix: &str, model: &str) -> Head {
@@ -255,11 +301,20 @@ async fn list_models(State(service): State<Service>) -> Json<models::ModelList> 
     Json(models::list(&service.router))
 }
 
-async fn find_model(State(service): State<Service>, Path(name): Path<String>) -> Response {
-    match models::find(&service.router, &name) {
+async fn find_model(State(service): State<Service>, name: Result<Path<String>, PathRejection>) -> Response {
+    match named(name).and_then(|name| models::find(&service.router, &name)) {
         Ok(model) => Json(model).into_response(),
         Err(error) => error::response(&error),
     }
+}
+
+/// Reads the name in a path.
+fn named(path: Result<Path<String>, PathRejection>) -> Result<String, Error> {
+    let unreadable = |rejection: PathRejection| Error::Invalid {
+        message: format!("the path cannot be read: {}", rejection.body_text()),
+        param: None,
+    };
+    path.map(|Path(name)| name).map_err(unreadable)
 }
 
 /// Whether a request could be answered now, in vLLM's words: 200 or 503, no body.
@@ -287,7 +342,8 @@ fn probe(state: Result<(), String>, good: &str) -> (StatusCode, String) {
 
 async fn metrics(State(service): State<Service>) -> Response {
     let router = &service.router;
-    router.metrics.prefix_index(router.fleet.prefix_index_bytes());
+    let text_bytes = router.model.tokenizer.remembered_bytes() + router.page_names.bytes();
+    router.metrics.caches(router.fleet.prefix_index_bytes(), text_bytes);
     let mut response = telemetry::render_metrics().into_response();
     response
         .headers_mut()
@@ -302,4 +358,41 @@ struct Version {
 
 async fn version() -> Json<Version> {
     Json(Version { version: env!("CARGO_PKG_VERSION") })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    const SOURCES: [&str; 5] = [
+        include_str!("http.rs"),
+        include_str!("http/messages.rs"),
+        include_str!("http/responses.rs"),
+        include_str!("http/server.rs"),
+        include_str!("http/text.rs"),
+    ];
+
+    /// Every route of these files, as method and path: axum does not list them.
+    fn routes() -> BTreeSet<String> {
+        let calls = SOURCES.iter().flat_map(|source| source.split(concat!(".ro", "ute(\"")).skip(1));
+        let routes = calls.flat_map(|call| {
+            let (path, rest) = call.split_once('"').expect("a path ends");
+            let handlers = rest.lines().next().unwrap_or_default();
+            let taken = ["get", "post", "put", "delete", "patch"].into_iter().filter(move |method| {
+                handlers.contains(&format!(" {method}(")) || handlers.contains(&format!(".{method}("))
+            });
+            taken.map(move |method| format!("{method} {path}"))
+        });
+        routes.map(|route| route.replace("{*name}", "{model}")).collect()
+    }
+
+    #[test]
+    fn openapi_describes_every_route_and_nothing_else() {
+        let api: serde_json::Value = serde_json::from_str(include_str!("../openapi.json")).unwrap();
+        let described =
+            api["paths"].as_object().unwrap().iter().flat_map(|(path, item)| {
+                item.as_object().unwrap().keys().map(move |method| format!("{method} {path}"))
+            });
+        assert_eq!(described.collect::<BTreeSet<_>>(), routes());
+    }
 }

@@ -6,8 +6,12 @@
 //! | file | what it is |
 //! |---|---|
 //! | `http`, `openai/` | routes, the API's shapes, server-sent events |
+//! | `messages/`, `responses/` | the other two ways to ask for a chat completion |
+//! | `server/`, `door/` | connections and TLS; ids, keys, limits of what comes in |
 //! | `admission` | how much is taken on |
+//! | `dialect/` | what is reasoning, text and calls of tools in what a model says |
 //! | `text/` | templates, tokens, incremental text, stop strings |
+//! | `page_names`, `recent` | names of a prompt's pages; what was worked out lately |
 //! | `prompt`, `request`, `attempt`, `recovery` | what is asked; one request's life; one try at it; what to do when a try fails |
 //! | `fleet/` | the workers: one stream each, their load, the only place with wire types |
 //! | `prefix_index`, `cost`, `placement` | who holds which prefix, what a placement costs, which one it is |
@@ -17,26 +21,39 @@ mod admission;
 mod attempt;
 mod config;
 mod cost;
+mod dialect;
+mod door;
 mod error;
 mod fleet;
+#[cfg(any(fuzzing, test))]
+pub mod fuzz;
 #[cfg(test)]
 mod golden;
 mod http;
+mod messages;
 mod metrics;
 mod openai;
+mod page_names;
 mod placement;
 mod prefix_index;
 mod prompt;
+mod recent;
 mod recovery;
 mod request;
+mod responses;
+mod server;
 mod text;
 
-pub use config::{Config, Limits, Policy, Weights};
+pub use config::{Config, Limits, Policy, ReasoningParser, ToolCallParser, Weights};
+pub use server::TlsFiles;
 
-use crate::{admission::Admission, fleet::Fleet, metrics::Metrics, request::Router};
+use crate::{
+    admission::Admission, dialect::Dialect, door::keys::Keys, fleet::Fleet, metrics::Metrics, page_names::PageNames,
+    request::Router, server::Tls,
+};
 use anyhow::Context;
-use axum::serve::ListenerExt;
 use cluster::{Capacity, Directory, LoadSummary, Member, Registration, Role, State};
+use responses::store::Store;
 use std::{
     net::SocketAddr,
     sync::Arc,
@@ -46,26 +63,6 @@ use telemetry::Health;
 use text::{TextModel, TextPool};
 use tokio::{net::TcpListener, time::timeout};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
-
-/// Reads the text of a model as [`run`] does, encodes and renders a little with it, and forgets it: what fuzzing calls.
-#[cfg(fuzzing)]
-pub fn fuzz_model(path: &std::path::Path) {
-    let Ok(model) = TextModel::load(path) else { return };
-    for text in ["", "Hello, w\u{f6}rld 12\n", "<s>\u{2581}\u{1f600}</s>"] {
-        if let Ok(ids) = model.tokenizer.encode(text, true) {
-            model.tokenizer.decode(&ids, true);
-            ids.iter().for_each(|id| drop(model.tokenizer.bytes(*id).to_vec()));
-        }
-    }
-    if let Some(template) = &model.template {
-        let input = text::template::ChatInput {
-            messages: vec![serde_json::json!({"role": "user", "content": "Hi"})],
-            add_generation_prompt: true,
-            ..Default::default()
-        };
-        let _ = template.render(&input);
-    }
-}
 
 /// Serves requests on `listener` until `shutdown`, then drains: takes nothing new, lets streams finish for a while, leaves the directory.
 ///
@@ -79,20 +76,30 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     config.validate().map_err(|problem| anyhow::anyhow!("router config: {problem}"))?;
     let dir = config.model_dir.clone();
-    let model = tokio::task::spawn_blocking(move || TextModel::load(&dir)).await.context("load tokenizer")??;
+    let mut model = tokio::task::spawn_blocking(move || TextModel::load(&dir)).await.context("load tokenizer")??;
+    model.tokenizer.remember(config.text_cache_bytes / 4 * 3);
     let address = listener.local_addr().context("read the listener's address")?;
+    let tls = config.tls.as_ref().map(Tls::load).transpose().context("tls")?.map(Arc::new);
+    let keys = Keys::load(&config.api_keys, config.api_key_file.as_deref())?;
+    let _keys = keys.clone().map(|keys| AbortOnDropHandle::new(tokio::spawn(keys.follow())));
     let me = member(&config, address);
     tracing::info!(id = %me.id, %address, model = %config.model_name, "router starts");
 
-    let metrics = Metrics::new();
+    let metrics = Metrics::new(&config.model_name);
     let stop_fleet = CancellationToken::new();
     let _stop_fleet = stop_fleet.clone().drop_guard();
     let fleet = Fleet::start(&config, &me.id, &*directory, metrics.clone(), stop_fleet.clone());
+    let dialect = Dialect::choose(config.tool_call_parser, config.reasoning_parser, &model);
+    tracing::info!(tools = ?dialect.tools, thoughts = ?dialect.thoughts, "the model's dialect");
     let router = Arc::new(Router {
         model: Arc::new(model),
+        dialect,
         text: TextPool::new(config.text_threads),
+        keys,
+        page_names: PageNames::new(config.text_cache_bytes / 4),
         fleet: fleet.clone(),
         admission: Admission::new(&config.limits, metrics.clone()),
+        responses: Store::new(&config.limits),
         metrics,
         created: me.incarnation / 1_000_000,
         draining: shutdown.clone(),
@@ -105,7 +112,9 @@ pub async fn run(
     // The fleet's view lives as long as the directory: it stays here until the end.
     let joined_directory = directory.clone();
     let mut joining = AbortOnDropHandle::new(tokio::spawn(async move { joined_directory.register(me).await }));
-    let mut serving = serve(router.clone(), listener, health, shutdown.clone());
+    let routes = http::routes(http::Service { router: router.clone(), health });
+    let serving = server::serve(routes, listener, tls, router.config.limits.clone(), shutdown.clone());
+    let mut serving = AbortOnDropHandle::new(tokio::spawn(serving));
 
     let mut registration = None;
     let served = loop {
@@ -143,20 +152,7 @@ fn member(config: &Config, address: SocketAddr) -> Member {
     }
 }
 
-type Serving = AbortOnDropHandle<std::io::Result<()>>;
-
-/// Accepts connections until `shutdown`; ends when the last one has.
-fn serve(router: Arc<Router>, listener: TcpListener, health: Health, shutdown: CancellationToken) -> Serving {
-    let listener = listener.tap_io(|socket| {
-        // Without it a small write may wait 40 ms for the other side's delayed acknowledgement.
-        if let Err(error) = socket.set_nodelay(true) {
-            tracing::debug!(%error, "set TCP_NODELAY");
-        }
-    });
-    let routes = http::routes(http::Service { router, health });
-    let server = axum::serve(listener, routes).with_graceful_shutdown(shutdown.cancelled_owned());
-    AbortOnDropHandle::new(tokio::spawn(server.into_future()))
-}
+type Serving = AbortOnDropHandle<()>;
 
 /// Lets open streams finish, for a while; then ends them with an error that can be retried.
 async fn drain(router: &Router, serving: &mut Serving, registration: Option<&Registration>) -> anyhow::Result<()> {
@@ -165,7 +161,12 @@ async fn drain(router: &Router, serving: &mut Serving, registration: Option<&Reg
     if let Some(registration) = registration {
         registration.set_state(State::Draining);
     }
-    if let Ok(served) = timeout(limit, &mut *serving).await {
+    let finished = async {
+        let served = (&mut *serving).await;
+        router.responses.finished().await;
+        served
+    };
+    if let Ok(served) = timeout(limit, finished).await {
         return flatten(served);
     }
     tracing::warn!(?limit, "streams were still open at the end of the drain; they end with an error");
@@ -176,8 +177,8 @@ async fn drain(router: &Router, serving: &mut Serving, registration: Option<&Reg
     }
 }
 
-fn flatten(served: Result<std::io::Result<()>, tokio::task::JoinError>) -> anyhow::Result<()> {
-    served.context("serve HTTP")?.context("serve HTTP")
+fn flatten(served: Result<(), tokio::task::JoinError>) -> anyhow::Result<()> {
+    served.context("serve HTTP")
 }
 
 /// Keeps `health` true to what the fleet can do.

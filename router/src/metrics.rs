@@ -1,14 +1,24 @@
 //! What the router counts. Handles are made once; a look-up per token would cost more than the token.
 
-use crate::placement::Kind;
+mod vllm;
+
+pub(crate) use vllm::Told;
+
+use crate::{placement::Kind, request::Finish};
 use metrics::{Counter, Gauge, Histogram};
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+use vllm::Vllm;
 
 /// An endpoint, as metrics name it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Endpoint {
     Chat,
     Completions,
+    Messages,
+    Responses,
 }
 
 /// How a request ended.
@@ -26,7 +36,7 @@ pub(crate) enum Outcome {
     Failed,
 }
 
-const ENDPOINTS: [&str; 2] = ["chat_completions", "completions"];
+const ENDPOINTS: [&str; 4] = ["chat_completions", "completions", "messages", "responses"];
 const OUTCOMES: [&str; 5] = ["ok", "invalid", "rejected", "cancelled", "failed"];
 
 /// Why a leg was placed again.
@@ -49,9 +59,11 @@ pub(crate) struct Metrics {
 struct Handles {
     ttft: Histogram,
     itl: Histogram,
-    duration: [Histogram; 2],
-    requests: [[Counter; 5]; 2],
+    duration: [Histogram; 4],
+    requests: [[Counter; 5]; 4],
     in_flight: Gauge,
+    /// The same number, to be read.
+    open: AtomicUsize,
     queue_depth: Gauge,
     prompt_tokens: Counter,
     cached_tokens: Counter,
@@ -60,6 +72,13 @@ struct Handles {
     retries: [Counter; 4],
     fleet: [Gauge; 2],
     prefix_index_bytes: Gauge,
+    text_cache_bytes: Gauge,
+    vllm: Vllm,
+}
+
+/// Counts a request that was turned away at the door.
+pub(crate) fn turned_away(status: u16) {
+    metrics::counter!("baton_requests_turned_away_total", "status" => status.to_string()).increment(1);
 }
 
 impl std::fmt::Debug for Handles {
@@ -70,7 +89,7 @@ impl std::fmt::Debug for Handles {
 
 impl Metrics {
     /// Registers everything, so that a metric is there before it first moves.
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(model: &str) -> Self {
         describe();
         let requests = |endpoint: &'static str| {
             OUTCOMES
@@ -83,6 +102,7 @@ impl Metrics {
                 .map(|endpoint| metrics::histogram!("baton_request_duration_seconds", "endpoint" => endpoint)),
             requests: ENDPOINTS.map(requests),
             in_flight: metrics::gauge!("baton_requests_in_flight"),
+            open: AtomicUsize::new(0),
             queue_depth: metrics::gauge!("baton_router_queue_depth"),
             prompt_tokens: metrics::counter!("baton_prompt_tokens_total"),
             cached_tokens: metrics::counter!("baton_prompt_tokens_cached_total"),
@@ -91,6 +111,8 @@ impl Metrics {
             retries: RETRY_REASONS.map(|reason| metrics::counter!("baton_retries_total", "reason" => reason)),
             fleet: ["prefill", "decode"].map(|role| metrics::gauge!("baton_fleet_workers", "role" => role)),
             prefix_index_bytes: metrics::gauge!("baton_prefix_index_bytes"),
+            vllm: Vllm::new(model),
+            text_cache_bytes: metrics::gauge!("baton_text_cache_bytes"),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -98,6 +120,7 @@ impl Metrics {
     /// Counts a request in; the guard counts it out.
     pub(crate) fn request(&self, endpoint: Endpoint) -> RequestGuard {
         self.inner.in_flight.increment(1.0);
+        self.inner.open.fetch_add(1, Ordering::Relaxed);
         RequestGuard {
             metrics: self.clone(),
             endpoint,
@@ -106,23 +129,42 @@ impl Metrics {
         }
     }
 
+    /// Returns how many requests are being answered or waiting for their turn.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.inner.open.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn queued(&self, depth: usize) {
         self.inner.queue_depth.set(depth as f64);
     }
 
     pub(crate) fn first_token(&self, seconds: f64) {
         self.inner.ttft.record(seconds);
+        self.inner.vllm.first_token.record(seconds);
     }
 
     /// `count` tokens came `seconds` apart.
     pub(crate) fn next_tokens(&self, seconds: f64, count: usize) {
         self.inner.itl.record_many(seconds, count);
+        self.inner.vllm.next_token.record_many(seconds, count);
     }
 
-    pub(crate) fn tokens(&self, prompt: u32, cached: u32, output: u32) {
-        self.inner.prompt_tokens.increment(u64::from(prompt));
-        self.inner.cached_tokens.increment(u64::from(cached));
-        self.inner.output_tokens.increment(u64::from(output));
+    /// Counts what a request asks for.
+    pub(crate) fn asked(&self, choices: u32, max_tokens: Option<u32>) {
+        self.inner.vllm.asked(choices, max_tokens);
+    }
+
+    /// Counts a choice that came to its end.
+    pub(crate) fn told(&self, told: &Told, finish: &Finish) {
+        self.inner.prompt_tokens.increment(u64::from(told.prompt_tokens));
+        self.inner.cached_tokens.increment(u64::from(told.cached_tokens));
+        self.inner.output_tokens.increment(u64::from(told.output_tokens));
+        self.inner.vllm.told(told, finish);
+    }
+
+    /// Counts the longest choice of a request that came to its end.
+    pub(crate) fn longest(&self, output_tokens: u32) {
+        self.inner.vllm.most(output_tokens);
     }
 
     pub(crate) fn placed(&self, remote: bool) {
@@ -137,8 +179,9 @@ impl Metrics {
         self.inner.fleet[usize::from(kind == Kind::Decode)].set(attached as f64);
     }
 
-    pub(crate) fn prefix_index(&self, bytes: usize) {
-        self.inner.prefix_index_bytes.set(bytes as f64);
+    pub(crate) fn caches(&self, prefix_index_bytes: usize, text_bytes: usize) {
+        self.inner.prefix_index_bytes.set(prefix_index_bytes as f64);
+        self.inner.text_cache_bytes.set(text_bytes as f64);
     }
 }
 
@@ -149,6 +192,10 @@ fn describe() {
     describe_histogram!("baton_request_itl_seconds", "Between two tokens of a choice.");
     describe_histogram!("baton_request_duration_seconds", "From a request's arrival to its last token.");
     describe_counter!("baton_requests_total", "Requests by endpoint and outcome.");
+    describe_counter!(
+        "baton_requests_turned_away_total",
+        "Requests answered at the door, by status; not among the others."
+    );
     describe_gauge!("baton_requests_in_flight", "Requests being answered or waiting for their turn.");
     describe_gauge!("baton_router_queue_depth", "Requests waiting for their turn.");
     describe_counter!("baton_prompt_tokens_total", "Prompt tokens of finished choices.");
@@ -158,6 +205,7 @@ fn describe() {
     describe_counter!("baton_retries_total", "Attempts placed again, by what happened to the one before.");
     describe_gauge!("baton_fleet_workers", "Workers attached to this router.");
     describe_gauge!("baton_prefix_index_bytes", "Memory of the prefix index.");
+    describe_gauge!("baton_text_cache_bytes", "Memory of remembered tokens and page names of prompts.");
 }
 
 /// A request under way. Dropped without an outcome, its client has gone away.
@@ -180,7 +228,9 @@ impl Drop for RequestGuard {
     fn drop(&mut self) {
         let (handles, endpoint) = (&self.metrics.inner, self.endpoint as usize);
         handles.in_flight.decrement(1.0);
+        handles.open.fetch_sub(1, Ordering::Relaxed);
         handles.duration[endpoint].record(self.started.elapsed().as_secs_f64());
         handles.requests[endpoint][self.outcome as usize].increment(1);
+        handles.vllm.unfinished(self.outcome);
     }
 }

@@ -9,14 +9,17 @@ pub(crate) mod completions;
 pub(crate) mod constraint;
 pub(crate) mod error;
 pub(crate) mod fields;
+mod hearing;
 mod logprobs;
 pub(crate) mod models;
 pub(crate) mod params;
 pub(crate) mod stream;
+pub(crate) mod tokens;
+pub(crate) mod tools;
 
 use crate::{
     error::Error,
-    metrics::{Outcome, RequestGuard},
+    metrics::{Metrics, Outcome, RequestGuard},
     prompt::{Prompt, PromptSource},
     request::{Finish, Generation, Origin, Router, Step, Work},
 };
@@ -26,6 +29,7 @@ use axum::{
     response::Response,
 };
 use futures::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use hearing::Hearing;
 use params::Params;
 use serde::Serialize;
 use std::sync::Arc;
@@ -38,6 +42,17 @@ pub(crate) trait Shape: Send + 'static {
 
     /// Writes the last chunk, which only carries usage.
     fn usage_chunk(&mut self, usage: Usage, out: &mut Vec<u8>);
+
+    /// Writes what ends a stream.
+    fn close(&mut self, out: &mut Vec<u8>) {
+        out.extend_from_slice(stream::DONE);
+    }
+
+    /// Writes what ends a stream that failed.
+    fn failed(&mut self, error: &Error, out: &mut Vec<u8>) {
+        stream::event(out, |out| error::write(error, out));
+        out.extend_from_slice(stream::DONE);
+    }
 
     /// Takes in one step of an answer that is not streamed.
     fn collect(&mut self, choice: usize, step: &Step);
@@ -58,10 +73,13 @@ pub(crate) struct Head {
 /// Tokens read and written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Usage {
-    prompt_tokens: u32,
+    pub(crate) prompt_tokens: u32,
     total_tokens: u32,
-    completion_tokens: u32,
+    pub(crate) completion_tokens: u32,
     prompt_tokens_details: PromptTokensDetails,
+    /// Of models that reason.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    completion_tokens_details: Option<CompletionTokensDetails>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -69,7 +87,22 @@ struct PromptTokensDetails {
     cached_tokens: u32,
 }
 
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+struct CompletionTokensDetails {
+    reasoning_tokens: u32,
+}
+
 impl Usage {
+    /// Prompt tokens that came from a prefix cache.
+    pub(crate) fn cached_tokens(&self) -> u32 {
+        self.prompt_tokens_details.cached_tokens
+    }
+
+    /// Output tokens that were reasoning.
+    pub(crate) fn reasoning_tokens(&self) -> u32 {
+        self.completion_tokens_details.map_or(0, |details| details.reasoning_tokens)
+    }
+
     fn new(prompt_tokens: u32, cached_tokens: u32, completion_tokens: u32) -> Self {
         let total_tokens = prompt_tokens + completion_tokens;
         Self {
@@ -77,7 +110,13 @@ impl Usage {
             total_tokens,
             completion_tokens,
             prompt_tokens_details: PromptTokensDetails { cached_tokens },
+            completion_tokens_details: None,
         }
+    }
+
+    fn reasoning(self, tokens: Option<u32>) -> Self {
+        let details = tokens.map(|reasoning_tokens| CompletionTokensDetails { reasoning_tokens });
+        Self { completion_tokens_details: details, ..self }
     }
 }
 
@@ -89,8 +128,10 @@ enum StopReason {
     String(String),
 }
 
-fn reasons(finish: &Finish) -> (&'static str, Option<StopReason>) {
+/// `calls_tools`: the choice ended to have tools called, which is a reason of its own unless it was cut off.
+fn reasons(finish: &Finish, calls_tools: bool) -> (&'static str, Option<StopReason>) {
     match finish {
+        Finish::EndOfSequence if calls_tools => ("tool_calls", None),
         Finish::EndOfSequence => ("stop", None),
         Finish::StopToken(token) => ("stop", Some(StopReason::Token(*token))),
         Finish::StopString(string) => ("stop", Some(StopReason::String(string.clone()))),
@@ -112,26 +153,30 @@ pub(crate) struct Accepted {
 pub(crate) async fn accept(
     router: Arc<Router>,
     origin: Origin,
-    params: Params,
+    mut params: Params,
     guard: RequestGuard,
     prompts: usize,
     render: impl FnOnce(&Router) -> Result<Vec<PromptSource>, Error> + Send + 'static,
 ) -> Result<Accepted, (Error, RequestGuard)> {
-    if router.draining.is_cancelled() {
-        let message = "the router is shutting down".into();
-        return Err((Error::Unavailable { message, retry_after: std::time::Duration::from_secs(1) }, guard));
-    }
     let prepared = async {
         let turn = router.admission.admit(prompts * params.n as usize).await?;
         if let Some(constraint) = &params.constraint {
             constraint.check(&router).await?;
         }
         let root = (params.salt.clone(), params.adapter.clone());
-        let prompts = router.prepare(render, root, params.echo, params.prompt_field).await?;
+        let (kept, bytes) = ((params.echo, params.truncation), origin.body_bytes);
+        let prompts = router.prepare(bytes, render, root, kept, params.prompt_field).await?;
         Ok((turn, prompts))
     };
     match prepared.await {
-        Ok((turn, prompts)) => Ok(Accepted { router, origin, params, prompts, turn, guard }),
+        Ok((turn, prompts)) => {
+            router.metrics.asked(params.n, params.max_tokens);
+            if let (Some(reading), Some(prompt)) = (&mut params.reading, prompts.first()) {
+                reading.open(&router.model.tokenizer, &prompt.tokens);
+                params.think_first();
+            }
+            Ok(Accepted { router, origin, params, prompts, turn, guard })
+        }
         Err(error) => Err((error, guard)),
     }
 }
@@ -140,8 +185,11 @@ impl Accepted {
     /// One generation for each prompt and each of `n`, in the order of the answer's indices.
     fn generations(&self) -> Vec<Generation> {
         let context = self.router.context_tokens();
+        let reading = self.params.reading.as_ref();
+        let shown = reading.map(|reading| reading.marks(&self.router.dialect)).unwrap_or_default();
         let work = self.prompts.iter().flat_map(|prompt| {
             let stop = Arc::new(self.params.stop(context, prompt.tokens.len() as u32));
+            let shown = shown.clone();
             (0..self.params.n).map(move |choice| Work {
                 origin: self.origin.clone(),
                 prompt: prompt.clone(),
@@ -152,7 +200,8 @@ impl Accepted {
                 stop_strings: self.params.stop_strings.clone(),
                 include_stop: self.params.include_stop,
                 skip_special: self.params.skip_special,
-                report_ids: self.params.token_ids,
+                shown: shown.clone(),
+                report_ids: self.params.token_ids || reading.is_some_and(|reading| reading.thoughts.is_some()),
                 prompt_logprobs: self.params.reported_prompt(),
                 priority: self.params.priority,
             })
@@ -160,13 +209,24 @@ impl Accepted {
         work.map(|work| Generation::new(self.router.clone(), work)).collect()
     }
 
+    /// Returns a listener for a choice, where the endpoint speaks of messages.
+    fn hearing(&self) -> Option<Hearing> {
+        let reading = self.params.reading.as_ref()?;
+        Some(Hearing::new(reading, &self.router.dialect))
+    }
+
+    fn choices(&self) -> Choices {
+        Choices::new(self.generations(), || self.hearing(), self.params.n, self.router.metrics.clone())
+    }
+
     /// Generates, and answers in one piece or as a stream.
     pub(crate) async fn answer(mut self, shape: impl Shape) -> Result<Response, (Error, RequestGuard)> {
-        let choices = Choices::new(self.generations(), self.params.n);
+        let choices = self.choices();
         if self.params.stream {
             return stream::answer(self, choices, shape).await;
         }
-        match whole(choices, shape).await {
+        let mut shape = shape;
+        match whole(choices, &mut shape).await {
             Ok(body) => {
                 self.guard.ended(Outcome::Ok);
                 Ok(json(body))
@@ -174,9 +234,15 @@ impl Accepted {
             Err(error) => Err((error, self.guard)),
         }
     }
+
+    /// Generates with nobody waiting, and returns the body.
+    pub(crate) async fn collect(self, shape: &mut impl Shape) -> (RequestGuard, Result<Vec<u8>, Error>) {
+        let body = whole(self.choices(), shape).await;
+        (self.guard, body)
+    }
 }
 
-async fn whole(mut choices: Choices, mut shape: impl Shape) -> Result<Vec<u8>, Error> {
+async fn whole(mut choices: Choices, shape: &mut impl Shape) -> Result<Vec<u8>, Error> {
     while let Some(stepped) = choices.next().await {
         stepped.result.clone()?;
         shape.collect(stepped.index, &stepped.step);
@@ -191,7 +257,7 @@ pub(crate) fn json(body: Vec<u8>) -> Response {
 }
 
 /// Writes `value` as JSON. Our types hold nothing that JSON cannot say.
-fn write_json(value: &impl Serialize, out: &mut Vec<u8>) {
+pub(crate) fn write_json(value: &impl Serialize, out: &mut Vec<u8>) {
     serde_json::to_writer(out, value).expect("plain structs serialise into memory");
 }
 
@@ -203,6 +269,11 @@ pub(crate) struct Choices {
     /// Prompts are counted once, not once per choice.
     n: u32,
     usage: Usage,
+    /// Choices that have not ended.
+    left: usize,
+    /// Output tokens of the longest that have.
+    longest: u32,
+    metrics: Metrics,
 }
 
 enum Running {
@@ -219,11 +290,15 @@ pub(crate) struct Stepped {
     /// Whether this was its first.
     pub(crate) first: bool,
     generation: Generation,
+    hearing: Option<Hearing>,
 }
 
 impl Stepped {
     async fn step(mut self: Box<Self>) -> Box<Self> {
         self.result = self.generation.next(&mut self.step).await;
+        if let Some(hearing) = &mut self.hearing {
+            hearing.hear(&mut self.step);
+        }
         self
     }
 
@@ -233,16 +308,18 @@ impl Stepped {
 }
 
 impl Choices {
-    fn new(generations: Vec<Generation>, n: u32) -> Self {
+    fn new(generations: Vec<Generation>, hearing: impl Fn() -> Option<Hearing>, n: u32, metrics: Metrics) -> Self {
         let start = |(index, generation)| {
-            Box::new(Stepped { index, step: Step::default(), result: Ok(()), first: true, generation })
+            let (step, hearing) = (Step::default(), hearing());
+            Box::new(Stepped { index, step, result: Ok(()), first: true, generation, hearing })
         };
+        let left = generations.len();
         let mut starts: Vec<Box<Stepped>> = generations.into_iter().enumerate().map(start).collect();
         let running = match starts.len() {
             1 => Running::One(starts.pop()),
             _ => Running::Many(starts.into_iter().map(|stepped| Box::pin(stepped.step()) as BoxFuture<_>).collect()),
         };
-        Self { running, current: None, n, usage: Usage::default() }
+        Self { running, current: None, n, usage: Usage::default(), left, longest: 0, metrics }
     }
 
     /// Waits for the next step of any choice; `None` when all have ended. After an error there is nothing more to wait for.
@@ -273,12 +350,20 @@ impl Choices {
         if stepped.index.is_multiple_of(self.n as usize) {
             (prompt, cached) = (generation.prompt_tokens(), generation.cached_tokens());
         }
+        self.left -= 1;
+        self.longest = self.longest.max(generation.output_tokens());
+        if self.left == 0 {
+            self.metrics.longest(self.longest);
+        }
         let so_far = self.usage;
+        let before = so_far.completion_tokens_details.map_or(0, |details| details.reasoning_tokens);
+        let reasoning = stepped.reasoning_tokens().map(|tokens| before + tokens);
         self.usage = Usage::new(
             so_far.prompt_tokens + prompt,
             so_far.prompt_tokens_details.cached_tokens + cached,
             so_far.completion_tokens + generation.output_tokens(),
-        );
+        )
+        .reasoning(reasoning);
     }
 
     /// Returns what all choices that have ended used.
@@ -292,5 +377,10 @@ impl Stepped {
     fn usage(&self) -> Usage {
         let generation = &self.generation;
         Usage::new(generation.prompt_tokens(), generation.cached_tokens(), generation.output_tokens())
+            .reasoning(self.reasoning_tokens())
+    }
+
+    fn reasoning_tokens(&self) -> Option<u32> {
+        self.hearing.as_ref().and_then(Hearing::reasoning_tokens)
     }
 }

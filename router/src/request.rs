@@ -16,16 +16,20 @@ use crate::{
     attempt::{Attempt, Ending, News},
     config::Config,
     cost::Demand,
+    dialect::{Dialect, Event},
+    door::keys::{Key, Keys},
     error::Error,
     fleet::{
         Fleet, Path, Wanted,
         adapters::Adapter,
         leg::{LegEvent, LegRole, Sampling, Stop, Submission, Token},
     },
-    metrics::Metrics,
+    metrics::{Metrics, Told},
+    page_names::PageNames,
     placement::NoPath,
-    prompt::{Prompt, PromptSource},
+    prompt::{Prompt, PromptSource, Truncation},
     recovery::{self, Failure, Remedy},
+    responses::store::Store,
     text::{
         TextModel, TextPool,
         detokenizer::Detokenizer,
@@ -40,14 +44,25 @@ use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::Span;
 
+/// A longer body is rendered on the text threads.
+const SHORT_BODY_BYTES: usize = 20 << 10;
+/// Most bytes tokenised elsewhere whose tokens are not remembered: less than a millisecond's worth.
+const NEW_BYTES: usize = 2 << 10;
+
 /// What every request shares.
 #[derive(Debug)]
 pub(crate) struct Router {
     pub(crate) config: Config,
     pub(crate) model: Arc<TextModel>,
+    /// How the model writes reasoning and calls of tools.
+    pub(crate) dialect: Dialect,
     pub(crate) text: TextPool,
+    /// Who may ask; `None` = everybody.
+    pub(crate) keys: Option<Arc<Keys>>,
+    pub(crate) page_names: PageNames,
     pub(crate) fleet: Fleet,
     pub(crate) admission: Admission,
+    pub(crate) responses: Store,
     pub(crate) metrics: Metrics,
     /// When this router started, in seconds since the Unix epoch: the age clients see of its model.
     pub(crate) created: u64,
@@ -63,6 +78,10 @@ pub(crate) struct Origin {
     pub(crate) request: Arc<str>,
     pub(crate) traceparent: Arc<str>,
     pub(crate) arrived: Instant,
+    /// Of the body, as announced; without a word, any number.
+    pub(crate) body_bytes: usize,
+    /// Whose key it showed: charged with the tokens read and written.
+    pub(crate) key: Option<Arc<Key>>,
     pub(crate) span: Span,
 }
 
@@ -81,6 +100,8 @@ pub(crate) struct Work {
     /// Whether what stopped it stays in the text.
     pub(crate) include_stop: bool,
     pub(crate) skip_special: bool,
+    /// Special tokens that are shown all the same: what the answer's dialect is read by.
+    pub(crate) shown: Arc<[TokenId]>,
     /// Whether steps carry the ids of their tokens.
     pub(crate) report_ids: bool,
     /// Alternatives reported beside each token of the prompt; `None` = nothing is reported of it.
@@ -99,7 +120,11 @@ pub(crate) struct Step {
     pub(crate) ids: Vec<TokenId>,
     /// The prompt's tokens but for the first, where log-probabilities of them were asked for: with the first step.
     pub(crate) prompt: Option<Vec<Token>>,
+    /// What it says, taken apart, where the endpoint speaks of messages: `text` has moved there.
+    pub(crate) events: Vec<Event>,
     pub(crate) finish: Option<Finish>,
+    /// Whether it ended to have tools called.
+    pub(crate) calls_tools: bool,
 }
 
 impl Step {
@@ -122,27 +147,42 @@ pub(crate) enum Finish {
 }
 
 impl Router {
-    /// Turns prompts into tokens and page names, on the text threads, where `render` makes them too. `name` is the field errors
-    /// speak of.
+    /// Turns prompts into tokens and page names; `render` makes them. Where that may take long it is done on the text threads: for a
+    /// long body all of it, for a short one whatever tokenising finds to be new. `name` is the field errors speak of.
     pub(crate) async fn prepare(
         self: &Arc<Self>,
+        body_bytes: usize,
         render: impl FnOnce(&Self) -> Result<Vec<PromptSource>, Error> + Send + 'static,
         root: (Bytes, Option<Arc<Adapter>>),
-        echo: bool,
+        (echo, truncation): (bool, Option<Truncation>),
         name: &'static str,
     ) -> Result<Vec<Arc<Prompt>>, Error> {
-        let router = self.clone();
-        let prepare = move || {
-            let (page_tokens, context) = (router.fleet.page_tokens(), router.context_tokens());
-            let sources = render(&router)?.into_iter();
-            let prompts = sources.map(|source| {
-                let prompt = Prompt::new(&router.model, source, root.clone(), echo, name, page_tokens)?;
-                prompt.check_length(context, name)?;
-                Ok(Arc::new(prompt))
-            });
-            prompts.collect()
+        let short = body_bytes <= SHORT_BODY_BYTES;
+        let rendered = if short { Ok(render(self)?) } else { Err(render) };
+        let make = move |router: &Self, sources: &[PromptSource], most_bytes| -> Result<Option<Vec<_>>, Error> {
+            let prompt = |source| Prompt::new(router, source, root.clone(), (echo, truncation), name, most_bytes);
+            sources.iter().map(|source| Ok(prompt(source)?.map(Arc::new))).collect()
         };
-        self.text.run(prepare).await
+        if let Ok(sources) = &rendered
+            && let Some(prompts) = make(self, sources, NEW_BYTES / sources.len().max(1))?
+        {
+            return Ok(prompts);
+        }
+        let router = self.clone();
+        let prompts = self.text.run(move || {
+            let sources = rendered.or_else(|render| render(&router))?;
+            make(&router, &sources, usize::MAX)
+        });
+        Ok(prompts.await?.expect("nothing is longer than memory"))
+    }
+
+    /// Whether a new request has a chance at all: what can be said before anything is read of it.
+    pub(crate) fn check_open(&self) -> Result<(), Error> {
+        if self.draining.is_cancelled() {
+            let message = "the router is shutting down".into();
+            return Err(Error::Unavailable { message, retry_after: Duration::from_secs(1) });
+        }
+        self.admission.check_queue()
     }
 
     /// Returns the longest sequence that can be served.
@@ -169,6 +209,9 @@ pub(crate) struct Generation {
     failure: Option<Failure>,
     /// As the first attempt found it: what later ones find cached is often their own.
     cached_tokens: Option<u32>,
+    /// How long the prompt waited and was computed, as the last attempt to say so found it.
+    prompt_times: [Duration; 2],
+    first_token: Option<Instant>,
     /// When the last token came; before the first, when the attempt began.
     last_heard: Instant,
     /// Rings at or before the current deadline. Moving a timer for every token would cost more than the token.
@@ -188,7 +231,8 @@ struct TextState {
 impl Generation {
     pub(crate) fn new(router: Arc<Router>, work: Work) -> Self {
         let text = TextState {
-            detokenizer: Detokenizer::new(&router.model.tokenizer, &work.prompt.tokens, work.skip_special),
+            detokenizer: Detokenizer::new(&router.model.tokenizer, &work.prompt.tokens, work.skip_special)
+                .showing(work.shown.clone()),
             stop: StopStrings::new(work.stop_strings.clone(), work.include_stop),
             piece: String::new(),
         };
@@ -203,6 +247,8 @@ impl Generation {
             text,
             failure: None,
             cached_tokens: None,
+            prompt_times: [Duration::ZERO; 2],
+            first_token: None,
             last_heard: Instant::now(),
             alarm: Box::pin(sleep(Duration::ZERO)),
             events: Vec::new(),
@@ -227,8 +273,8 @@ impl Generation {
                 self.take_news(step);
             }
         }
-        if step.finish.is_some() {
-            self.finish();
+        if let Some(finish) = &step.finish {
+            self.finish(finish);
         }
         Ok(())
     }
@@ -246,6 +292,13 @@ impl Generation {
 
     pub(crate) fn prompt_tokens(&self) -> u32 {
         self.work.prompt.tokens.len() as u32
+    }
+
+    /// Tells whose key it was what the choice took.
+    fn charge(&self) {
+        if let Some(key) = self.work.origin.key.as_ref().filter(|_| self.attempts > 0) {
+            key.charge(self.prompt_tokens().saturating_add(self.output_tokens()));
+        }
     }
 
     // 1 and 2: place and submit.
@@ -456,6 +509,7 @@ impl Generation {
         let now = Instant::now();
         let mut later = count;
         if before == 0 {
+            self.first_token = Some(now);
             self.router.metrics.first_token((now - self.work.origin.arrived).as_secs_f64());
             later -= 1;
         }
@@ -466,9 +520,19 @@ impl Generation {
     }
 
     /// The choice has all it needs: legs still under way are called off.
-    fn finish(&mut self) {
+    fn finish(&mut self, finish: &Finish) {
         self.end_attempt();
-        self.router.metrics.tokens(self.prompt_tokens(), self.cached_tokens(), self.output_tokens());
+        let [queue, prefill] = self.prompt_times;
+        let told = Told {
+            prompt_tokens: self.prompt_tokens(),
+            cached_tokens: self.cached_tokens(),
+            output_tokens: self.output_tokens(),
+            whole: self.last_heard - self.work.origin.arrived,
+            decode: self.first_token.map_or(Duration::ZERO, |first| self.last_heard - first),
+            queue,
+            prefill,
+        };
+        self.router.metrics.told(&told, finish);
         let span = &self.work.origin.span;
         span.record("prompt_tokens", self.prompt_tokens()).record("output_tokens", self.output_tokens());
     }
@@ -476,6 +540,7 @@ impl Generation {
     fn end_attempt(&mut self) {
         if let Some(attempt) = self.attempt.take() {
             self.cached_tokens = self.cached_tokens.or(attempt.cached_tokens());
+            self.prompt_times = attempt.prompt_times().unwrap_or(self.prompt_times);
         }
     }
 
@@ -524,6 +589,13 @@ impl Generation {
         let limits = &self.router.config.limits;
         let soonest = limits.first_token_timeout().min(limits.stall_timeout());
         self.alarm = Box::pin(sleep_until((self.last_heard + soonest).min(self.ends_at())));
+    }
+}
+
+/// However it ended: what was computed is charged.
+impl Drop for Generation {
+    fn drop(&mut self) {
+        self.charge();
     }
 }
 

@@ -1,13 +1,15 @@
 //! Text: the one place in the cluster that knows it.
 //!
 //! A [`TextModel`] is what the router reads of a model's directory or GGUF file: tokenizer, chat template, generation defaults. Rendering
-//! and tokenising run on a small bounded pool of blocking threads ([`TextPool`]), because a long prompt costs milliseconds; detokenising one
-//! token costs less than handing it to another thread and happens where the token is.
+//! and tokenising what is long and new run on a small bounded pool of blocking threads ([`TextPool`]), because that costs milliseconds. What
+//! costs less than handing it to another thread happens where it is: a short prompt, a long one whose parts were seen lately, and
+//! detokenising one token.
 
 pub(crate) mod detokenizer;
 mod gguf;
 #[cfg(test)]
 mod hostile;
+mod pieces;
 mod python;
 pub(crate) mod stop;
 pub(crate) mod template;

@@ -113,7 +113,11 @@ fn grammar(from: &Spec) -> proto::Grammar {
         Kind::Lark => proto::grammar::Kind::Lark,
         Kind::Choice => proto::grammar::Kind::Choice,
     };
-    proto::Grammar { kind: kind.into(), text: from.text.clone(), whitespace: from.whitespace.clone() }
+    let thoughts = from.thoughts.clone().map(|thoughts| {
+        let grammar::Thoughts { start, end, begun, budget } = thoughts;
+        proto::Thoughts { start, end, begun, budget }
+    });
+    proto::Grammar { kind: kind.into(), text: from.text.clone(), whitespace: from.whitespace.clone(), thoughts }
 }
 
 pub(super) fn token(from: proto::Token) -> Token {

@@ -4,7 +4,7 @@ use super::{
     Head, Shape, StopReason, Usage,
     fields::{Fields, integer, wrong},
     json,
-    logprobs::{PromptLogprobs, TextLogprobs},
+    logprobs::{Names, PromptLogprobs, TextLogprobs},
     params::{Differences, Params},
     reasons,
     stream::{self, event},
@@ -121,6 +121,8 @@ pub(crate) struct CompletionShape {
     prompt_only: bool,
     include_usage: bool,
     token_ids: bool,
+    /// Whether log-probabilities name tokens by their ids.
+    tokens_by_id: bool,
     choices: Vec<TextChoice>,
     /// Where each choice's text stands, in characters: streamed log-probabilities count on.
     offsets: Vec<usize>,
@@ -134,6 +136,8 @@ struct TextChoice {
     finish_reason: Option<&'static str>,
     stop_reason: Option<StopReason>,
     prompt_logprobs: Option<PromptLogprobs>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_text: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<Vec<TokenId>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -161,7 +165,9 @@ struct ChunkChoice<'a> {
     logprobs: Option<TextLogprobs>,
     finish_reason: Option<&'static str>,
     stop_reason: Option<StopReason>,
-    /// On a choice's first chunk only.
+    /// This and the next on a choice's first chunk only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_text: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<&'a [TokenId]>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -179,6 +185,7 @@ impl CompletionShape {
             finish_reason: None,
             stop_reason: None,
             prompt_logprobs: None,
+            prompt_text: params.prompt_text.then(|| router.model.tokenizer.decode(&prompts[index / n].tokens, false)),
             prompt_token_ids: params.token_ids.then(|| prompts[index / n].tokens.clone()),
             token_ids: params.token_ids.then(Vec::new),
         };
@@ -195,6 +202,7 @@ impl CompletionShape {
             prompt_only,
             include_usage,
             token_ids,
+            tokens_by_id: params.tokens_by_id,
             choices,
             offsets,
             prompts,
@@ -241,10 +249,11 @@ impl CompletionShape {
 impl Shape for CompletionShape {
     fn chunk(&mut self, index: usize, first: bool, step: &Step, usage: Option<Usage>, out: &mut Vec<u8>) {
         let prompt = &self.prompts[index / self.n];
+        let names = Names { tokenizer: &self.router.model.tokenizer, by_id: self.tokens_by_id };
         if let Some(text) = prompt.echo.as_deref().filter(|_| first) {
             let logprobs = self.logprobs.zip(step.prompt.as_ref()).map(|(count, others)| {
                 let mut logprobs = TextLogprobs::default();
-                logprobs.echo(&self.router.model.tokenizer, prompt.tokens[0], others, count as usize);
+                logprobs.echo(names, prompt.tokens[0], others, count as usize);
                 self.offsets[index] = logprobs.offset();
                 logprobs
             });
@@ -256,15 +265,25 @@ impl Shape for CompletionShape {
         let token_ids = (self.token_ids && !step.ids.is_empty()).then_some(&step.ids[..]);
         let logprobs = self.logprobs.filter(|_| !step.tokens.is_empty()).map(|count| {
             let mut logprobs = TextLogprobs::at(self.offsets[index]);
-            logprobs.extend(&self.router.model.tokenizer, &step.tokens, count as usize);
+            logprobs.extend(names, &step.tokens, count as usize);
             self.offsets[index] = logprobs.offset();
             logprobs
         });
-        let (finish_reason, stop_reason) = step.finish.as_ref().map(reasons).unzip();
+        let (finish_reason, stop_reason) = step.finish.as_ref().map(|finish| reasons(finish, false)).unzip();
         if !step.text.is_empty() || logprobs.is_some() || token_ids.is_some() || finish_reason.is_some() {
             let stop_reason = stop_reason.flatten();
             let text = &step.text;
-            let choice = ChunkChoice { index, text, logprobs, finish_reason, stop_reason, prompt_token_ids, token_ids };
+            let prompt_text = self.choices[index].prompt_text.as_deref().filter(|_| first);
+            let choice = ChunkChoice {
+                index,
+                text,
+                logprobs,
+                finish_reason,
+                stop_reason,
+                prompt_text,
+                prompt_token_ids,
+                token_ids,
+            };
             self.write_chunk(Some(choice), usage, out);
         }
     }
@@ -275,12 +294,13 @@ impl Shape for CompletionShape {
 
     fn collect(&mut self, index: usize, step: &Step) {
         let choice = &mut self.choices[index];
-        let (tokenizer, prompt) = (&self.router.model.tokenizer, &self.prompts[index / self.n]);
+        let names = Names { tokenizer: &self.router.model.tokenizer, by_id: self.tokens_by_id };
+        let prompt = &self.prompts[index / self.n];
         if let Some(others) = &step.prompt {
-            let list = |count: u32| PromptLogprobs::new(tokenizer, others, count as usize);
+            let list = |count: u32| PromptLogprobs::new(names, others, count as usize);
             choice.prompt_logprobs = self.prompt_logprobs.map(list);
             if let (Some(logprobs), Some(count), true) = (&mut choice.logprobs, self.logprobs, prompt.echo.is_some()) {
-                logprobs.echo(tokenizer, prompt.tokens[0], others, count as usize);
+                logprobs.echo(names, prompt.tokens[0], others, count as usize);
             }
         }
         let nothing = Step { finish: step.finish.clone(), ..Step::default() };
@@ -288,10 +308,10 @@ impl Shape for CompletionShape {
         choice.text.push_str(&step.text);
         choice.token_ids.as_mut().into_iter().for_each(|ids| ids.extend(&step.ids));
         if let (Some(logprobs), Some(count)) = (&mut choice.logprobs, self.logprobs) {
-            logprobs.extend(&self.router.model.tokenizer, &step.tokens, count as usize);
+            logprobs.extend(names, &step.tokens, count as usize);
         }
         if let Some(finish) = &step.finish {
-            let (finish_reason, stop_reason) = reasons(finish);
+            let (finish_reason, stop_reason) = reasons(finish, false);
             (choice.finish_reason, choice.stop_reason) = (Some(finish_reason), stop_reason);
         }
     }

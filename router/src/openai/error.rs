@@ -38,11 +38,18 @@ pub(crate) fn write(error: &Error, out: &mut Vec<u8>) {
 pub(crate) fn response(error: &Error) -> Response {
     let mut body = Vec::new();
     write(error, &mut body);
+    response_with(error, body)
+}
+
+/// Answers with an error that another API's words describe.
+pub(crate) fn response_with(error: &Error, body: Vec<u8>) -> Response {
     let mut response = json(body);
     *response.status_mut() = status(error).0;
     let retry_after = match error {
         Error::Overloaded { .. } => Some(1),
-        Error::Unavailable { retry_after, .. } => Some(retry_after.as_secs().max(1)),
+        Error::Unavailable { retry_after, .. } | Error::RateLimited { retry_after, .. } => {
+            Some(retry_after.as_secs_f64().ceil().max(1.0) as u64)
+        }
         _ => None,
     };
     if let Some(seconds) = retry_after {
@@ -67,21 +74,22 @@ pub(crate) fn outcome(error: &Error) -> Outcome {
         Error::Invalid { .. } | Error::UnknownModel(_) | Error::NotFound(_) | Error::TooLarge { .. } => {
             Outcome::Invalid
         }
-        Error::Overloaded { .. } | Error::Unavailable { .. } => Outcome::Rejected,
-        Error::SlowClient(_) => Outcome::Cancelled,
+        Error::Overloaded { .. } | Error::RateLimited { .. } | Error::Unavailable { .. } => Outcome::Rejected,
+        Error::SlowClient(_) | Error::SlowBody(_) => Outcome::Cancelled,
         Error::Timeout(_) | Error::Failed(_) => Outcome::Failed,
     }
 }
 
-fn status(error: &Error) -> (StatusCode, &'static str) {
+/// Returns the status code of an error, and OpenAI's name for it.
+pub(crate) fn status(error: &Error) -> (StatusCode, &'static str) {
     match error {
         Error::Invalid { .. } => (StatusCode::BAD_REQUEST, "BadRequestError"),
         Error::UnknownModel(_) | Error::NotFound(_) => (StatusCode::NOT_FOUND, "NotFoundError"),
         Error::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "RequestTooLargeError"),
-        Error::Overloaded { .. } => (StatusCode::TOO_MANY_REQUESTS, "RateLimitError"),
+        Error::Overloaded { .. } | Error::RateLimited { .. } => (StatusCode::TOO_MANY_REQUESTS, "RateLimitError"),
         Error::Unavailable { .. } => (StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailableError"),
         Error::Timeout(_) => (StatusCode::GATEWAY_TIMEOUT, "TimeoutError"),
-        Error::SlowClient(_) => (StatusCode::REQUEST_TIMEOUT, "SlowClientError"),
+        Error::SlowClient(_) | Error::SlowBody(_) => (StatusCode::REQUEST_TIMEOUT, "SlowClientError"),
         Error::Failed(_) => (StatusCode::INTERNAL_SERVER_ERROR, "InternalServerError"),
     }
 }

@@ -15,6 +15,16 @@ const SHOWN_CHARS: usize = 200;
 pub(crate) struct Fields(Map<String, Value>);
 
 impl Fields {
+    #[cfg(test)]
+    pub(crate) fn new(fields: Map<String, Value>) -> Self {
+        Self(fields)
+    }
+
+    /// Gives a field a value.
+    pub(crate) fn set(&mut self, name: &str, value: impl Into<Value>) {
+        self.0.insert(name.to_string(), value.into());
+    }
+
     /// Reads a body. What is wrong with it is said with line and column.
     pub(crate) fn parse(body: &[u8]) -> Result<Self, Error> {
         match serde_json::from_slice(body) {

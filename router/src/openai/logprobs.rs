@@ -10,10 +10,29 @@ use serde::{Serialize, Serializer, ser::SerializeMap};
 /// What JSON says for minus infinity.
 const LEAST: f32 = -9999.0;
 
+/// How tokens are named to clients.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Names<'a> {
+    pub(crate) tokenizer: &'a Tokenizer,
+    /// As `token_id:7` rather than by their text, which need not be theirs alone.
+    pub(crate) by_id: bool,
+}
+
+impl Names<'_> {
+    fn of(self, id: TokenId) -> String {
+        if self.by_id { format!("token_id:{id}") } else { self.text(id) }
+    }
+
+    fn text(self, id: TokenId) -> String {
+        String::from_utf8_lossy(self.tokenizer.bytes(id)).into_owned()
+    }
+}
+
 /// `logprobs` of a chat choice.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct ChatLogprobs {
     content: Vec<ChatToken>,
+    refusal: Option<()>,
 }
 
 #[derive(Debug, Serialize)]
@@ -31,21 +50,20 @@ struct Alternative {
 }
 
 impl Alternative {
-    fn new(tokenizer: &Tokenizer, id: TokenId, logprob: f32) -> Self {
-        let bytes = tokenizer.bytes(id).to_vec();
-        Self { token: String::from_utf8_lossy(&bytes).into_owned(), logprob: logprob.max(LEAST), bytes }
+    fn new(names: Names<'_>, id: TokenId, logprob: f32) -> Self {
+        Self { token: names.of(id), logprob: logprob.max(LEAST), bytes: names.tokenizer.bytes(id).to_vec() }
     }
 }
 
 impl ChatLogprobs {
     /// Adds the tokens of a step; `count` alternatives each.
-    pub(crate) fn extend(&mut self, tokenizer: &Tokenizer, tokens: &[Token], count: usize) {
+    pub(crate) fn extend(&mut self, names: Names<'_>, tokens: &[Token], count: usize) {
         self.content.extend(tokens.iter().filter_map(|token| {
             let logprobs = token.logprobs.as_ref()?;
             let top = logprobs.top.iter().take(count);
             Some(ChatToken {
-                token: Alternative::new(tokenizer, token.id, logprobs.logprob),
-                top_logprobs: top.map(|&(id, logprob)| Alternative::new(tokenizer, id, logprob)).collect(),
+                token: Alternative::new(names, token.id, logprobs.logprob),
+                top_logprobs: top.map(|&(id, logprob)| Alternative::new(names, id, logprob)).collect(),
             })
         }));
     }
@@ -90,13 +108,13 @@ impl TextLogprobs {
     }
 
     /// Adds an echoed prompt: its first token, of which nothing is known, and the others.
-    pub(crate) fn echo(&mut self, tokenizer: &Tokenizer, first: TokenId, others: &[Token], count: usize) {
-        self.push(first, None, tokenizer);
-        self.extend(tokenizer, others, count);
+    pub(crate) fn echo(&mut self, names: Names<'_>, first: TokenId, others: &[Token], count: usize) {
+        self.push(first, None, names);
+        self.extend(names, others, count);
     }
 
-    fn push(&mut self, token: TokenId, known: Option<(f32, TopLogprobs)>, tokenizer: &Tokenizer) {
-        let shown = text(tokenizer, token);
+    fn push(&mut self, token: TokenId, known: Option<(f32, TopLogprobs)>, names: Names<'_>) {
+        let shown = names.of(token);
         self.text_offset.push(self.offset);
         self.offset += shown.chars().count();
         self.tokens.push(shown);
@@ -106,25 +124,21 @@ impl TextLogprobs {
     }
 
     /// Adds the tokens of a step: `count` alternatives each, and the token itself where it is not among them.
-    pub(crate) fn extend(&mut self, tokenizer: &Tokenizer, tokens: &[Token], count: usize) {
+    pub(crate) fn extend(&mut self, names: Names<'_>, tokens: &[Token], count: usize) {
         for token in tokens {
             let Some(logprobs) = &token.logprobs else { continue };
             let mut top: Vec<(String, f32)> = Vec::with_capacity(count + 1);
             let own = (token.id, logprobs.logprob);
             for &(id, logprob) in logprobs.top.iter().take(count).chain([&own]) {
-                let name = text(tokenizer, id);
+                let name = names.of(id);
                 // Distinct tokens may read alike when they are parts of characters; a JSON object holds one of them.
                 if top.iter().all(|(other, _)| *other != name) {
                     top.push((name, logprob.max(LEAST)));
                 }
             }
-            self.push(token.id, Some((logprobs.logprob, TopLogprobs(top))), tokenizer);
+            self.push(token.id, Some((logprobs.logprob, TopLogprobs(top))), names);
         }
     }
-}
-
-fn text(tokenizer: &Tokenizer, id: TokenId) -> String {
-    String::from_utf8_lossy(tokenizer.bytes(id)).into_owned()
 }
 
 /// `prompt_logprobs`, vLLM's addition: for each token of the prompt what could have stood there, by token id. The first is `null`.
@@ -133,10 +147,10 @@ pub(crate) struct PromptLogprobs(Vec<Option<PromptToken>>);
 
 impl PromptLogprobs {
     /// Lists a prompt's tokens but for the first, `count` alternatives each.
-    pub(crate) fn new(tokenizer: &Tokenizer, others: &[Token], count: usize) -> Self {
+    pub(crate) fn new(names: Names<'_>, others: &[Token], count: usize) -> Self {
         let list = others.iter().map(|token| {
             let logprobs = token.logprobs.as_ref()?;
-            Some(PromptToken::new(tokenizer, token.id, logprobs, count))
+            Some(PromptToken::new(names, token.id, logprobs, count))
         });
         Self(std::iter::once(None).chain(list).collect())
     }
@@ -154,9 +168,9 @@ struct Candidate {
 }
 
 impl PromptToken {
-    fn new(tokenizer: &Tokenizer, own: TokenId, logprobs: &Logprobs, count: usize) -> Self {
+    fn new(names: Names<'_>, own: TokenId, logprobs: &Logprobs, count: usize) -> Self {
         let candidate = |id, logprob: f32, rank| {
-            (id, Candidate { logprob: logprob.max(LEAST), rank, decoded_token: text(tokenizer, id) })
+            (id, Candidate { logprob: logprob.max(LEAST), rank, decoded_token: names.text(id) })
         };
         let others = (1..).zip(&logprobs.top).take(count).filter(|(_, (id, _))| *id != own);
         let others = others.map(|(rank, &(id, logprob))| candidate(id, logprob, rank));

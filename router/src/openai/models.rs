@@ -20,7 +20,43 @@ pub(crate) struct Model {
     root: String,
     parent: Option<String>,
     max_model_len: u32,
-    permission: Vec<()>,
+    permission: [Permission; 1],
+}
+
+/// What old clients of OpenAI look for: everybody may do everything that is served.
+#[derive(Debug, Serialize)]
+struct Permission {
+    id: String,
+    object: &'static str,
+    created: u64,
+    allow_create_engine: bool,
+    allow_sampling: bool,
+    allow_logprobs: bool,
+    allow_search_indices: bool,
+    allow_view: bool,
+    allow_fine_tuning: bool,
+    organization: &'static str,
+    group: Option<()>,
+    is_blocking: bool,
+}
+
+impl Permission {
+    fn new(created: u64) -> Self {
+        Self {
+            id: format!("modelperm-{created:032x}"),
+            object: "model_permission",
+            created,
+            allow_create_engine: false,
+            allow_sampling: true,
+            allow_logprobs: true,
+            allow_search_indices: false,
+            allow_view: true,
+            allow_fine_tuning: false,
+            organization: "*",
+            group: None,
+            is_blocking: false,
+        }
+    }
 }
 
 pub(crate) fn list(router: &Router) -> ModelList {
@@ -48,7 +84,7 @@ fn model(router: &Router, name: &str) -> Model {
         root: router.config.model_name.clone(),
         parent: None,
         max_model_len: router.context_tokens(),
-        permission: Vec::new(),
+        permission: [Permission::new(router.created)],
     }
 }
 

@@ -5,14 +5,17 @@ use super::{
     fields::{Fields, integer, shown, wrong},
 };
 use crate::{
+    dialect::Reading,
     error::Error,
     fleet::{
         adapters::Adapter,
         leg::{Sampling, Stop},
     },
+    prompt::Truncation,
     request::Router,
 };
 use bytes::Bytes;
+use grammar::Spec;
 use kv_cache::TokenId;
 use serde_json::Value;
 use std::sync::Arc;
@@ -23,20 +26,19 @@ const MAX_STOP_STRINGS: usize = 4;
 /// Most bad words of a request.
 const MAX_BAD_WORDS: usize = 1024;
 
+/// Longest request id taken from a client.
+const MAX_REQUEST_ID: usize = 128;
+
 /// Most characters of a cache salt.
 const MAX_SALT_CHARS: usize = 128;
 
 /// Fields of vLLM and OpenAI that would change the answer and are not served yet.
-const UNSUPPORTED: [&str; 12] = [
+const UNSUPPORTED: [&str; 8] = [
     "logprob_token_ids",
-    "truncate_prompt_tokens",
     "use_beam_search",
-    "thinking_token_budget",
     "repetition_detection",
     "kv_transfer_params",
     "ec_transfer_params",
-    "return_tokens_as_token_ids",
-    "return_prompt_text",
     "prompt_embeds",
     "functions",
     "audio",
@@ -52,6 +54,8 @@ pub(crate) struct Params {
     pub(crate) sampling: Arc<Sampling>,
     /// What the answer must fit.
     pub(crate) constraint: Option<Constraint>,
+    /// How the answer is taken apart, where the endpoint speaks of messages.
+    pub(crate) reading: Option<Reading>,
     pub(crate) n: u32,
     pub(crate) stop_strings: Vec<String>,
     pub(crate) include_stop: bool,
@@ -64,6 +68,14 @@ pub(crate) struct Params {
     pub(crate) continuous_usage: bool,
     /// Whether the answer names the token ids behind it, prompt included.
     pub(crate) token_ids: bool,
+    /// Whether log-probabilities name tokens by their ids.
+    pub(crate) tokens_by_id: bool,
+    /// Whether the answer tells what the model was given.
+    pub(crate) prompt_text: bool,
+    /// Which tokens of the prompt are kept; `None` = all.
+    pub(crate) truncation: Option<Truncation>,
+    /// The client's name for the request.
+    pub(crate) request_id: Option<String>,
     /// Whether the prompt is repeated before the answer.
     pub(crate) echo: bool,
     /// Alternatives listed beside each token of the prompt; `None` = the prompt is not listed.
@@ -120,16 +132,21 @@ impl Params {
             adapter,
             sampling: Arc::new(sampling),
             constraint,
+            reading: None,
             n,
             stop_strings: stop_strings(fields)?,
             include_stop: fields.bool("include_stop_str_in_output")?.unwrap_or(false),
             skip_special: fields.bool("skip_special_tokens")?.unwrap_or(true),
-            priority: fields.integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?.unwrap_or(0) as i32,
+            priority: priority(fields)?,
             salt: salt(fields)?,
             stream,
             include_usage,
             continuous_usage,
             token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
+            tokens_by_id: fields.bool("return_tokens_as_token_ids")?.unwrap_or(false),
+            prompt_text: fields.bool("return_prompt_text")?.unwrap_or(false),
+            truncation: truncation(fields, max_tokens)?,
+            request_id: request_id(fields)?,
             echo: differences.echo,
             prompt_logprobs,
             prompt_field: differences.prompt_field,
@@ -138,6 +155,24 @@ impl Params {
             ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
             stop_token_ids: stop_token_ids(fields, router)?,
         })
+    }
+
+    /// Adds a constraint of the endpoint's own; a request that has one already cannot have both.
+    pub(crate) fn constrain(&mut self, own: Option<Constraint>) -> Result<(), Error> {
+        if let (Some(own), Some(other)) = (&own, &self.constraint) {
+            let problem = format!("a call that is forced cannot be combined with {}", other.field);
+            return Err(Error::invalid(own.field, problem));
+        }
+        self.constraint = self.constraint.take().or(own);
+        Ok(())
+    }
+
+    /// Lets the model think before what a constraint holds for, as far as is known that it does.
+    pub(crate) fn think_first(&mut self) {
+        if let (Some(constraint), Some(reading)) = (&mut self.constraint, &self.reading) {
+            let spec = Spec { thoughts: reading.before_answer(), ..Spec::clone(&constraint.spec) };
+            constraint.spec = Arc::new(spec);
+        }
     }
 
     /// Returns how many alternatives workers are to report beside each token of the prompt, to list them or to echo the prompt
@@ -166,7 +201,7 @@ impl Params {
 }
 
 /// An empty or missing name means the default model.
-fn model(fields: &mut Fields, router: &Router) -> Result<(String, Option<Arc<Adapter>>), Error> {
+pub(super) fn model(fields: &mut Fields, router: &Router) -> Result<(String, Option<Arc<Adapter>>), Error> {
     let config = &router.config;
     let Some(name) = fields.string("model")?.filter(|name| !name.is_empty()) else {
         return Ok((config.model_name.clone(), None));
@@ -266,7 +301,7 @@ fn allowed_tokens(fields: &mut Fields, vocab_size: u32) -> Result<Vec<TokenId>, 
     Ok(ids.unwrap_or_default())
 }
 
-fn token_ids(fields: &mut Fields, name: &str, vocab_size: u32) -> Result<Option<Vec<TokenId>>, Error> {
+pub(super) fn token_ids(fields: &mut Fields, name: &str, vocab_size: u32) -> Result<Option<Vec<TokenId>>, Error> {
     let id = |value: &Value| {
         integer(value)
             .and_then(|id| u32::try_from(id).ok())
@@ -303,6 +338,36 @@ fn bad_words(fields: &mut Fields, router: &Router) -> Result<Vec<Vec<TokenId>>, 
             .extend([Some(bare), Some(spaced).filter(|_| other)].into_iter().flatten().filter(|word| !word.is_empty()));
     }
     Ok(words)
+}
+
+/// Priorities beyond those of the wire are the first and the last.
+fn priority(fields: &mut Fields) -> Result<i32, Error> {
+    let priority = fields.integer("priority", i64::MIN..=i64::MAX)?.unwrap_or(0);
+    Ok(priority.clamp(i64::from(i32::MIN), i64::from(i32::MAX)) as i32)
+}
+
+fn truncation(fields: &mut Fields, max_tokens: Option<u32>) -> Result<Option<Truncation>, Error> {
+    let keep = fields.integer("truncate_prompt_tokens", -1..=i64::from(u32::MAX))?;
+    let first = match fields.string("truncation_side")?.as_deref() {
+        None | Some("left") => false,
+        Some("right") => true,
+        Some(other) => return Err(wrong("truncation_side", "\"left\" or \"right\"", &other.into())),
+    };
+    let answer = max_tokens.unwrap_or(1).max(1);
+    Ok(keep.map(|keep| Truncation { keep: u32::try_from(keep).ok(), first, answer }))
+}
+
+fn request_id(fields: &mut Fields) -> Result<Option<String>, Error> {
+    let id = fields.string("request_id")?;
+    match id.as_deref().filter(|id| !is_request_id(id)) {
+        None => Ok(id),
+        Some(bad) => Err(wrong("request_id", &format!("1 to {MAX_REQUEST_ID} visible ASCII characters"), &bad.into())),
+    }
+}
+
+/// Whether a client's name for a request can stand in a header and a log line.
+pub(crate) fn is_request_id(id: &str) -> bool {
+    (1..=MAX_REQUEST_ID).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())
 }
 
 /// Requests of different salts never share cached prefixes.

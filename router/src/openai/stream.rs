@@ -15,13 +15,21 @@ use futures::stream;
 use std::convert::Infallible;
 use tokio::sync::OwnedSemaphorePermit;
 
-const DONE: &[u8] = b"data: [DONE]\n\n";
+pub(crate) const DONE: &[u8] = b"data: [DONE]\n\n";
 
 /// Writes one event around what `data` writes, which must not hold a line break; JSON does not.
 pub(crate) fn event(out: &mut Vec<u8>, data: impl FnOnce(&mut Vec<u8>)) {
     out.extend_from_slice(b"data: ");
     data(out);
     out.extend_from_slice(b"\n\n");
+}
+
+/// Writes one event with a name, as APIs other than OpenAI's older ones have them.
+pub(crate) fn named_event(out: &mut Vec<u8>, name: &str, data: impl FnOnce(&mut Vec<u8>)) {
+    out.extend_from_slice(b"event: ");
+    out.extend_from_slice(name.as_bytes());
+    out.push(b'\n');
+    event(out, data);
 }
 
 /// An answer being streamed. Dropping it (the client is gone) drops its generations, which calls their legs off.
@@ -97,8 +105,8 @@ impl<S: Shape> Streaming<S> {
             match stepped {
                 Some(Stepped { result: Err(error), .. }) => {
                     self.guard.ended(error::outcome(error));
-                    event(&mut out, |out| error::write(error, out));
-                    self.close(&mut out);
+                    self.shape.failed(error, &mut out);
+                    self.state = State::Over;
                 }
                 Some(stepped) => {
                     let usage = self.continuous_usage.then(|| stepped.usage());
@@ -109,15 +117,11 @@ impl<S: Shape> Streaming<S> {
                     if self.include_usage {
                         self.shape.usage_chunk(self.choices.usage(), &mut out);
                     }
-                    self.close(&mut out);
+                    self.shape.close(&mut out);
+                    self.state = State::Over;
                 }
             }
         }
         Some(out.into())
-    }
-
-    fn close(&mut self, out: &mut Vec<u8>) {
-        out.extend_from_slice(DONE);
-        self.state = State::Over;
     }
 }

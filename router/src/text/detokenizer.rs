@@ -6,6 +6,7 @@
 
 use super::tokenizer::Tokenizer;
 use kv_cache::TokenId;
+use std::sync::Arc;
 
 /// How many prompt tokens give the first output token its context: with some tokenizers a leading space is only visible
 /// behind another token.
@@ -18,6 +19,8 @@ const MAX_PENDING_TOKENS: usize = 64;
 #[derive(Debug)]
 pub(crate) struct Detokenizer {
     skip_special: bool,
+    /// Special tokens that are shown all the same.
+    shown: Arc<[TokenId]>,
     state: State,
 }
 
@@ -33,7 +36,7 @@ impl Detokenizer {
     /// Starts behind `prompt`, whose text is not repeated.
     pub(crate) fn new(tokenizer: &Tokenizer, prompt: &[TokenId], skip_special: bool) -> Self {
         let tail = &prompt[prompt.len().saturating_sub(PRIMING_TOKENS)..];
-        let mut this = Self { skip_special, state: State::Bytes(Vec::new()) };
+        let mut this = Self { skip_special, shown: Arc::default(), state: State::Bytes(Vec::new()) };
         if tokenizer.is_byte_level() {
             let mut shown = String::new();
             tail.iter().for_each(|&token| this.push(tokenizer, token, &mut shown));
@@ -44,9 +47,18 @@ impl Detokenizer {
         this
     }
 
+    /// Shows `tokens` even where special tokens are skipped.
+    pub(crate) fn showing(self, tokens: Arc<[TokenId]>) -> Self {
+        Self { shown: tokens, ..self }
+    }
+
     /// Takes the next token and appends to `out` the text that is now certain.
     pub(crate) fn push(&mut self, tokenizer: &Tokenizer, token: TokenId, out: &mut String) {
         if self.skips(tokenizer, token) {
+            if self.shown.contains(&token) {
+                self.finish(tokenizer, out);
+                out.push_str(&String::from_utf8_lossy(tokenizer.bytes(token)));
+            }
             return;
         }
         match &mut self.state {

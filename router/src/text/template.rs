@@ -2,12 +2,15 @@
 //!
 //! Templates are Jinja with Python underneath: string methods, `tojson` as `json.dumps` prints, `raise_exception`,
 //! `strftime_now`, and `{% generation %}` marks that only training needs. A template runs on a client's input, so it runs with
-//! a recursion limit and sees nothing but what it is given.
+//! limits of steps and recursion and sees nothing but what it is given.
 
 use super::python;
 use minijinja::{Environment, Error, ErrorKind, Value, value::Kwargs};
 use serde::Serialize;
 use serde_json::{Map, Value as Json};
+
+/// Instructions of the template engine that one prompt may take: about a second. A thousand messages take a tenth of it.
+const MOST_STEPS: u64 = 10_000_000;
 
 const NAME: &str = "chat_template";
 
@@ -17,6 +20,7 @@ pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
     /// `bos_token` and its like, by name.
     special_tokens: Map<String, Json>,
+    source: String,
 }
 
 /// What a template is rendered with.
@@ -34,6 +38,14 @@ pub(crate) struct ChatInput {
     pub(crate) continue_final_message: bool,
     /// Further variables of the template (`enable_thinking`, ...).
     pub(crate) variables: Map<String, Json>,
+}
+
+impl ChatInput {
+    /// Returns the text that an answer goes on from, where the last message is the assistant's.
+    pub(crate) fn begun_answer(&self) -> String {
+        let last = self.messages.last().filter(|message| message["role"] == "assistant");
+        last.and_then(|message| message["content"].as_str()).unwrap_or_default().to_owned()
+    }
 }
 
 /// Variables as the template sees them. Absent ones are left out, because templates ask `is defined`.
@@ -56,6 +68,7 @@ impl ChatTemplate {
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         environment.set_recursion_limit(100);
+        environment.set_fuel(Some(MOST_STEPS));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", tojson);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
@@ -65,7 +78,12 @@ impl ChatTemplate {
         environment
             .add_template_owned(NAME, strip_generation_marks(source))
             .map_err(|e| anyhow::anyhow!("compile chat template: {}", explain(&e)))?;
-        Ok(Self { environment, special_tokens })
+        Ok(Self { environment, special_tokens, source: source.to_owned() })
+    }
+
+    /// Returns the template's text.
+    pub(crate) fn source(&self) -> &str {
+        &self.source
     }
 
     /// Returns the prompt. The error is what the template itself said, or what it tripped over.
@@ -105,7 +123,7 @@ fn strip_generation_marks(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(open) = rest.find("{%") {
-        let Some(length) = rest[open..].find("%}").map(|end| end + 2) else { break };
+        let Some(length) = rest[open + 2..].find("%}").map(|end| end + 4) else { break };
         let tag = &rest[open..open + length];
         let inner = &tag[2..tag.len() - 2];
         let word = inner.trim_start_matches(['-', '+']).trim_end_matches(['-', '+']).trim();
@@ -153,6 +171,7 @@ fn separators(value: Option<Vec<String>>) -> Result<Option<(String, String)>, Er
 /// The message a template gave with `raise_exception`, or minijinja's, with its line.
 fn explain(error: &Error) -> String {
     match (error.kind(), error.detail()) {
+        (ErrorKind::OutOfFuel, _) => format!("it takes more than {MOST_STEPS} steps"),
         (ErrorKind::InvalidOperation, Some(detail)) => detail.to_string(),
         _ => error.to_string(),
     }
@@ -171,6 +190,9 @@ mod tests {
     fn generation_marks_leave_no_trace() {
         let source = "a\n{% generation %}\nb{%- endgeneration -%}  c";
         assert_eq!(render(source, &ChatInput::default()).unwrap(), "a\nbc");
+        for odd in ["{%}", "{%", "{%%}", "x{%}%}"] {
+            assert_eq!(strip_generation_marks(odd), odd, "what is no tag stays");
+        }
     }
 
     #[test]
@@ -201,6 +223,13 @@ mod tests {
             ..ChatInput::default()
         };
         assert_eq!(render(source, &input).unwrap(), "<x><The answer");
+    }
+
+    #[test]
+    fn an_endless_loop_is_an_error() {
+        let source = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}";
+        let error = render(source, &ChatInput::default()).unwrap_err();
+        assert!(error.contains("10000000 steps"), "{error}");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Tokens of a text, and what each token stands for.
 
+use super::pieces::{Pieces, allows_cuts};
 use anyhow::{Context, ensure};
 use kv_cache::TokenId;
 use std::{fmt, panic::AssertUnwindSafe, path::Path};
@@ -8,13 +9,25 @@ use tokenizers::{DecoderWrapper, Tokenizer as Inner};
 /// A model's tokenizer, as `tokenizer.json` or a GGUF file describes it.
 pub(crate) struct Tokenizer {
     inner: Inner,
-    pieces: Pieces,
+    /// Where texts may be cut: the tokens of parts.
+    parts: Option<Parts>,
+    spellings: Spellings,
     byte_level: bool,
+}
+
+/// The tokens of parts of texts, and what is put around a whole one on request.
+struct Parts {
+    known: Pieces,
+    before: Vec<TokenId>,
+    behind: Vec<TokenId>,
 }
 
 impl fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Tokenizer").field("tokens", &self.pieces.len()).field("byte_level", &self.byte_level).finish()
+        f.debug_struct("Tokenizer")
+            .field("tokens", &self.spellings.len())
+            .field("byte_level", &self.byte_level)
+            .finish()
     }
 }
 
@@ -37,19 +50,82 @@ impl Tokenizer {
         let last = inner.get_vocab(true).into_values().max().unwrap_or_default();
         ensure!(last <= LAST_TOKEN, "token {last} is beyond any vocabulary; known are ids up to {LAST_TOKEN}");
         let byte_level = matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
-        let pieces = Pieces::of(&inner, byte_level);
-        let tokenizer = Self { inner, pieces, byte_level };
+        let spellings = Spellings::of(&inner, byte_level);
+        let tokenizer = Self { inner, spellings, byte_level, parts: None };
         // What its parts say of each other shows when they meet.
         tokenizer.encode("a", true).map_err(|error| anyhow::anyhow!("encode a text: {error}"))?;
         Ok(tokenizer)
     }
 
+    /// Remembers the tokens of parts of texts, in at most `budget_bytes`, if texts may be cut at all.
+    pub(crate) fn remember(&mut self, budget_bytes: usize) {
+        self.parts = self.parts(budget_bytes);
+        tracing::info!(remembers = self.parts.is_some(), budget_bytes, "tokenizer");
+    }
+
+    fn parts(&self, budget_bytes: usize) -> Option<Parts> {
+        let whole = |special| self.encode_whole("a", special).ok();
+        let (bare, around) = (whole(false)?, whole(true)?);
+        let at = around.windows(bare.len()).position(|part| part == bare).filter(|_| allows_cuts(&self.inner))?;
+        let (before, behind) = (around[..at].to_vec(), around[at + bare.len()..].to_vec());
+        Some(Parts { known: Pieces::new(budget_bytes), before, behind })
+    }
+
     /// Returns the tokens of `text`. `special` adds what the post-processor adds (BOS and such); special tokens spelled out
     /// in the text are recognised either way.
     pub(crate) fn encode(&self, text: &str, special: bool) -> Result<Vec<TokenId>, String> {
+        let tokens = self.encode_within(text, special, usize::MAX)?;
+        Ok(tokens.expect("a text has fewer bytes than memory"))
+    }
+
+    /// The same if at most `most_bytes` of it, or a little more, have tokens yet to be found: what can be done between two other things.
+    pub(crate) fn encode_within(
+        &self,
+        text: &str,
+        special: bool,
+        most_bytes: usize,
+    ) -> Result<Option<Vec<TokenId>>, String> {
+        let Some(parts) = &self.parts else {
+            return if text.len() <= most_bytes { self.encode_whole(text, special).map(Some) } else { Ok(None) };
+        };
+        // English has four bytes to a token.
+        let mut tokens = Vec::with_capacity(text.len() / 3 + 16);
+        if special {
+            tokens.extend_from_slice(&parts.before);
+        }
+        let mut left = most_bytes;
+        let encoded = parts.known.encode(text, &mut tokens, |part, tokens| {
+            left = left.checked_sub(part.len()).ok_or(None)?;
+            tokens.extend(self.encode_whole(part, false).map_err(Some)?);
+            Ok(())
+        });
+        match encoded {
+            Ok(()) => {}
+            Err(None) => return Ok(None),
+            Err(Some(error)) => return Err(error),
+        }
+        if special {
+            tokens.extend_from_slice(&parts.behind);
+        }
+        Ok(Some(tokens))
+    }
+
+    /// Encodes without cutting.
+    pub(super) fn encode_whole(&self, text: &str, special: bool) -> Result<Vec<TokenId>, String> {
         // `encode_fast` skips the offsets, which nobody here asks for.
         let encode = || self.inner.encode_fast(text, special).map_err(|error| anyhow::anyhow!("{error}"));
         Ok(guarded(encode).map_err(|error| error.to_string())?.get_ids().to_vec())
+    }
+
+    /// Whether tokens of parts are remembered.
+    #[cfg(test)]
+    pub(super) fn remembers(&self) -> bool {
+        self.parts.is_some()
+    }
+
+    /// Bytes that are remembered.
+    pub(crate) fn remembered_bytes(&self) -> usize {
+        self.parts.as_ref().map_or(0, |parts| parts.known.bytes())
     }
 
     /// Returns the text of `tokens` taken as a whole.
@@ -61,16 +137,26 @@ impl Tokenizer {
 
     /// One more than the largest token id.
     pub(crate) fn vocab_size(&self) -> usize {
-        self.pieces.len()
+        self.spellings.len()
+    }
+
+    /// Returns a token as the vocabulary writes it (`\u{0120}the` for ` the`); empty for an unknown one.
+    pub(crate) fn spelling(&self, token: TokenId) -> String {
+        self.inner.id_to_token(token).unwrap_or_default()
+    }
+
+    /// Returns the token that is written `text`, if there is one.
+    pub(crate) fn token(&self, text: &str) -> Option<TokenId> {
+        self.inner.token_to_id(text)
     }
 
     pub(crate) fn is_special(&self, token: TokenId) -> bool {
-        self.pieces.special.get(token as usize).copied().unwrap_or(false)
+        self.spellings.special.get(token as usize).copied().unwrap_or(false)
     }
 
     /// Returns the bytes a token adds to the text; empty for an unknown token.
     pub(crate) fn bytes(&self, token: TokenId) -> &[u8] {
-        self.pieces.get(token)
+        self.spellings.get(token)
     }
 
     /// Whether a text is exactly the concatenation of its tokens' bytes, read as UTF-8.
@@ -92,14 +178,14 @@ pub(super) fn guarded<T>(work: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Re
 }
 
 /// The bytes of every token, laid end to end.
-struct Pieces {
+struct Spellings {
     bytes: Vec<u8>,
     /// Where token `i` ends; it begins where `i - 1` ends.
     ends: Vec<u32>,
     special: Vec<bool>,
 }
 
-impl Pieces {
+impl Spellings {
     fn of(inner: &Inner, byte_level: bool) -> Self {
         let size = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
         let mut special = vec![false; size];

@@ -47,8 +47,8 @@ async fn a_chat_is_answered_in_one_piece() {
             "model": MODEL,
             "choices": [{
                 "index": 0,
-                "message": {"role": "assistant", "content": "It keeps keys 🙂.", "refusal": null, "annotations": null,
-                            "audio": null, "function_call": null, "reasoning": null},
+                "message": {"role": "assistant", "content": "It keeps keys 🙂.", "refusal": null, "annotations": [],
+                            "audio": null, "reasoning": null},
                 "logprobs": null,
                 "finish_reason": "stop",
                 "stop_reason": null,

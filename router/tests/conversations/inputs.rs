@@ -62,7 +62,19 @@ async fn wrong_fields_are_named() {
         (json!({"tools": []}), &["tools"]),
         (json!({"tools": [1]}), &["tools", "1"]),
         (json!({"tool_choice": "auto"}), &["tool_choice", "tools"]),
-        (json!({"tools": [{"type": "function"}], "tool_choice": "required"}), &["tool_choice", "not supported yet"]),
+        (json!({"tools": [{"type": "function"}]}), &["tools[0].function", "a name"]),
+        (
+            json!({"tools": [{"function": {"name": "f"}}], "tool_choice": {"function": {"name": "g"}}}),
+            &["tool_choice", "\"g\"", "\"f\""],
+        ),
+        (
+            json!({"tools": [{"function": {"name": "f"}}], "tool_choice": "required", "guided_regex": "a"}),
+            &["tools", "guided_regex"],
+        ),
+        (
+            json!({"tools": [{"function": {"name": "f", "parameters": {"type": "strin"}}}], "tool_choice": "required"}),
+            &["tools", "strin"],
+        ),
         (
             json!({"response_format": {"type": "structural_tag"}}),
             &["response_format", "structural_tag", "not supported yet"],
@@ -76,7 +88,7 @@ async fn wrong_fields_are_named() {
         (json!({"prompt_logprobs": 1, "stream": true}), &["prompt_logprobs", "stream"]),
         (json!({"continue_final_message": true}), &["continue_final_message", "add_generation_prompt"]),
         (json!({"cache_salt": "a/b"}), &["cache_salt", "a/b"]),
-        (json!({"priority": 1e12}), &["priority"]),
+        (json!({"priority": 1e30}), &["priority"]),
         (json!({"chat_template": "x"}), &["chat_template", "not supported yet"]),
         (json!({"ignore_eos": "no"}), &["ignore_eos", "no"]),
     ];

@@ -1,8 +1,12 @@
 //! Whole conversations: a real HTTP client, the real router, workers that do as the test tells them.
 
 mod answers;
+mod door;
+mod foreign;
 mod inputs;
 mod life;
 mod mock;
+mod rows;
 mod support;
+mod tools;
 mod workers;

@@ -170,7 +170,9 @@ impl Open {
             if let Some(end) = self.buffer.windows(2).position(|two| two == b"\n\n") {
                 let event: Vec<u8> = self.buffer.drain(..end + 2).collect();
                 let text = String::from_utf8(event).expect("whole characters only");
-                return Some(text.strip_prefix("data: ").expect("data events only").trim_end().to_string());
+                // Some APIs name their events.
+                let data = text.lines().find_map(|line| line.strip_prefix("data: "));
+                return Some(data.expect("an event has data").to_string());
             }
             let frame = within("an event", self.body.frame()).await?;
             self.buffer.extend_from_slice(&frame.expect("a valid body").into_data().unwrap());

@@ -1,0 +1,56 @@
+//! `/tokenize` and `/detokenize`.
+
+use super::{Service, read};
+use crate::{
+    error::Error,
+    openai::{
+        error,
+        fields::Fields,
+        tokens::{DetokenizeRequest, TokenizeRequest},
+    },
+    request::Router,
+};
+use axum::{
+    Json, Router as Routes,
+    body::Bytes,
+    extract::{State, rejection::BytesRejection},
+    http::HeaderMap,
+    response::{IntoResponse, Response},
+    routing::post,
+};
+use serde::Serialize;
+use std::sync::Arc;
+
+pub(super) fn routes() -> Routes<Service> {
+    Routes::new().route("/tokenize", post(tokenize)).route("/detokenize", post(detokenize))
+}
+
+async fn tokenize(State(service): State<Service>, headers: HeaderMap, body: Result<Bytes, BytesRejection>) -> Response {
+    answer(&service.router, &headers, body, TokenizeRequest::parse, TokenizeRequest::tokenize).await
+}
+
+async fn detokenize(
+    State(service): State<Service>,
+    headers: HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+) -> Response {
+    let detokenize = |request: DetokenizeRequest, router: &Router| Ok(request.detokenize(router));
+    answer(&service.router, &headers, body, DetokenizeRequest::parse, detokenize).await
+}
+
+/// Reads a request, waits for a turn as one that generates would, and does it on the text threads.
+pub(super) async fn answer<Request: Send + 'static, Answer: Serialize + Send + 'static>(
+    router: &Arc<Router>,
+    headers: &HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+    parse: fn(Fields, &Router) -> Result<Request, Error>,
+    work: fn(Request, &Router) -> Result<Answer, Error>,
+) -> Response {
+    let answered = async {
+        let request = read(router, headers, body, parse).await?;
+        let _turn = router.admission.admit(1).await?;
+        let working = router.clone();
+        router.text.run(move || work(request, &working)).await
+    };
+    answered.await.map_or_else(|error| error::response(&error), |answer| Json(answer).into_response())
+}

@@ -1,0 +1,119 @@
+//! What the router measures under vLLM's names, for dashboards and autoscalers that know those: requests as clients see them. Steps, pages
+//! and queues are the workers' to count; no name is counted by both.
+
+use super::Outcome;
+use crate::request::Finish;
+use metrics::{Counter, Histogram, counter, histogram};
+use std::time::Duration;
+
+/// Handles, labelled with the model's name, and `engine` as the router.
+pub(super) struct Vllm {
+    pub(super) first_token: Histogram,
+    pub(super) next_token: Histogram,
+    per_token: Histogram,
+    whole: Histogram,
+    queue: Histogram,
+    inference: Histogram,
+    prefill: Histogram,
+    decode: Histogram,
+    prompt: Histogram,
+    output: Histogram,
+    most_output: Histogram,
+    computed: Histogram,
+    choices: Histogram,
+    max_tokens: Histogram,
+    prompt_tokens: Counter,
+    cached_tokens: Counter,
+    output_tokens: Counter,
+    /// By reason: stop, length, abort, error.
+    ended: [Counter; 4],
+    rejected: Counter,
+}
+
+/// A choice that came to its end.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Told {
+    pub(crate) prompt_tokens: u32,
+    pub(crate) cached_tokens: u32,
+    pub(crate) output_tokens: u32,
+    /// From arrival to the last token.
+    pub(crate) whole: Duration,
+    /// From the first token to the last.
+    pub(crate) decode: Duration,
+    /// As the worker that computed the prompt measured it: from its arrival there to the first step that held it.
+    pub(crate) queue: Duration,
+    /// And from then to the first token.
+    pub(crate) prefill: Duration,
+}
+
+impl Vllm {
+    pub(super) fn new(model: &str) -> Self {
+        let labels = || [("model_name", model.to_owned()), ("engine", "router".to_owned())];
+        let with = |name: &'static str, value: &str| [labels().to_vec(), vec![(name, value.to_owned())]].concat();
+        Self {
+            first_token: histogram!("vllm:time_to_first_token_seconds", &labels()),
+            next_token: histogram!("vllm:inter_token_latency_seconds", &labels()),
+            per_token: histogram!("vllm:request_time_per_output_token_seconds", &labels()),
+            whole: histogram!("vllm:e2e_request_latency_seconds", &labels()),
+            queue: histogram!("vllm:request_queue_time_seconds", &labels()),
+            inference: histogram!("vllm:request_inference_time_seconds", &labels()),
+            prefill: histogram!("vllm:request_prefill_time_seconds", &labels()),
+            decode: histogram!("vllm:request_decode_time_seconds", &labels()),
+            prompt: histogram!("vllm:request_prompt_tokens", &labels()),
+            output: histogram!("vllm:request_generation_tokens", &labels()),
+            most_output: histogram!("vllm:request_max_num_generation_tokens", &labels()),
+            computed: histogram!("vllm:request_prefill_kv_computed_tokens", &labels()),
+            choices: histogram!("vllm:request_params_n", &labels()),
+            max_tokens: histogram!("vllm:request_params_max_tokens", &labels()),
+            prompt_tokens: counter!("vllm:prompt_tokens_total", &labels()),
+            cached_tokens: counter!("vllm:prompt_tokens_cached_total", &labels()),
+            output_tokens: counter!("vllm:generation_tokens_total", &labels()),
+            ended: ["stop", "length", "abort", "error"]
+                .map(|reason| counter!("vllm:request_success_total", &with("finished_reason", reason))),
+            rejected: counter!("vllm:admission_rejections_total", &with("reason", "no_capacity")),
+        }
+    }
+
+    /// Notes a choice.
+    pub(super) fn told(&self, told: &Told, finish: &Finish) {
+        let Told { prompt_tokens, cached_tokens, output_tokens, whole, decode, queue, prefill } = *told;
+        self.prompt_tokens.increment(prompt_tokens.into());
+        self.cached_tokens.increment(cached_tokens.into());
+        self.output_tokens.increment(output_tokens.into());
+        self.prompt.record(prompt_tokens);
+        self.computed.record(prompt_tokens - cached_tokens);
+        self.output.record(output_tokens);
+        self.whole.record(whole);
+        self.queue.record(queue);
+        self.prefill.record(prefill);
+        self.decode.record(decode);
+        self.inference.record(prefill + decode);
+        if output_tokens > 1 {
+            self.per_token.record(decode.as_secs_f64() / f64::from(output_tokens - 1));
+        }
+        self.ended[usize::from(*finish == Finish::Length)].increment(1);
+    }
+
+    /// Notes what was asked: `n`, and the limit of tokens if there was one.
+    pub(super) fn asked(&self, choices: u32, max_tokens: Option<u32>) {
+        self.choices.record(choices);
+        if let Some(max_tokens) = max_tokens {
+            self.max_tokens.record(max_tokens);
+        }
+    }
+
+    /// Notes the most tokens that any choice of a request had.
+    pub(super) fn most(&self, output_tokens: u32) {
+        self.most_output.record(output_tokens);
+    }
+
+    /// Notes a request that came to no end of its own.
+    pub(super) fn unfinished(&self, outcome: Outcome) {
+        match outcome {
+            Outcome::Cancelled => self.ended[2].increment(1),
+            Outcome::Failed => self.ended[3].increment(1),
+            Outcome::Rejected => self.rejected.increment(1),
+            Outcome::Ok | Outcome::Invalid => {}
+        }
+    }
+}
