@@ -7,6 +7,7 @@ mod cpu_time;
 mod engine;
 mod handoff;
 mod machine;
+mod memory;
 mod report;
 mod router;
 mod stats;
@@ -32,6 +33,6 @@ pub(crate) fn run(settings: &Settings) -> anyhow::Result<()> {
     machine::run(&mut report).context("bench machine")?;
     engine::run(&mut report).context("bench engine")?;
     handoff::run(&mut report).context("bench handoff")?;
-    router::run(&mut report).context("bench router")?;
+    router::run(&mut report, settings.soak).context("bench router")?;
     report.finish()
 }

@@ -2,7 +2,9 @@
 
 use crate::{
     model::Located,
-    settings::{Adapters, Common, Compute, KvDtype, LogFormat, Membership, Placement, Tables, Transport, Worker},
+    settings::{
+        Adapters, Common, Compute, Dialect, Door, KvDtype, LogFormat, Membership, Placement, Tables, Transport, Worker,
+    },
 };
 use anyhow::{Context, anyhow, bail};
 use cluster::EtcdDirectory;
@@ -101,6 +103,7 @@ pub(crate) fn prefill_process(
     config.advertise = worker.membership.advertise.clone();
     config.drain_timeout_ms = worker.drain_timeout.as_millis() as u64;
     link(worker, &mut config.transfer);
+    check_links("prefill-worker", worker.cluster_token_file.is_some(), &config.transfer)?;
     Ok(config)
 }
 
@@ -116,7 +119,25 @@ pub(crate) fn decode_process(
     config.advertise = worker.membership.advertise.clone();
     config.drain_timeout_ms = worker.drain_timeout.as_millis() as u64;
     link(worker, &mut config.transfer);
+    check_links("decode-worker", worker.cluster_token_file.is_some(), &config.transfer)?;
     Ok(config)
+}
+
+/// Refuses files that no link can be made with, before weights load. The settings stand in `[table.transfer]`, but for a token's
+/// that was given as a flag.
+pub(crate) fn check_links(table: &str, token_flag: bool, transfer: &kv_transfer::Config) -> anyhow::Result<()> {
+    transfer.check_files().map_err(|error| match error {
+        kv_transfer::Error::ClusterToken { file, reason } if token_flag => {
+            anyhow!("--cluster-token-file {}: {reason}", file.display())
+        }
+        kv_transfer::Error::ClusterToken { file, reason } => {
+            anyhow!("[{table}.transfer] cluster_token_file {}: {reason}", file.display())
+        }
+        kv_transfer::Error::Tls { field, file, reason } => {
+            anyhow!("[{table}.transfer.tls] {field} {}: {reason}", file.display())
+        }
+        other => other.into(),
+    })
 }
 
 fn link(worker: &Worker, transfer: &mut kv_transfer::Config) {
@@ -150,9 +171,22 @@ pub(crate) fn router(
     located: &Located,
     placement: Placement,
     runtime_lora: bool,
+    dialect: &Dialect,
+    door: Option<&Door>,
 ) -> anyhow::Result<router::Config> {
     let mut config: router::Config = tables.config("router")?;
+    if let Some(door) = door {
+        config.api_keys.extend(door.api_keys.iter().cloned());
+        config.api_key_file = door.api_key_file.clone().or(config.api_key_file);
+        let files = door.tls_cert.clone().zip(door.tls_key.clone());
+        config.tls = files.map(|(cert, key)| router::TlsFiles { cert, key }).or(config.tls);
+        if !door.cors_origins.is_empty() {
+            config.cors_origins.clone_from(&door.cors_origins);
+        }
+    }
     config.runtime_lora |= runtime_lora;
+    config.tool_call_parser = dialect.tool_call_parser.unwrap_or(config.tool_call_parser);
+    config.reasoning_parser = dialect.reasoning_parser.unwrap_or(config.reasoning_parser);
     config.model_dir = located.path.clone();
     config.model_name = located.name.clone();
     config.placement = match placement {

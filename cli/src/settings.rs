@@ -116,6 +116,19 @@ pub(crate) struct RuntimeLora {
     pub(crate) runtime_lora: bool,
 }
 
+/// How the model writes what is not text for the user.
+#[derive(Debug, Default, Args)]
+pub(crate) struct Dialect {
+    /// How the model writes calls of tools: auto, none, hermes, llama3_json, mistral, pythonic, qwen3_xml or cohere
+    /// [default: auto, as its chat template shows]
+    #[arg(long, value_name = "FORMAT", env = "BATON_TOOL_CALL_PARSER", value_parser = by_name::<router::ToolCallParser>)]
+    pub(crate) tool_call_parser: Option<router::ToolCallParser>,
+    /// How it marks its reasoning: auto, none, deepseek_r1, qwen3, mistral or cohere
+    /// [default: auto, as its chat template shows]
+    #[arg(long, value_name = "FORMAT", env = "BATON_REASONING_PARSER", value_parser = by_name::<router::ReasoningParser>)]
+    pub(crate) reasoning_parser: Option<router::ReasoningParser>,
+}
+
 /// Where processes find each other.
 #[derive(Debug, Args)]
 pub(crate) struct Membership {
@@ -133,6 +146,26 @@ pub(crate) struct Membership {
     pub(crate) advertise: Option<String>,
 }
 
+/// Who may ask, and over what.
+#[derive(Debug, Args)]
+pub(crate) struct Door {
+    /// Key that requests must show (`Authorization: Bearer KEY`); repeatable [default: nobody is asked for one]
+    #[arg(long = "api-key", value_name = "KEY", env = "BATON_API_KEY", hide_env_values = true, value_delimiter = ',')]
+    pub(crate) api_keys: Vec<String>,
+    /// TOML file with hashes of keys and their limits; read again when it changes
+    #[arg(long, value_name = "FILE", env = "BATON_API_KEY_FILE")]
+    pub(crate) api_key_file: Option<PathBuf>,
+    /// Certificate in PEM, with what signed it; read again when it changes [default: clear text]
+    #[arg(long, value_name = "FILE", env = "BATON_TLS_CERT", requires = "tls_key")]
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// Private key of the certificate, in PEM
+    #[arg(long, value_name = "FILE", env = "BATON_TLS_KEY", requires = "tls_cert")]
+    pub(crate) tls_key: Option<PathBuf>,
+    /// Origin whose pages may ask from a browser, such as https://chat.example.com, or * for any; repeatable [default: none]
+    #[arg(long = "cors-origin", value_name = "ORIGIN", env = "BATON_CORS_ORIGIN", value_delimiter = ',')]
+    pub(crate) cors_origins: Vec<String>,
+}
+
 /// Settings of `baton up`.
 #[derive(Debug, Args)]
 pub(crate) struct Up {
@@ -148,6 +181,8 @@ pub(crate) struct Up {
     #[arg(long, value_name = "N", env = "BATON_DECODE", default_value = "1", value_parser = at_least_one::<usize>)]
     pub(crate) decode: usize,
     #[command(flatten)]
+    pub(crate) door: Door,
+    #[command(flatten)]
     pub(crate) model: ModelChoice,
     #[command(flatten)]
     pub(crate) compute: Compute,
@@ -155,6 +190,8 @@ pub(crate) struct Up {
     pub(crate) adapters: Adapters,
     #[command(flatten)]
     pub(crate) runtime: RuntimeLora,
+    #[command(flatten)]
+    pub(crate) dialect: Dialect,
     #[command(flatten)]
     pub(crate) speculation: Speculation,
     /// Where prompts are computed
@@ -171,11 +208,15 @@ pub(crate) struct Router {
     #[arg(long, value_name = "ADDR", env = "BATON_LISTEN", default_value = "127.0.0.1:8000", value_parser = units::address)]
     pub(crate) listen: SocketAddr,
     #[command(flatten)]
+    pub(crate) door: Door,
+    #[command(flatten)]
     pub(crate) membership: Membership,
     #[command(flatten)]
     pub(crate) model: ModelChoice,
     #[command(flatten)]
     pub(crate) runtime: RuntimeLora,
+    #[command(flatten)]
+    pub(crate) dialect: Dialect,
     /// Where prompts are computed
     #[arg(long, value_name = "WHERE", env = "BATON_PLACEMENT", default_value = "auto")]
     pub(crate) placement: Placement,
@@ -283,6 +324,9 @@ pub(crate) struct Bench {
     /// Measure only what begins with this, such as `engine` or `handoff/copy`
     #[arg(long, value_name = "PREFIX", default_value = "")]
     pub(crate) only: String,
+    /// How long `router/memory/prompts` fills the router's caches
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = units::duration)]
+    pub(crate) soak: Duration,
     /// Becomes one of the processes that the bench measures, instead of measuring
     #[arg(long, value_name = "WHAT", hide = true)]
     pub(crate) serve: Option<BenchServer>,
@@ -501,13 +545,16 @@ fn shown(parser: &clap::Command, matches: &clap::ArgMatches, in_file: &[String])
             _ if in_file.iter().any(|known| known == name) => "file",
             _ => "default",
         };
-        Some(Shown { name: name.to_owned(), value: hide_secrets(&value.join(",")), source })
+        Some(Shown { name: name.to_owned(), value: hide_secrets(name, &value.join(",")), source })
     };
     parser.get_arguments().filter_map(describe).collect()
 }
 
-/// Replaces the user part of URLs (`http://user:password@host`).
-fn hide_secrets(text: &str) -> String {
+/// Replaces API keys, and the user part of URLs (`http://user:password@host`).
+fn hide_secrets(name: &str, text: &str) -> String {
+    if name == "api-key" && !text.is_empty() {
+        return "***".into();
+    }
     let hide = |url: &str| match url.split_once("://") {
         Some((scheme, rest)) => match rest.rsplit_once('@') {
             Some((_, host)) => format!("{scheme}://***@{host}"),
@@ -521,6 +568,11 @@ fn hide_secrets(text: &str) -> String {
 fn at_least_one<N: std::str::FromStr + PartialOrd + From<u8>>(text: &str) -> Result<N, String> {
     let number = text.parse::<N>().ok().filter(|number| *number >= N::from(1));
     number.ok_or_else(|| "expected a whole number, at least 1".into())
+}
+
+/// Reads one of a closed set by the name it has in the library's configuration.
+fn by_name<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_value(text.into()).map_err(|problem| problem.to_string())
 }
 
 fn temperature(text: &str) -> Result<f32, String> {

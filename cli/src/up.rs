@@ -75,11 +75,22 @@ impl Plan {
         let prefill =
             (0..up.prefill).map(|i| config::prefill(tables, located, &up.adapters, Some(format!("prefill-{i}"))));
         let decode = (0..up.decode).map(|i| config::decode(tables, located, &up.adapters, Some(format!("decode-{i}"))));
+        let (prefill, decode): (Vec<_>, Vec<_>) =
+            (prefill.collect::<anyhow::Result<_>>()?, decode.collect::<anyhow::Result<_>>()?);
+        prefill.iter().try_for_each(|config| config::check_links("prefill-worker", false, &config.transfer))?;
+        decode.iter().try_for_each(|config| config::check_links("decode-worker", false, &config.transfer))?;
         Ok(Self {
             engine,
-            prefill: prefill.collect::<anyhow::Result<_>>()?,
-            decode: decode.collect::<anyhow::Result<_>>()?,
-            router: config::router(tables, located, up.placement, up.runtime.runtime_lora)?,
+            prefill,
+            decode,
+            router: config::router(
+                tables,
+                located,
+                up.placement,
+                up.runtime.runtime_lora,
+                &up.dialect,
+                Some(&up.door),
+            )?,
         })
     }
 }
@@ -185,7 +196,8 @@ struct Welcome<'a> {
 impl Welcome<'_> {
     /// Says where the cluster is, what runs and how to try it.
     fn text(&self, took: Duration) -> String {
-        let url = format!("http://{}", listen::reachable(self.address));
+        let scheme = if self.plan.router.tls.is_some() { "https" } else { "http" };
+        let url = format!("{scheme}://{}", listen::reachable(self.address));
         let (info, name) = (self.model.info(), &self.located.name);
         let program = std::env::args().next().unwrap_or_else(|| "baton".into());
         let threads = self.plan.engine.threads.unwrap_or(1);

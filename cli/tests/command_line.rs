@@ -99,6 +99,47 @@ fn wrong_settings_name_the_field_and_the_value() {
     check_refused(&["--config", config], &[], 1, &[config, "[router]", "max_attemps", "max_attempts"]);
 }
 
+/// Before weights load: a token that is no token, and certificates that are none, whichever way they were named.
+#[test]
+fn files_that_links_cannot_be_made_with_are_named() {
+    let short = file("short");
+    let short = short.path().to_str().expect("a UTF-8 path");
+    let reason = "5 bytes, at least 16 are wanted";
+    for worker in ["prefill-worker", "decode-worker"] {
+        let args = [worker, "--etcd", "http://127.0.0.1:1"];
+        check_refused(
+            &[&args[..], &["--cluster-token-file", short]].concat(),
+            &[],
+            1,
+            &[&format!("--cluster-token-file {short}: {reason}")],
+        );
+        check_refused(
+            &args,
+            &[("BATON_CLUSTER_TOKEN_FILE", "/no/such/token")],
+            1,
+            &["--cluster-token-file /no/such/token: No such file"],
+        );
+        let table = file(&format!("[{worker}.transfer]\ncluster_token_file = {short:?}\n"));
+        let table = table.path().to_str().expect("a UTF-8 path");
+        check_refused(
+            &[&args[..], &["--config", table]].concat(),
+            &[],
+            1,
+            &[&format!("[{worker}.transfer] cluster_token_file {short}: {reason}")],
+        );
+        check_refused(&["--config", table], &[], 1, &[&format!("[{worker}.transfer] cluster_token_file {short}")]);
+        let tls = format!("[{worker}.transfer.tls]\nca = {short:?}\ncert = {short:?}\nkey = {short:?}\n");
+        let tls = file(&tls);
+        let tls = tls.path().to_str().expect("a UTF-8 path");
+        check_refused(
+            &[&args[..], &["--config", tls]].concat(),
+            &[],
+            1,
+            &[&format!("[{worker}.transfer.tls] ca {short}: no certificate in PEM")],
+        );
+    }
+}
+
 #[test]
 fn nobody_to_chat_with() {
     let (held, address) = taken();

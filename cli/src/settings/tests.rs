@@ -80,6 +80,18 @@ fn adapters_are_named_directories() {
 }
 
 #[test]
+fn parsers_go_by_their_names() {
+    let settings =
+        read(&["--tool-call-parser", "qwen3_coder", "--reasoning-parser=deepseek_r1"]).expect("good settings");
+    let dialect = &up(&settings).dialect;
+    assert_eq!(dialect.tool_call_parser, Some(router::ToolCallParser::Qwen3Xml));
+    assert_eq!(dialect.reasoning_parser, Some(router::ReasoningParser::DeepseekR1));
+    let settings = with_file("tool-call-parser = \"none\"", &["up"]).expect("good settings");
+    assert_eq!(up(&settings).dialect.tool_call_parser, Some(router::ToolCallParser::None));
+    check_refused(read(&["--tool-call-parser", "hermit"]), &["hermit", "hermes"]);
+}
+
+#[test]
 fn unknown_settings_name_file_and_field_and_list_the_known_ones() {
     check_refused(
         with_file("prefil = 2", &["up"]),
@@ -135,4 +147,11 @@ fn secrets_are_hidden() {
     let settings = read(&["router", "--etcd", "http://root:hunter2@a:1,http://b:2"]).expect("good settings");
     let etcd = settings.shown.iter().find(|shown| shown.name == "etcd").expect("etcd is shown");
     assert_eq!(etcd.value, "http://***@a:1,http://b:2");
+    let settings = read(&["router", "--api-key", "hunter2"]).expect("good settings");
+    assert!(settings.shown.iter().all(|shown| !shown.value.contains("hunter2")));
+}
+
+#[test]
+fn a_certificate_needs_its_key() {
+    check_refused(read(&["router", "--tls-cert", "cert.pem"]), &["--tls-key"]);
 }

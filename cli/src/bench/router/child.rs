@@ -1,9 +1,9 @@
 //! The processes that are measured: started from this very binary, killed when dropped.
 
-use super::mock::{Mock, PAGE_TOKENS, PAGES, VOCAB};
+use super::mock::{MOCKS, Mocks, PAGE_TOKENS, PAGES, VOCAB};
 use crate::{
     config, model,
-    settings::{ModelChoice, Placement, Tables},
+    settings::{Dialect, ModelChoice, Placement, Tables},
 };
 use anyhow::{Context, ensure};
 use cluster::{Capacity, Directory, LoadSummary, Member, MemoryDirectory, ModelCard, Role, State};
@@ -23,6 +23,8 @@ use tokio_util::sync::CancellationToken;
 
 /// Longest a child may take to answer.
 const START: Duration = Duration::from_secs(20);
+/// Streams that the router lets in at once: more than are opened.
+const MAX_STREAMS: usize = 16 << 10;
 
 /// A running child.
 pub(super) struct Child {
@@ -36,9 +38,9 @@ impl Child {
         Self::start(&["--serve", "plain"]).await.context("start the plain server")
     }
 
-    /// Starts a router for the two mocks and waits until it is ready.
-    pub(super) async fn router(mocks: &[Mock; 2]) -> anyhow::Result<Self> {
-        let workers = mocks.each_ref().map(|mock| mock.address.to_string()).join(",");
+    /// Starts a router for the mocks and waits until it is ready.
+    pub(super) async fn router(mocks: &Mocks) -> anyhow::Result<Self> {
+        let workers = mocks.all.each_ref().map(|mock| mock.address.to_string()).join(",");
         Self::start(&["--serve", "router", "--workers", &workers]).await.context("start the router")
     }
 
@@ -71,16 +73,17 @@ impl Drop for Child {
 
 /// Runs the router of the bench: prints its address once the mocks are attached, then serves until killed.
 pub(super) fn router(workers: &[SocketAddr]) -> anyhow::Result<()> {
-    ensure!(workers.len() == 2, "--workers: expected the addresses of a prefill and a decode worker");
+    ensure!(workers.len() == MOCKS.len(), "--workers: expected the addresses of two prefill and two decode workers");
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
     runtime.block_on(async {
         let located = model::locate(&ModelChoice { model: None, model_name: Some("bench".into()) })?;
-        let config = config::router(&Tables::default(), &located, Placement::Remote, false)?;
+        let mut config =
+            config::router(&Tables::default(), &located, Placement::Remote, false, &Dialect::default(), None)?;
+        config.limits.max_concurrent = MAX_STREAMS;
         let directory = Arc::new(MemoryDirectory::default());
         let mut registrations = Vec::new();
-        for (role, name, address) in [(Role::Prefill, "prefill-0", workers[0]), (Role::Decode, "decode-0", workers[1])]
-        {
-            registrations.push(directory.register(member(role, name, address)).await?);
+        for ((role, name), address) in MOCKS.into_iter().zip(workers) {
+            registrations.push(directory.register(member(role, name, *address)).await?);
         }
         let listener = TcpListener::bind("127.0.0.1:0").await.context("bind the router")?;
         let address = listener.local_addr().context("read the bound address")?;
@@ -110,12 +113,12 @@ fn member(role: Role, name: &str, address: SocketAddr) -> Member {
         model: Some(ModelCard {
             name: "bench".into(),
             fingerprint: "bench".into(),
-            max_model_len: 4096,
+            max_model_len: 1 << 17,
             vocab_size: VOCAB,
             page_tokens: PAGE_TOKENS,
             page_bytes: 1 << 16,
         }),
-        capacity: Capacity { pages: PAGES, sequences: 4096, token_budget: 8192 },
+        capacity: Capacity { pages: PAGES, sequences: MAX_STREAMS as u32, token_budget: 8192 },
         load: LoadSummary { running: 0, waiting: 0, pages_free: PAGES },
     }
 }

@@ -1,5 +1,6 @@
 //! A client that costs little: prepared bytes out, bytes counted coming in.
 
+use super::prompts::{Length, Prompts};
 use crate::bench::stats::Samples;
 use anyhow::{Context, bail, ensure};
 use std::{
@@ -19,9 +20,10 @@ use tokio::{
 
 /// Longest wait for any bytes.
 const SILENCE: Duration = Duration::from_secs(20);
-/// 128 bytes, as the peers were measured with.
-const PROMPT: &str = "Explain in one short paragraph why a router that knows which worker holds a prefix saves time for everybody \
-                      who shares it today.";
+/// Streams opened side by side: fewer than a listener keeps waiting.
+const OPENED_AT_ONCE: usize = 100;
+/// What an event begins with.
+const DATA: &[u8] = b"data: {";
 
 /// What to send.
 #[derive(Clone, Copy, Debug)]
@@ -30,6 +32,8 @@ pub(super) struct Load {
     pub(super) connections: usize,
     /// In all.
     pub(super) requests: usize,
+    /// What is asked.
+    pub(super) prompt: Length,
     /// `max_tokens` of each.
     pub(super) tokens: u32,
     pub(super) stream: bool,
@@ -58,19 +62,20 @@ impl Client {
         Self { server }
     }
 
-    /// Puts `load` on the server and waits for all of it.
-    pub(super) async fn run(&self, load: &Load) -> anyhow::Result<Done> {
-        let request: Arc<[u8]> = request(load).into();
+    /// Puts `load` on the server and waits for all of it. Each connection draws its prompts from a seed of its own, the first one
+    /// from `seed`.
+    pub(super) async fn run_from(&self, load: &Load, seed: u64) -> anyhow::Result<Done> {
         let left = Arc::new(AtomicUsize::new(load.requests));
         let mut tasks = JoinSet::new();
         let began = Instant::now();
-        for _ in 0..load.connections {
+        for seed in (seed..).take(load.connections) {
             let mut connection = Connection::open(self.server).await?;
-            let (request, left, stream) = (request.clone(), left.clone(), load.stream);
+            let (mut prompts, left, load) = (Prompts::new(load.prompt, seed), left.clone(), *load);
             tasks.spawn(async move {
                 let mut done = Done::default();
                 while left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
-                    connection.exchange(&request, stream, &mut done).await?;
+                    let request = request(&load, prompts.next());
+                    connection.exchange(&request, load.stream, &mut done).await?;
                 }
                 anyhow::Ok(done)
             });
@@ -85,6 +90,30 @@ impl Client {
         all.took = began.elapsed();
         Ok(all)
     }
+
+    /// Opens this many streams and waits until each has shown its first token. They stay open until what is returned is dropped.
+    pub(super) async fn open_streams(&self, count: usize) -> anyhow::Result<Vec<TcpStream>> {
+        let load = Load { connections: 1, requests: 1, prompt: Length::Short, tokens: 1_000, stream: true };
+        let mut streams = Vec::with_capacity(count);
+        while streams.len() < count {
+            let mut opening = JoinSet::new();
+            for _ in 0..OPENED_AT_ONCE.min(count - streams.len()) {
+                let (server, request) = (self.server, request(&load, Prompts::new(load.prompt, 0).next()));
+                opening.spawn(async move {
+                    let mut connection = Connection::open(server).await?;
+                    connection.socket.write_all(&request).await.context("send a request")?;
+                    while count_of(&connection.buffer, DATA) < 2 {
+                        connection.read_more().await?;
+                    }
+                    anyhow::Ok(connection.socket)
+                });
+            }
+            while let Some(opened) = opening.join_next().await {
+                streams.push(opened.context("a connection panicked")??);
+            }
+        }
+        Ok(streams)
+    }
 }
 
 struct Connection {
@@ -96,7 +125,7 @@ impl Connection {
     async fn open(server: SocketAddr) -> anyhow::Result<Self> {
         let socket = TcpStream::connect(server).await.with_context(|| format!("connect to {server}"))?;
         socket.set_nodelay(true).context("set TCP_NODELAY")?;
-        Ok(Self { socket, buffer: Vec::with_capacity(64 << 10) })
+        Ok(Self { socket, buffer: Vec::with_capacity(4 << 10) })
     }
 
     /// Sends one request and reads its whole answer.
@@ -125,7 +154,6 @@ impl Connection {
 
     /// Reads a chunked stream to its end, counting events.
     async fn read_stream(&mut self, done: &mut Done) -> anyhow::Result<()> {
-        const DATA: &[u8] = b"data: {";
         const END: &[u8] = b"0\r\n\r\n";
         let mut seen = 0;
         let mut last = None;
@@ -133,7 +161,7 @@ impl Connection {
             self.read_more().await?;
             let now = Instant::now();
             // An event may be cut by the end of the buffer: what could begin one is looked at again.
-            let events = count(&self.buffer[seen..], DATA);
+            let events = count_of(&self.buffer[seen..], DATA);
             seen = self.buffer.len().saturating_sub(DATA.len() - 1).max(seen);
             done.chunks += events;
             if events > 0 {
@@ -142,7 +170,7 @@ impl Connection {
             }
             if self.buffer.ends_with(END) {
                 self.check_status()?;
-                ensure!(count(&self.buffer, b"\"error\"") == 0, "{}", String::from_utf8_lossy(&self.buffer));
+                ensure!(count_of(&self.buffer, b"\"error\"") == 0, "{}", String::from_utf8_lossy(&self.buffer));
                 self.buffer.clear();
                 return Ok(());
             }
@@ -162,10 +190,10 @@ impl Connection {
     }
 }
 
-fn request(load: &Load) -> Vec<u8> {
+fn request(load: &Load, prompt: &str) -> Vec<u8> {
     let Load { tokens, stream, .. } = load;
     let body = format!(
-        r#"{{"model":"bench","messages":[{{"role":"user","content":"{PROMPT}"}}],"temperature":0,"stream":{stream},"max_tokens":{tokens}}}"#
+        r#"{{"model":"bench","messages":[{{"role":"user","content":"{prompt}"}}],"temperature":0,"stream":{stream},"max_tokens":{tokens}}}"#
     );
     let head = format!(
         "POST /v1/chat/completions HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
@@ -195,7 +223,7 @@ pub(super) fn parse_request(buffer: &[u8]) -> Option<(usize, Option<usize>)> {
     Some((length, streamed))
 }
 
-fn count(bytes: &[u8], pattern: &[u8]) -> usize {
+fn count_of(bytes: &[u8], pattern: &[u8]) -> usize {
     bytes.windows(pattern.len()).filter(|window| *window == pattern).count()
 }
 
@@ -204,15 +232,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_prompt_is_as_long_as_the_peers_were_given() {
-        assert_eq!(PROMPT.len(), 128);
-    }
-
-    #[test]
     fn requests_are_read_as_they_are_written() {
         for (stream, expected) in [(true, Some(300)), (false, None)] {
-            let load = Load { connections: 1, requests: 1, tokens: 300, stream };
-            let written = request(&load);
+            let load = Load { connections: 1, requests: 1, prompt: Length::Short, tokens: 300, stream };
+            let written = request(&load, "Say so.");
             assert_eq!(parse_request(&written), Some((written.len(), expected)));
             assert_eq!(parse_request(&written[..written.len() - 1]), None);
         }
@@ -233,8 +256,8 @@ mod tests {
                 tokio::task::yield_now().await;
             }
         });
-        let load = Load { connections: 1, requests: 1, tokens: 2, stream: true };
-        let done = Client::new(server).run(&load).await.expect("an answer");
+        let load = Load { connections: 1, requests: 1, prompt: Length::Short, tokens: 2, stream: true };
+        let done = Client::new(server).run_from(&load, 0).await.expect("an answer");
         assert_eq!((done.chunks, done.latency_us.into_iter().count()), (2, 1));
     }
 }

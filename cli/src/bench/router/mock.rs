@@ -2,8 +2,9 @@
 
 use anyhow::Context;
 use attach::{Command, End, Leg, LegId, Load, Profile, Routers, Submission};
+use cluster::Role;
 use engine::{Sampled, TokenId, scheduler::Usage};
-use kv_cache::PagePool;
+use kv_cache::{PageHash, PagePool};
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
@@ -22,6 +23,28 @@ pub(super) const PAGES: u32 = 1 << 16;
 /// An ordinary word of the bundled tokenizer.
 const TOKEN: TokenId = 300;
 
+/// The workers behind the router.
+pub(super) const MOCKS: [(Role, &str); 4] = [
+    (Role::Prefill, "prefill-0"),
+    (Role::Prefill, "prefill-1"),
+    (Role::Decode, "decode-0"),
+    (Role::Decode, "decode-1"),
+];
+
+/// All of them, running.
+pub(super) struct Mocks {
+    pub(super) all: [Mock; MOCKS.len()],
+}
+
+impl Mocks {
+    /// Starts them. The decode workers emit a token each `pace`, or all at once.
+    pub(super) async fn start(pace: Option<Duration>) -> anyhow::Result<Self> {
+        let [a, b, c, d] = MOCKS.map(|(role, name)| Mock::start(name, pace.filter(|_| role == Role::Decode)));
+        let (a, b, c, d) = tokio::try_join!(a, b, c, d)?;
+        Ok(Self { all: [a, b, c, d] })
+    }
+}
+
 /// A running mock. Dropping it stops it.
 pub(super) struct Mock {
     pub(super) address: SocketAddr,
@@ -32,7 +55,7 @@ pub(super) struct Mock {
 impl Mock {
     /// Starts a worker that is called `name`. A prefill leg is answered with its first token at once; the tokens of a decode leg
     /// come all at once, or one each `pace`, those of all legs together, as a batch has it.
-    pub(super) async fn start(name: &str, pace: Option<Duration>) -> anyhow::Result<Self> {
+    async fn start(name: &str, pace: Option<Duration>) -> anyhow::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await.context("bind a mock worker")?;
         let address = listener.local_addr().context("read the bound address")?;
         let profile = Profile {
@@ -110,6 +133,7 @@ impl Worker {
     }
 
     fn submit(&mut self, submission: Submission) {
+        self.remember(submission.sequence.history.hashes());
         let end = submission.sequence.stop.max_tokens;
         let next = match submission.leg {
             Leg::Prefill { .. } => {
@@ -121,6 +145,17 @@ impl Worker {
             Leg::Local => 0,
         };
         self.legs.insert(submission.id, Progress { next, end });
+    }
+
+    /// Holds the pages of a prompt for a moment, so that they are cached, as after a worker computed them or let them land.
+    fn remember(&mut self, hashes: &[PageHash]) {
+        let mut pages = self.pool.reuse(hashes);
+        let known = pages.len();
+        pages.extend(self.pool.allocate(hashes.len() - known).expect("a prompt has fewer pages than a worker"));
+        for (page, hash) in pages.iter().zip(hashes).skip(known) {
+            self.pool.name(*page, *hash);
+        }
+        self.pool.release(&pages);
     }
 
     /// Gives every leg one token.
