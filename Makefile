@@ -7,7 +7,7 @@ test: servers
 	cargo build --locked -p baton
 	cargo test --locked --workspace
 
-# A real etcd and the official OpenAI client, once, into the checkout.
+# A real etcd and the clients that people use, once, into the checkout.
 servers:
 	tests/servers/install.sh
 
@@ -15,10 +15,10 @@ servers:
 bench:
 	cargo run --locked --release -p baton -- bench $(if $(ONLY),--only $(ONLY))
 
-# What reads models from disk and what peers send, each for ten minutes; wants `cargo install cargo-fuzz`. Stable Rust does: coverage guides without a sanitizer.
+# What reads models from disk and what peers, models and clients say, each for ten minutes; wants `cargo install cargo-fuzz`. Stable Rust does: coverage guides without a sanitizer.
 FUZZ_SECONDS ?= 600
 fuzz:
-	for target in $(or $(ONLY),safetensors_index gguf tokenizer frames); do \
+	for target in $(or $(ONLY),safetensors_index gguf tokenizer frames tool_parsers templates chat_bodies); do \
 		mkdir -p fuzz/corpus/$$target && \
 		cargo fuzz run --sanitizer none $$target fuzz/corpus/$$target fuzz/seeds/$$target -- \
 			-max_total_time=$(FUZZ_SECONDS) -timeout=20 -rss_limit_mb=4096 -max_len=65536 || exit 1; \

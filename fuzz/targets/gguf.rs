@@ -26,6 +26,6 @@ fuzz_target!(init: std::panic::set_hook(Box::new(|_| {})), |input: &[u8]| {
         let path = dir.path().join("model.gguf");
         fs::write(&path, input).expect("written");
         let _ = engine::Model::load(&path, &mut |_| {});
-        router::fuzz_model(&path);
+        router::fuzz::model(&path);
     });
 });

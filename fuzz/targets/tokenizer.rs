@@ -24,6 +24,6 @@ fuzz_target!(init: std::panic::set_hook(Box::new(|_| {})), |input: &[u8]| {
         };
         fs::write(dir.path().join("tokenizer.json"), tokenizer).expect("written");
         fs::write(dir.path().join("tokenizer_config.json"), settings).expect("written");
-        router::fuzz_model(dir.path());
+        router::fuzz::model(dir.path());
     });
 });

@@ -1,13 +1,12 @@
 #!/bin/sh
-# Installs what the tests need beside Rust: etcd (into .test-servers/bin) and a Python environment (into .venv).
-# Says what it does; quick when all is there. Needs no root where Python can make environments, and no package index: if there
-# is none yet, it fetches one.
+# Installs what the tests need beside Rust: etcd (into .test-servers/bin), Python environments (into .venv and
+# .test-servers/frameworks) and clients for Node (into tests/clients/node_modules). Says what it does; quick when all is there. Needs no
+# root where Python can make environments and Node is installed, and no package index: if there is none yet, it fetches one.
 set -eu
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
 servers=$root/.test-servers
-venv=$root/.venv
-requirements=$root/tests/servers/requirements.txt
+clients=$root/tests/clients
 
 say() { printf 'install: %s\n' "$*"; }
 die() { say "$*" >&2; exit 1; }
@@ -56,15 +55,46 @@ install_venv_package() {
         || die "python3-venv cannot be installed"
 }
 
+# Makes the environment $1 from the requirements $2.
 make_venv() {
     has python3 || install_venv_package "python3 is missing"
-    say "making the Python environment .venv with $(python3 --version)"
-    if ! python3 -m venv --clear "$venv" >/dev/null 2>&1; then
+    say "making the Python environment ${1#"$root/"} with $(python3 --version)"
+    if ! python3 -m venv --clear "$1" >/dev/null 2>&1; then
         install_venv_package "python3 cannot make environments"
-        python3 -m venv --clear "$venv"
+        python3 -m venv --clear "$1"
     fi
-    "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$requirements" || die "pip cannot install $requirements"
-    cp "$requirements" "$venv/.requirements"
+    "$1/bin/pip" install --quiet --disable-pip-version-check -r "$2" || die "pip cannot install $2"
+    cp "$2" "$1/.requirements"
+    say "installed $(grep -v '^#' "$2" | tr '\n' ' ')"
+}
+
+# An environment is complete when it was made from these very requirements.
+need_venv() {
+    if cmp -s "$2" "$1/.requirements" && "$1/bin/python" -c '' 2>/dev/null; then
+        say "the Python environment in ${1#"$root/"} is complete"
+    else
+        make_venv "$1" "$2"
+    fi
+}
+
+install_node() {
+    is_root && has apt-get || die "install node 18 or newer, with npm (Debian: nodejs npm)"
+    say "node is missing: installing Debian's nodejs and npm"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get -qq install -y nodejs npm >/dev/null 2>&1 || { update_index && apt-get -qq install -y nodejs npm >/dev/null; } \
+        || die "nodejs and npm cannot be installed"
+}
+
+# Node's modules are complete when they were installed from this very lock file.
+need_node_modules() {
+    has npm || install_node
+    if cmp -s "$clients/package-lock.json" "$clients/node_modules/.lock"; then
+        say "the clients for Node in tests/clients/node_modules are complete"
+        return
+    fi
+    say "installing the clients for Node $(node --version) into tests/clients/node_modules"
+    (cd "$clients" && npm ci --silent --no-audit --no-fund) || die "npm cannot install what tests/clients/package-lock.json names"
+    cp "$clients/package-lock.json" "$clients/node_modules/.lock"
 }
 
 if [ -x "$servers/bin/etcd" ]; then
@@ -77,10 +107,6 @@ else
     say "$("$servers/bin/etcd" --version | head -n 1)"
 fi
 
-# The environment is complete when it was made from these very requirements.
-if cmp -s "$requirements" "$venv/.requirements" && "$venv/bin/python" -c '' 2>/dev/null; then
-    say "the Python environment in .venv is complete"
-else
-    make_venv
-    say "installed $(grep -v '^#' "$requirements" | tr '\n' ' ')"
-fi
+need_venv "$root/.venv" "$root/tests/servers/requirements.txt"
+need_venv "$servers/frameworks" "$root/tests/servers/frameworks.txt"
+need_node_modules

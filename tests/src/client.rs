@@ -1,5 +1,7 @@
-//! A small HTTP client: JSON in, JSON or server-sent events out, every wait bounded.
+//! A small HTTP client: JSON in, JSON or server-sent events out, every wait bounded, every answer held against the
+//! [`contract`](crate::contract).
 
+use crate::contract;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
@@ -58,7 +60,7 @@ impl Client {
 
     /// Sends `body` as it is and reads the whole answer.
     pub async fn post_text(&self, path: &str, body: impl Into<Bytes>) -> anyhow::Result<Answer> {
-        whole(self.send("POST", path, body.into()).await?).await
+        whole("POST", path, self.send("POST", path, body.into()).await?).await
     }
 
     /// Posts JSON and reads the whole answer.
@@ -68,17 +70,22 @@ impl Client {
 
     /// Gets a page.
     pub async fn get(&self, path: &str) -> anyhow::Result<Answer> {
-        whole(self.send("GET", path, Bytes::new()).await?).await
+        self.request("GET", path).await
+    }
+
+    /// Sends a request without a body.
+    pub async fn request(&self, method: &str, path: &str) -> anyhow::Result<Answer> {
+        whole(method, path, self.send(method, path, Bytes::new()).await?).await
     }
 
     /// Posts JSON and returns the events of the stream as they come.
     pub async fn stream(&self, path: &str, body: &Value) -> anyhow::Result<Events> {
         let response = self.send("POST", path, body.to_string().into()).await?;
         if response.status() != 200 {
-            let answer = whole(response).await?;
+            let answer = whole("POST", path, response).await?;
             anyhow::bail!("status {}: {}", answer.status, answer.text);
         }
-        Ok(Events { body: response.into_body(), buffer: Vec::new() })
+        Ok(Events { path: path.to_string(), body: response.into_body(), buffer: Vec::new() })
     }
 
     /// Sums the samples of a metric whose name and labels contain all of `labels`.
@@ -96,19 +103,19 @@ pub fn sum_metric(text: &str, name: &str, labels: &[&str]) -> f64 {
         .sum()
 }
 
-async fn whole(response: hyper::Response<Incoming>) -> anyhow::Result<Answer> {
+async fn whole(method: &str, path: &str, response: hyper::Response<Incoming>) -> anyhow::Result<Answer> {
     let (parts, body) = response.into_parts();
     let bytes = tokio::time::timeout(PATIENCE, body.collect()).await??.to_bytes();
-    Ok(Answer {
-        status: parts.status.as_u16(),
-        headers: parts.headers,
-        text: String::from_utf8_lossy(&bytes).into_owned(),
-    })
+    let (status, text) = (parts.status.as_u16(), String::from_utf8_lossy(&bytes).into_owned());
+    let content_type = parts.headers.get("content-type").and_then(|value| value.to_str().ok()).unwrap_or_default();
+    contract::check(method, path, status, content_type, &text);
+    Ok(Answer { status, headers: parts.headers, text })
 }
 
 /// Server-sent events of one response. Dropping it closes the connection, as a client that goes away does.
 #[derive(Debug)]
 pub struct Events {
+    path: String,
     body: Incoming,
     buffer: Vec<u8>,
 }
@@ -120,7 +127,8 @@ impl Events {
             if let Some(end) = self.buffer.windows(2).position(|pair| pair == b"\n\n") {
                 let event: Vec<u8> = self.buffer.drain(..end + 2).collect();
                 let text = String::from_utf8(event)?;
-                if let Some(data) = text.trim_end().strip_prefix("data: ") {
+                if let Some(data) = text.lines().find_map(|line| line.strip_prefix("data: ")) {
+                    contract::check_event(&self.path, data);
                     return Ok(Some(data.to_string()));
                 }
                 continue;

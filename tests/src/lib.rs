@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod client;
+pub mod contract;
 pub mod etcd;
 pub mod process;
 
