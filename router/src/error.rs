@@ -13,7 +13,7 @@ pub(crate) enum Error {
         param: Option<String>,
     },
     /// There is no such model.
-    #[error("the model {0:?} does not exist")]
+    #[error("the model {0:?} does not exist; GET /v1/models lists those that do")]
     UnknownModel(String),
     /// What is named is not there.
     #[error("{0}")]

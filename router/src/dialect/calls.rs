@@ -4,7 +4,7 @@
 //! for the name. Only as much of JSON is understood as finding the ends of values takes; whether arguments fit a tool is the client's to
 //! check, as with OpenAI.
 
-use super::sink::Sink;
+use super::{marker::Finder, sink::Sink};
 use serde_json::{Map, Value};
 use std::mem;
 
@@ -92,6 +92,17 @@ impl Calls {
     pub(super) fn finish(&mut self, out: &mut Sink) -> String {
         self.object.finish(out);
         mem::take(&mut self.raw)
+    }
+}
+
+/// Nothing more comes: what is undecided of the `calls` being read, or else of a marker, is text after all.
+pub(super) fn finish(calls: Option<Calls>, finder: &mut Finder, out: &mut Sink) {
+    match calls {
+        Some(mut calls) => {
+            let text = calls.finish(out);
+            out.texts(&text);
+        }
+        None => finder.finish(|c| out.text(c)),
     }
 }
 

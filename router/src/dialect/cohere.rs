@@ -3,19 +3,22 @@
 
 use super::{
     Parser,
-    calls::{Calls, Progress},
+    calls::{self, Calls, Progress},
     marker::Finder,
     sink::Sink,
 };
 
-pub(super) const MARKERS: [&str; 6] = [
+pub(super) const MARKERS: [&str; 7] = [
     "<|START_ACTION|>",
     "Action: ```json",
     "<|END_ACTION|>",
     "<|START_RESPONSE|>",
     "<|END_RESPONSE|>",
     "<|END_OF_TURN_TOKEN|>",
+    FENCE,
 ];
+/// Ends a fence, and is text where none is open.
+const FENCE: &str = "```";
 /// As many of the markers are followed by calls.
 const BEFORE_CALLS: usize = 2;
 
@@ -41,9 +44,8 @@ impl Parser for Cohere {
             self.calls = None;
             return;
         }
-        let mut markers = MARKERS.to_vec();
-        markers.extend(self.fenced.then_some("```"));
-        match self.finder.read(c, &markers, |c| out.text(c)) {
+        let markers = &MARKERS[..MARKERS.len() - usize::from(!self.fenced)];
+        match self.finder.read(c, markers, |c| out.text(c)) {
             Some(found) if found < BEFORE_CALLS => {
                 self.fenced = found == 1;
                 self.calls = Some(Calls::default());
@@ -57,12 +59,6 @@ impl Parser for Cohere {
     }
 
     fn finish(&mut self, out: &mut Sink) {
-        match self.calls.take() {
-            Some(mut calls) => {
-                let text = calls.finish(out);
-                out.texts(&text);
-            }
-            None => self.finder.finish(|c| out.text(c)),
-        }
+        calls::finish(self.calls.take(), &mut self.finder, out);
     }
 }

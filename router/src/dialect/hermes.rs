@@ -2,7 +2,7 @@
 
 use super::{
     Parser,
-    calls::{Calls, Progress},
+    calls::{self, Calls, Progress},
     marker::Finder,
     sink::Sink,
 };
@@ -41,12 +41,6 @@ impl Parser for Hermes {
     }
 
     fn finish(&mut self, out: &mut Sink) {
-        match self.calls.take() {
-            Some(mut calls) => {
-                let text = calls.finish(out);
-                out.texts(&text);
-            }
-            None => self.finder.finish(|c| out.text(c)),
-        }
+        calls::finish(self.calls.take(), &mut self.finder, out);
     }
 }
