@@ -10,15 +10,13 @@ pub(crate) mod session;
 mod wire;
 
 use crate::{
-    config::{Config, Limits, Policy, Weights},
-    cost::{self, Cost, Demand},
+    config::{Config, Limits},
     metrics::Metrics,
-    placement::{self, Candidate, Choice, Kind, NoPath},
-    prefix_index::{PrefixIndex, Slot},
 };
 use cluster::{Directory, Member, ModelCard, Role, State, View};
 use kv_cache::PageHash;
-use session::Session;
+use placement::{Candidate, Choice, Cost, Demand, Kind, NoPath, Policy, PrefixIndex, Slot, Weights};
+use session::{Asks, Session};
 use std::{
     ops::Deref,
     sync::{
@@ -98,8 +96,8 @@ pub(crate) struct Target {
     pub(crate) incarnation: u64,
     /// `host:port` of its link listener.
     pub(crate) link: String,
-    /// Tokens of the demand it has to compute.
-    pub(crate) missing_tokens: u32,
+    /// What the leg takes there.
+    pub(crate) asks: Asks,
 }
 
 /// Who takes a request.
@@ -194,18 +192,17 @@ impl Fleet {
         let seen: Vec<Option<(Candidate, Connection)>> =
             workers.iter().enumerate().map(|(id, worker)| worker.candidate(id, wanted, &leading)).collect();
         let candidates: Vec<Candidate> = seen.iter().flatten().map(|(candidate, _)| candidate.clone()).collect();
-        let decision = placement::place(&wanted.demand, &candidates, self.policy, &self.weights, random)?;
+        let placed = placement::place(&wanted.demand, &candidates, self.policy, &self.weights, random)?;
+        let Choice { prefill, decode, .. } = placed.decision.choice;
         let target = |id: usize, computes: bool| {
             let (candidate, connection) = seen[id].as_ref().expect("placement chose a candidate");
-            let missing_tokens = if computes { candidate.cost.missing_tokens(&wanted.demand) } else { 0 };
-            workers[id].target(connection, missing_tokens)
+            let compute_ms = if computes { candidate.cost.compute_ms(&wanted.demand, &self.weights) } else { 0.0 };
+            let pages = candidate.cost.missing_pages(&wanted.demand);
+            workers[id].target(connection, Asks { compute_ms, pages })
         };
-        let (prefill, decode) = match decision.choice {
-            Choice::Local { decode } => (None, target(decode, true)),
-            // The decode worker receives the prompt's pages, it does not compute them.
-            Choice::Remote { prefill, decode } => (Some(target(prefill, true)), target(decode, false)),
-        };
-        Ok(Path { prefill, decode, cost: decision.cost })
+        // A decode worker that is handed the prompt's pages does not compute them.
+        let decode = target(decode, prefill.is_none());
+        Ok(Path { prefill: prefill.map(|id| target(id, true)), decode, cost: placed.decision.cost })
     }
 
     /// Whether a request, for the adapter with this id if there is one, could be placed now.
@@ -395,22 +392,23 @@ impl Worker {
     fn candidate(&self, id: usize, wanted: &Wanted<'_>, leading: &[u32]) -> Option<(Candidate, Connection)> {
         let state = self.state();
         let connection = state.attached.clone()?;
-        let load = connection.session.load();
         let card = &state.card;
-        let cost = cost::Worker {
-            sequences: load.sequences,
-            queued_tokens: load.queued_tokens,
-            free_pages: load.free_pages.unwrap_or(state.capacity_pages),
+        let cost = connection.session.ledger(|ledger, now| placement::Worker {
+            sequences: ledger.sequences(),
+            backlog_ms: ledger.backlog_ms(now),
+            free_pages: ledger.free_pages(state.capacity_pages),
+            held_pages: ledger.held_pages(),
             cached_pages: leading.get(connection.slot.index()).copied().unwrap_or(0),
+            coming_pages: 0,
             page_tokens: card.page_tokens,
             page_bytes: card.page_bytes,
-            speed: load.speed,
-        };
+            speed: ledger.speed(),
+        });
         let candidate = Candidate {
             id,
             kind: self.kind,
             fingerprint: state.fingerprint,
-            draining: state.draining || load.draining,
+            draining: state.draining || connection.session.draining(),
             excluded: wanted.excluded.contains(&self.id),
             lacks_adapter: wanted.adapter.is_some_and(|id| !connection.session.has_adapter(id)),
             max_tokens: card.max_model_len,
@@ -419,7 +417,7 @@ impl Worker {
         Some((candidate, connection))
     }
 
-    fn target(self: &Arc<Self>, connection: &Connection, missing_tokens: u32) -> Target {
+    fn target(self: &Arc<Self>, connection: &Connection, asks: Asks) -> Target {
         let member = self.member.borrow();
         Target {
             worker: self.clone(),
@@ -427,7 +425,7 @@ impl Worker {
             // A worker that had to register again is known by its newer incarnation; one that restarted says so itself.
             incarnation: connection.incarnation.max(member.incarnation),
             link: member.link.clone(),
-            missing_tokens,
+            asks,
         }
     }
 }

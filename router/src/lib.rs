@@ -14,13 +14,13 @@
 //! | `page_names`, `recent` | names of a prompt's pages; what was worked out lately |
 //! | `prompt`, `request`, `attempt`, `recovery` | what is asked; one request's life; one try at it; what to do when a try fails |
 //! | `fleet/` | the workers: one stream each, their load, the only place with wire types |
-//! | `prefix_index`, `cost`, `placement` | who holds which prefix, what a placement costs, which one it is |
+//!
+//! Who takes a request is decided in the crate `placement`.
 #![forbid(unsafe_code)]
 
 mod admission;
 mod attempt;
 mod config;
-mod cost;
 mod dialect;
 mod door;
 mod error;
@@ -34,8 +34,6 @@ mod messages;
 mod metrics;
 mod openai;
 mod page_names;
-mod placement;
-mod prefix_index;
 mod prompt;
 mod recent;
 mod recovery;
@@ -44,7 +42,8 @@ mod responses;
 mod server;
 mod text;
 
-pub use config::{Config, Limits, Policy, ReasoningParser, ToolCallParser, Weights};
+pub use config::{Config, Limits, ReasoningParser, ToolCallParser};
+pub use placement::{Policy, Weights};
 pub use server::TlsFiles;
 
 use crate::{

@@ -4,8 +4,9 @@ mod vllm;
 
 pub(crate) use vllm::Told;
 
-use crate::{placement::Kind, request::Finish};
+use crate::request::Finish;
 use metrics::{Counter, Gauge, Histogram};
+use placement::Kind;
 use std::sync::{
     Arc,
     atomic::{AtomicUsize, Ordering},

@@ -15,7 +15,6 @@ use crate::{
     admission::Admission,
     attempt::{Attempt, Ending, News},
     config::Config,
-    cost::Demand,
     dialect::{Dialect, Event},
     door::keys::{Key, Keys},
     error::Error,
@@ -26,7 +25,6 @@ use crate::{
     },
     metrics::{Metrics, Told},
     page_names::PageNames,
-    placement::NoPath,
     prompt::{Prompt, PromptSource, Truncation},
     recovery::{self, Failure, Remedy},
     responses::store::Store,
@@ -39,6 +37,7 @@ use crate::{
 use bytes::Bytes;
 use grammar::Spec;
 use kv_cache::TokenId;
+use placement::{Demand, NoPath};
 use std::{pin::Pin, sync::Arc, time::Duration};
 use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
