@@ -123,6 +123,11 @@ fn placement_decides_and_does_nothing_else() {
 }
 
 #[test]
+fn workloads_are_pure() {
+    check_absent(&Workspace::read(), "workload", &["tokio*", "hyper*", "router", "engine", "kv-cache", "proto"]);
+}
+
+#[test]
 fn gguf_is_a_container_and_nothing_else() {
     let direct = Workspace::read().direct("gguf");
     assert_eq!(direct, ["thiserror"].map(str::to_owned).into());
