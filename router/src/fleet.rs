@@ -15,9 +15,10 @@ use crate::{
 };
 use cluster::{Directory, Member, ModelCard, Role, State, View};
 use kv_cache::PageHash;
-use placement::{Candidate, Choice, Cost, Demand, Kind, NoPath, Policy, PrefixIndex, Slot, Weights};
+use placement::{Candidate, Choice, Cost, Demand, Fetch, Kind, NoPath, Policy, PrefixIndex, Siblings, Slot, Weights};
 use session::{Asks, Session};
 use std::{
+    collections::HashMap,
     ops::Deref,
     sync::{
         Arc, Mutex, MutexGuard, RwLock,
@@ -48,6 +49,7 @@ pub(crate) struct Inner {
     /// Fingerprints seen, in order of appearance: candidates carry the number.
     fingerprints: Mutex<Vec<String>>,
     index: Mutex<PrefixIndex>,
+    siblings: Mutex<Siblings>,
     next_attempt: AtomicU64,
     /// Grows when a worker comes, goes, drains or changes its adapters.
     version: watch::Sender<u64>,
@@ -61,6 +63,8 @@ pub(crate) struct Inner {
 pub(crate) struct Worker {
     /// Member id.
     pub(crate) id: String,
+    /// Tells it from every other that this router has known.
+    serial: u64,
     kind: Kind,
     /// Where it is; its link task follows.
     member: watch::Sender<Member>,
@@ -101,12 +105,33 @@ pub(crate) struct Target {
 }
 
 /// Who takes a request.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Path {
     /// `None` when the decode worker computes the prompt itself.
     pub(crate) prefill: Option<Target>,
     pub(crate) decode: Target,
+    /// Who has a part of the prompt that whoever computes it lacks, and how many leading pages that are.
+    pub(crate) fetch: Option<(Target, u32)>,
     pub(crate) cost: Cost,
+    /// Lets those that begin alike follow, until the prompt is computed.
+    pub(crate) computing: Computing,
+}
+
+/// A prompt that a worker will compute, for those that begin like it. Dropping it says that it is computed, or will not be.
+#[derive(Debug)]
+pub(crate) struct Computing {
+    fleet: Fleet,
+    worker: u64,
+    number: u64,
+    first: Option<PageHash>,
+}
+
+impl Drop for Computing {
+    fn drop(&mut self) {
+        if let Some(first) = self.first {
+            self.fleet.siblings().remove(self.worker, self.number, first);
+        }
+    }
 }
 
 /// A prompt as placement sees it.
@@ -147,6 +172,7 @@ impl Fleet {
             workers: RwLock::default(),
             fingerprints: Mutex::default(),
             index: Mutex::new(PrefixIndex::new(config.prefix_index_bytes)),
+            siblings: Mutex::default(),
             next_attempt: AtomicU64::new(1),
             version: watch::Sender::new(0),
             metrics,
@@ -189,28 +215,43 @@ impl Fleet {
             self.index().matches(wanted.pages, &mut leading);
         }
         let workers = self.workers();
+        let mut coming = HashMap::new();
+        self.siblings().matches(wanted.pages, |worker, pages| {
+            let most = coming.entry(worker).or_insert(pages);
+            *most = pages.max(*most);
+        });
         let seen: Vec<Option<(Candidate, Connection)>> =
-            workers.iter().enumerate().map(|(id, worker)| worker.candidate(id, wanted, &leading)).collect();
+            workers.iter().enumerate().map(|(id, worker)| worker.candidate(id, wanted, &leading, &coming)).collect();
         let candidates: Vec<Candidate> = seen.iter().flatten().map(|(candidate, _)| candidate.clone()).collect();
         let placed = placement::place(&wanted.demand, &candidates, self.policy, &self.weights, random)?;
-        let Choice { prefill, decode, .. } = placed.decision.choice;
+        let Choice { prefill, decode, fetch } = placed.decision.choice;
         let target = |id: usize, computes: bool| {
             let (candidate, connection) = seen[id].as_ref().expect("placement chose a candidate");
-            let compute_ms = if computes { candidate.cost.compute_ms(&wanted.demand, &self.weights) } else { 0.0 };
+            let compute_ms = if computes { placed.decision.cost.compute } else { 0.0 };
             let pages = candidate.cost.missing_pages(&wanted.demand);
             workers[id].target(connection, Asks { compute_ms, pages })
         };
+        let fetch = fetch.map(|Fetch { holder, pages }| {
+            let target = target(holder, false);
+            target.session.lends(placed.decision.cost.fetch);
+            (target, pages)
+        });
+        let computing = self.computing(&workers[prefill.unwrap_or(decode)], wanted);
         // A decode worker that is handed the prompt's pages does not compute them.
         let decode = target(decode, prefill.is_none());
-        Ok(Path { prefill: prefill.map(|id| target(id, true)), decode, cost: placed.decision.cost })
+        Ok(Path { prefill: prefill.map(|id| target(id, true)), decode, fetch, cost: placed.decision.cost, computing })
     }
 
     /// Whether a request, for the adapter with this id if there is one, could be placed now.
     pub(crate) fn has_path(&self, adapter: Option<&str>) -> bool {
         let demand = Demand { tokens: 1, max_output: 1 };
         let wanted = Wanted { demand, pages: &[], excluded: &[], adapter };
-        let candidates: Vec<Candidate> =
-            self.workers().iter().enumerate().filter_map(|(id, w)| Some(w.candidate(id, &wanted, &[])?.0)).collect();
+        let candidates: Vec<Candidate> = self
+            .workers()
+            .iter()
+            .enumerate()
+            .filter_map(|(id, w)| Some(w.candidate(id, &wanted, &[], &HashMap::new())?.0))
+            .collect();
         placement::has_path(&candidates, self.policy)
     }
 
@@ -264,6 +305,20 @@ impl Fleet {
         self.workers.read().expect("no code panics while it holds the list").clone()
     }
 
+    fn siblings(&self) -> MutexGuard<'_, Siblings> {
+        self.siblings.lock().expect("no code panics while it holds the siblings")
+    }
+
+    /// Notes that `worker` will compute the prompt of `wanted`.
+    fn computing(&self, worker: &Worker, wanted: &Wanted<'_>) -> Computing {
+        let number = self.next_attempt();
+        let first = wanted.pages.first().copied();
+        if first.is_some() {
+            self.siblings().add(worker.serial, number, &wanted.pages.into());
+        }
+        Computing { fleet: self.clone(), worker: worker.serial, number, first }
+    }
+
     fn index(&self) -> MutexGuard<'_, PrefixIndex> {
         self.index.lock().expect("no code panics while it holds the index")
     }
@@ -286,7 +341,8 @@ impl Fleet {
                 Some(worker) => worker.update(member, card, fingerprint),
                 None => {
                     let gone = self.shutdown.child_token();
-                    self.add(Worker::new(member, kind, card.clone(), fingerprint, gone));
+                    let serial = self.next_attempt();
+                    self.add(Worker::new(member, kind, card.clone(), fingerprint, serial, gone));
                 }
             }
         }
@@ -341,7 +397,14 @@ impl Fleet {
 }
 
 impl Worker {
-    fn new(member: &Member, kind: Kind, card: ModelCard, fingerprint: usize, gone: CancellationToken) -> Self {
+    fn new(
+        member: &Member,
+        kind: Kind,
+        card: ModelCard,
+        fingerprint: usize,
+        serial: u64,
+        gone: CancellationToken,
+    ) -> Self {
         let state = WorkerState {
             card,
             fingerprint,
@@ -351,7 +414,7 @@ impl Worker {
             attached: None,
         };
         let id = member.id.clone();
-        Self { id, kind, member: watch::Sender::new(member.clone()), state: Mutex::new(state), gone }
+        Self { id, serial, kind, member: watch::Sender::new(member.clone()), state: Mutex::new(state), gone }
     }
 
     fn update(&self, member: &Member, card: &ModelCard, fingerprint: usize) {
@@ -389,7 +452,13 @@ impl Worker {
     }
 
     /// The worker as placement sees it, if it is attached. `leading` is indexed by slot.
-    fn candidate(&self, id: usize, wanted: &Wanted<'_>, leading: &[u32]) -> Option<(Candidate, Connection)> {
+    fn candidate(
+        &self,
+        id: usize,
+        wanted: &Wanted<'_>,
+        leading: &[u32],
+        coming: &HashMap<u64, u32>,
+    ) -> Option<(Candidate, Connection)> {
         let state = self.state();
         let connection = state.attached.clone()?;
         let card = &state.card;
@@ -400,7 +469,7 @@ impl Worker {
             free_pages: ledger.free_pages(state.capacity_pages),
             held_pages: ledger.held_pages(),
             cached_pages: leading.get(connection.slot.index()).copied().unwrap_or(0),
-            coming_pages: 0,
+            coming_pages: coming.get(&self.serial).copied().unwrap_or(0),
             page_tokens: card.page_tokens,
             page_bytes: card.page_bytes,
             speed: ledger.speed(),

@@ -318,7 +318,7 @@ impl Generation {
                 cost_ms = path.cost.total(),
                 "placed"
             );
-            match self.submit(&path) {
+            match self.submit(path) {
                 Ok(attempt) => {
                     self.attempt = Some(attempt);
                     self.set_alarm();
@@ -362,7 +362,7 @@ impl Generation {
         self.work.prompt_logprobs.filter(|_| self.output.is_empty())
     }
 
-    fn submit(&self, path: &Path) -> Result<Attempt, Failure> {
+    fn submit(&self, path: Path) -> Result<Attempt, Failure> {
         let work = &self.work;
         let submission = Submission {
             attempt: 0,
@@ -380,6 +380,7 @@ impl Generation {
             priority: work.priority,
             deadline: self.ends_at().saturating_duration_since(Instant::now()),
             role: LegRole::Local,
+            fetch: None,
         };
         let buffer = self.router.config.limits.stream_buffer_tokens;
         Attempt::start(&self.router.fleet, path, &submission, self.output_tokens(), rand::random(), buffer)
