@@ -6,6 +6,7 @@
 mod bench;
 mod chat;
 mod config;
+mod engine;
 mod listen;
 mod model;
 mod router;
@@ -13,6 +14,7 @@ mod settings;
 mod shutdown;
 mod simulate;
 mod speculation;
+mod sse;
 mod up;
 mod worker;
 

@@ -5,10 +5,12 @@
 //! default ([`file`]), so all three go through the same parser. What the libraries can be told beyond these flags stands in
 //! tables of the file named after them ([`Tables`]).
 
+mod bench;
 mod file;
 mod simulate;
 mod units;
 
+pub(crate) use bench::{Bench, BenchServer, Load, Prompts, When};
 pub(crate) use file::Tables;
 pub(crate) use simulate::Simulate;
 pub(crate) use units::Bytes;
@@ -41,7 +43,7 @@ pub(crate) enum Command {
     DecodeWorker(DecodeWorker),
     /// Talk to a running Baton
     Chat(Chat),
-    /// Measure this machine and Baton on it
+    /// Measure this machine and Baton on it; with --url, an endpoint under load
     Bench(Bench),
     /// Play a trace on an imagined cluster, in virtual time
     Simulate(Simulate),
@@ -78,6 +80,9 @@ pub(crate) struct ModelChoice {
 /// How a worker uses its machine.
 #[derive(Debug, Args)]
 pub(crate) struct Compute {
+    /// What computes: `cpu`, or `timed:FILE` for nothing, with steps that take as long as the profile in FILE says
+    #[arg(long, value_name = "KIND", env = "BATON_ENGINE", default_value = "cpu")]
+    pub(crate) engine: EngineChoice,
     /// Memory for KV pages of one worker
     #[arg(long, value_name = "SIZE", env = "BATON_KV_MEMORY")]
     pub(crate) kv_memory: Option<Bytes>,
@@ -322,21 +327,25 @@ pub(crate) struct Chat {
     pub(crate) max_tokens: Option<u32>,
 }
 
-/// Settings of `baton bench`.
-#[derive(Debug, Args)]
-pub(crate) struct Bench {
-    /// Measure only what begins with this, such as `engine` or `handoff/copy`
-    #[arg(long, value_name = "PREFIX", default_value = "")]
-    pub(crate) only: String,
-    /// How long `router/memory/prompts` fills the router's caches
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = units::duration)]
-    pub(crate) soak: Duration,
-    /// Becomes one of the processes that the bench measures, instead of measuring
-    #[arg(long, value_name = "WHAT", hide = true)]
-    pub(crate) serve: Option<BenchServer>,
-    /// Mock workers of `--serve router`: the prefill worker, then the decode worker
-    #[arg(long, value_name = "ADDR", hide = true, value_delimiter = ',', requires = "serve")]
-    pub(crate) workers: Vec<SocketAddr>,
+/// What computes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum EngineChoice {
+    /// This machine's processor
+    Cpu,
+    /// Nothing: the file says how long it takes
+    Timed(PathBuf),
+}
+
+impl std::str::FromStr for EngineChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "cpu" => Ok(Self::Cpu),
+            Some(("timed", file)) if !file.is_empty() => Ok(Self::Timed(file.into())),
+            _ => Err("expected cpu, or timed:FILE with a profile, such as timed:profile.toml".into()),
+        }
+    }
 }
 
 /// Shape of log lines.
@@ -406,17 +415,6 @@ pub(crate) enum Transport {
     Shm,
     /// Between any two processes
     Tcp,
-}
-
-/// What a process of the bench is.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(crate) enum BenchServer {
-    /// A router in front of mock workers
-    Router,
-    /// A server that answers without thinking
-    Plain,
-    /// A decode worker's end of a link
-    Target,
 }
 
 /// What a process was told, parsed and checked field by field.
