@@ -27,7 +27,7 @@ pub(crate) fn run(settings: &Settings) -> anyhow::Result<()> {
         return match what {
             BenchServer::Router => router::serve(&settings.workers),
             BenchServer::Plain => router::serve_plain(),
-            BenchServer::Target => handoff::serve(&settings.only),
+            BenchServer::Target => handoff::serve(&settings.only, settings.ucx_library.as_deref()),
         };
     }
     if let Some(url) = &settings.load.url {
@@ -42,7 +42,7 @@ pub(crate) fn run(settings: &Settings) -> anyhow::Result<()> {
     let mut report = Report::create(Path::new("target/bench.jsonl"), &settings.only)?;
     machine::run(&mut report).context("bench machine")?;
     engine::run(&mut report).context("bench engine")?;
-    handoff::run(&mut report).context("bench handoff")?;
+    handoff::run(&mut report, settings.ucx_library.as_deref()).context("bench handoff")?;
     router::run(&mut report, settings.soak).context("bench router")?;
     report.finish()
 }

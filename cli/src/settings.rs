@@ -43,6 +43,8 @@ pub(crate) enum Command {
     DecodeWorker(DecodeWorker),
     /// Talk to a running Baton
     Chat(Chat),
+    /// Examine the ways between workers on this host
+    Doctor(Doctor),
     /// Measure this machine and Baton on it; with --url, an endpoint under load
     Bench(Bench),
     /// Play a trace on an imagined cluster, in virtual time
@@ -271,6 +273,8 @@ pub(crate) struct Worker {
     /// Refuse hand-offs over any other transport than this [default: the best both ends have]
     #[arg(long, value_name = "KIND", env = "BATON_TRANSPORT")]
     pub(crate) transport: Option<Transport>,
+    #[command(flatten)]
+    pub(crate) ucx: Ucx,
 }
 
 /// Settings of `baton decode-worker` alone.
@@ -348,6 +352,45 @@ impl std::str::FromStr for EngineChoice {
     }
 }
 
+/// Settings of `baton doctor`.
+#[derive(Debug, Args)]
+pub(crate) struct Doctor {
+    /// Measure the ways to the doctor at this address instead of those within this host
+    #[arg(long, value_name = "ADDR", conflicts_with = "listen")]
+    pub(crate) peer: Option<String>,
+    /// Be the other end for a doctor on another host, until stopped
+    #[arg(long, value_name = "ADDR", value_parser = units::address)]
+    pub(crate) listen: Option<SocketAddr>,
+    /// Fail when this transport cannot be used; with --listen, offer it alone
+    #[arg(long, value_name = "KIND", env = "BATON_TRANSPORT")]
+    pub(crate) transport: Option<Transport>,
+    /// Memory for KV pages that a worker here is to have, and to register
+    #[arg(long, value_name = "SIZE", env = "BATON_KV_MEMORY")]
+    pub(crate) kv_memory: Option<Bytes>,
+    /// A worker's TOML file: what it says of hand-offs, TLS among it, holds here
+    #[arg(long, value_name = "FILE", env = "BATON_CONFIG")]
+    pub(crate) config: Option<PathBuf>,
+    /// File with the secret of the cluster
+    #[arg(long, value_name = "FILE", env = "BATON_CLUSTER_TOKEN_FILE")]
+    pub(crate) cluster_token_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) ucx: Ucx,
+    /// Tell everything as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// How UCX is found and what it may use.
+#[derive(Debug, Args)]
+pub(crate) struct Ucx {
+    /// UCX's libucp.so.0 [default: where the system looks]
+    #[arg(long, value_name = "PATH", env = "BATON_UCX_LIBRARY")]
+    pub(crate) ucx_library: Option<PathBuf>,
+    /// Transports that UCX may use, as its UCX_TLS [default: all it finds]
+    #[arg(long, value_name = "LIST", env = "BATON_UCX_TLS")]
+    pub(crate) ucx_tls: Option<String>,
+}
+
 /// Shape of log lines.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum LogFormat {
@@ -413,8 +456,21 @@ pub(crate) enum Transport {
     Memory,
     /// Between processes of one host, through shared memory
     Shm,
+    /// By RDMA and whatever else UCX finds
+    Ucx,
     /// Between any two processes
     Tcp,
+}
+
+impl From<Transport> for kv_transfer::TransportKind {
+    fn from(transport: Transport) -> Self {
+        match transport {
+            Transport::Memory => Self::Memory,
+            Transport::Shm => Self::Shm,
+            Transport::Ucx => Self::Ucx,
+            Transport::Tcp => Self::Tcp,
+        }
+    }
 }
 
 /// What a process was told, parsed and checked field by field.
@@ -505,6 +561,7 @@ impl Command {
             Self::PrefillWorker(_) => "prefill-worker",
             Self::DecodeWorker(_) => "decode-worker",
             Self::Chat(_) => "chat",
+            Self::Doctor(_) => "doctor",
             Self::Bench(_) => "bench",
             Self::Simulate(_) => "simulate",
         }
@@ -517,18 +574,21 @@ impl Command {
             Self::Router(router) => Some(&router.common),
             Self::PrefillWorker(worker) => Some(&worker.common),
             Self::DecodeWorker(decode) => Some(&decode.worker.common),
-            Self::Chat(_) | Self::Bench(_) | Self::Simulate(_) => None,
+            Self::Chat(_) | Self::Doctor(_) | Self::Bench(_) | Self::Simulate(_) => None,
         }
     }
 
     fn config(&self) -> Option<&PathBuf> {
-        self.common().and_then(|common| common.config.as_ref())
+        match self {
+            Self::Doctor(doctor) => doctor.config.as_ref(),
+            _ => self.common().and_then(|common| common.config.as_ref()),
+        }
     }
 
     /// Names the library tables that the file may hold.
     fn tables(&self) -> &'static [&'static str] {
         match self {
-            Self::Up(_) => &["router", "prefill-worker", "decode-worker", "engine"],
+            Self::Up(_) | Self::Doctor(_) => &["router", "prefill-worker", "decode-worker", "engine"],
             Self::Router(_) => &["router"],
             Self::PrefillWorker(_) => &["prefill-worker", "engine"],
             Self::DecodeWorker(_) => &["decode-worker", "engine"],

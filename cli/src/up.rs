@@ -236,6 +236,7 @@ Ctrl-C drains and stops."#,
     fn transport(&self) -> &'static str {
         match self.plan.prefill.iter().find_map(|worker| worker.transfer.require) {
             Some(TransportKind::Tcp) => "over loopback (tcp)",
+            Some(TransportKind::Ucx) => "by UCX (ucx)",
             Some(TransportKind::Shm) => "through shared memory (shm)",
             Some(TransportKind::Memory) | None => "within this process (memory)",
         }

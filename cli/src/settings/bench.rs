@@ -11,6 +11,9 @@ pub(crate) struct Bench {
     /// Measure only what begins with this, such as `engine` or `handoff/copy`
     #[arg(long, value_name = "PREFIX", default_value = "")]
     pub(crate) only: String,
+    /// UCX's libucp.so.0 [default: where the system looks]
+    #[arg(long, value_name = "PATH", env = "BATON_UCX_LIBRARY")]
+    pub(crate) ucx_library: Option<PathBuf>,
     /// How long `router/memory/prompts` fills the router's caches
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = units::duration)]
     pub(crate) soak: Duration,
