@@ -7,9 +7,11 @@ pub(crate) mod adapters;
 pub(crate) mod leg;
 mod link;
 pub(crate) mod session;
+mod supply;
 mod wire;
 
 use crate::{
+    breaker::Breaker,
     config::{Config, Limits, Policy, Weights},
     cost::{self, Cost, Demand},
     metrics::Metrics,
@@ -22,11 +24,12 @@ use session::Session;
 use std::{
     ops::Deref,
     sync::{
-        Arc, Mutex, MutexGuard, RwLock,
-        atomic::{AtomicU64, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
+    time::Duration,
 };
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// Tokens in a page, until a worker says otherwise.
@@ -53,6 +56,9 @@ pub(crate) struct Inner {
     next_attempt: AtomicU64,
     /// Grows when a worker comes, goes, drains or changes its adapters.
     version: watch::Sender<u64>,
+    /// Other routers in the directory, whose submissions show only in the workers' reports.
+    peers: AtomicUsize,
+    started: Instant,
     metrics: Metrics,
     tasks: TaskTracker,
     shutdown: CancellationToken,
@@ -67,6 +73,7 @@ pub(crate) struct Worker {
     /// Where it is; its link task follows.
     member: watch::Sender<Member>,
     state: Mutex<WorkerState>,
+    breaker: Mutex<Breaker>,
     /// Cancelled when the fleet has forgotten it.
     gone: CancellationToken,
 }
@@ -109,6 +116,23 @@ pub(crate) struct Path {
     pub(crate) prefill: Option<Target>,
     pub(crate) decode: Target,
     pub(crate) cost: Cost,
+    /// Whether the speeds behind the predicted time to the first token have been measured.
+    pub(crate) measured: bool,
+    /// The cheapest there were, best first, the chosen one among them.
+    pub(crate) considered: Vec<Considered>,
+}
+
+/// A way that a request could have gone.
+#[derive(Clone, Debug)]
+pub(crate) struct Considered {
+    pub(crate) prefill: Option<Arc<Worker>>,
+    pub(crate) decode: Arc<Worker>,
+    pub(crate) chosen: bool,
+    /// Tokens of the demand.
+    pub(crate) tokens: u32,
+    /// Tokens of the demand that whoever computes them has to.
+    pub(crate) missing_tokens: u32,
+    pub(crate) cost: Cost,
 }
 
 /// A prompt as placement sees it.
@@ -121,6 +145,8 @@ pub(crate) struct Wanted<'a> {
     pub(crate) excluded: &'a [String],
     /// Id of the adapter it needs.
     pub(crate) adapter: Option<&'a str>,
+    /// Whether workers that keep failing are better than nobody.
+    pub(crate) desperate: bool,
 }
 
 impl Deref for Fleet {
@@ -151,6 +177,8 @@ impl Fleet {
             index: Mutex::new(PrefixIndex::new(config.prefix_index_bytes)),
             next_attempt: AtomicU64::new(1),
             version: watch::Sender::new(0),
+            peers: AtomicUsize::new(0),
+            started: Instant::now(),
             metrics,
             tasks: TaskTracker::new(),
             shutdown: shutdown.clone(),
@@ -186,15 +214,32 @@ impl Fleet {
 
     /// Chooses who takes a request. `random` breaks ties.
     pub(crate) fn place(&self, wanted: &Wanted<'_>, random: u64) -> Result<Path, NoPath> {
+        loop {
+            let path = self.choose(wanted, random)?;
+            let now = self.now();
+            let taken = path.workers().all(|worker| worker.breaker().begin(now));
+            // Of a worker that was just let down by others only one probe at a time is taken; it is no candidate the next time.
+            if taken || wanted.desperate {
+                return Ok(path);
+            }
+        }
+    }
+
+    /// Says who would take a request, and binds nobody.
+    pub(crate) fn choose(&self, wanted: &Wanted<'_>, random: u64) -> Result<Path, NoPath> {
+        let now = self.now();
         let mut leading = Vec::new();
         if !wanted.pages.is_empty() {
             self.index().matches(wanted.pages, &mut leading);
         }
         let workers = self.workers();
         let seen: Vec<Option<(Candidate, Connection)>> =
-            workers.iter().enumerate().map(|(id, worker)| worker.candidate(id, wanted, &leading)).collect();
+            workers.iter().enumerate().map(|(id, worker)| worker.candidate(id, wanted, &leading, now)).collect();
         let candidates: Vec<Candidate> = seen.iter().flatten().map(|(candidate, _)| candidate.clone()).collect();
-        let decision = placement::place(&wanted.demand, &candidates, self.policy, &self.weights, random)?;
+        let peers = self.peers.load(Ordering::Relaxed) as u32;
+        let choice =
+            placement::place_among(&wanted.demand, &candidates, self.policy, &self.weights, random, peers)?;
+        let decision = choice.decision;
         let target = |id: usize, computes: bool| {
             let (candidate, connection) = seen[id].as_ref().expect("placement chose a candidate");
             let missing_tokens = if computes { candidate.cost.missing_tokens(&wanted.demand) } else { 0 };
@@ -205,15 +250,56 @@ impl Fleet {
             // The decode worker receives the prompt's pages, it does not compute them.
             Choice::Remote { prefill, decode } => (Some(target(prefill, true)), target(decode, false)),
         };
-        Ok(Path { prefill, decode, cost: decision.cost })
+        let known = |id: usize| &seen[id].as_ref().expect("placement weighs candidates").0.cost;
+        let considered = choice.best.iter().map(|other| {
+            let (prefill, decode) = other.choice.workers();
+            Considered {
+                prefill: prefill.map(|id| workers[id].clone()),
+                decode: workers[decode].clone(),
+                chosen: other.choice == decision.choice,
+                tokens: wanted.demand.tokens,
+                missing_tokens: known(prefill.unwrap_or(decode)).missing_tokens(&wanted.demand),
+                cost: other.cost,
+            }
+        });
+        let (computes, decodes) = decision.choice.workers();
+        let measured = known(computes.unwrap_or(decodes)).speed.prefill_tokens_per_s.is_some();
+        Ok(Path { prefill, decode, cost: decision.cost, measured, considered: considered.collect() })
+    }
+
+    /// A leg on this worker spoke.
+    pub(crate) fn succeeded(&self, worker: &Worker) {
+        let mut breaker = worker.breaker();
+        if breaker.succeeded(self.now()) {
+            drop(breaker);
+            tracing::info!(worker = %worker.id, "worker answers again: its circuit breaker closes");
+            self.metrics.breaker(&worker.id, false);
+        }
+    }
+
+    /// A leg failed for which the worker with this id is to blame.
+    pub(crate) fn failed(&self, id: &str, why: &str) {
+        let workers = self.workers();
+        let Some(worker) = workers.iter().find(|worker| worker.id == id) else { return };
+        let opened = worker.breaker().failed(self.now());
+        if let Some(pause) = opened {
+            tracing::warn!(worker = %id, ?pause, why, "worker keeps failing: its circuit breaker opens");
+            self.metrics.breaker(id, true);
+        }
+    }
+
+    /// Time since the fleet was started.
+    fn now(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// Whether a request, for the adapter with this id if there is one, could be placed now.
     pub(crate) fn has_path(&self, adapter: Option<&str>) -> bool {
         let demand = Demand { tokens: 1, max_output: 1 };
-        let wanted = Wanted { demand, pages: &[], excluded: &[], adapter };
+        let wanted = Wanted { demand, pages: &[], excluded: &[], adapter, desperate: true };
+        let (workers, now) = (self.workers(), self.now());
         let candidates: Vec<Candidate> =
-            self.workers().iter().enumerate().filter_map(|(id, w)| Some(w.candidate(id, &wanted, &[])?.0)).collect();
+            workers.iter().enumerate().filter_map(|(id, w)| Some(w.candidate(id, &wanted, &[], now)?.0)).collect();
         placement::has_path(&candidates, self.policy)
     }
 
@@ -282,6 +368,8 @@ impl Fleet {
     /// Makes the workers those of the view. One that is no longer listed stays while its stream lives.
     fn reconcile(&self, view: &View) {
         let known = self.workers();
+        let others = |member: &&Member| member.role == Role::Router && member.id != self.router;
+        self.peers.store(view.members.values().filter(others).count(), Ordering::Relaxed);
         for member in view.members.values() {
             let Some((kind, card)) = self.serves_us(member) else { continue };
             let fingerprint = self.fingerprint(&card.fingerprint);
@@ -343,6 +431,13 @@ impl Fleet {
     }
 }
 
+impl Path {
+    /// Returns those who take part.
+    fn workers(&self) -> impl Iterator<Item = &Arc<Worker>> {
+        self.prefill.iter().chain([&self.decode]).map(|target| &target.worker)
+    }
+}
+
 impl Worker {
     fn new(member: &Member, kind: Kind, card: ModelCard, fingerprint: usize, gone: CancellationToken) -> Self {
         let state = WorkerState {
@@ -353,8 +448,14 @@ impl Worker {
             draining: member.state == State::Draining,
             attached: None,
         };
-        let id = member.id.clone();
-        Self { id, kind, member: watch::Sender::new(member.clone()), state: Mutex::new(state), gone }
+        Self {
+            id: member.id.clone(),
+            kind,
+            member: watch::Sender::new(member.clone()),
+            state: Mutex::new(state),
+            breaker: Mutex::default(),
+            gone,
+        }
     }
 
     fn update(&self, member: &Member, card: &ModelCard, fingerprint: usize) {
@@ -391,8 +492,18 @@ impl Worker {
         self.state.lock().expect("no code panics while it holds a worker's state")
     }
 
+    fn breaker(&self) -> MutexGuard<'_, Breaker> {
+        self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The worker as placement sees it, if it is attached. `leading` is indexed by slot.
-    fn candidate(&self, id: usize, wanted: &Wanted<'_>, leading: &[u32]) -> Option<(Candidate, Connection)> {
+    fn candidate(
+        &self,
+        id: usize,
+        wanted: &Wanted<'_>,
+        leading: &[u32],
+        now: Duration,
+    ) -> Option<(Candidate, Connection)> {
         let state = self.state();
         let connection = state.attached.clone()?;
         let load = connection.session.load();
@@ -411,7 +522,7 @@ impl Worker {
             kind: self.kind,
             fingerprint: state.fingerprint,
             draining: state.draining || load.draining,
-            excluded: wanted.excluded.contains(&self.id),
+            excluded: wanted.excluded.contains(&self.id) || !(wanted.desperate || self.breaker().allows(now)),
             lacks_adapter: wanted.adapter.is_some_and(|id| !connection.session.has_adapter(id)),
             max_tokens: card.max_model_len,
             cost,

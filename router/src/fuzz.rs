@@ -2,7 +2,7 @@
 
 use crate::{
     Config,
-    admission::Admission,
+    admission::{Admission, queue::Supply},
     dialect::{Dialect, exam},
     fleet::Fleet,
     metrics::Metrics,
@@ -14,6 +14,7 @@ use crate::{
         TextModel, TextPool,
         template::{ChatInput, ChatTemplate},
     },
+    why::Why,
 };
 use cluster::MemoryDirectory;
 use serde_json::{Map, json};
@@ -83,7 +84,8 @@ impl Bodies {
             page_names: PageNames::new(0),
             responses: Store::new(&config.limits),
             fleet,
-            admission: Admission::new(&config.limits, metrics.clone()),
+            admission: Admission::new(&config.limits, || Supply::UNKNOWN, metrics.clone()),
+            why: Why::new(0),
             metrics,
             created: 0,
             draining: CancellationToken::new(),

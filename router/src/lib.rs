@@ -8,17 +8,20 @@
 //! | `http`, `openai/` | routes, the API's shapes, server-sent events |
 //! | `messages/`, `responses/` | the other two ways to ask for a chat completion |
 //! | `server/`, `door/` | connections and TLS; ids, keys, limits of what comes in |
-//! | `admission` | how much is taken on |
+//! | `admission/` | how much is taken on, and in what order |
 //! | `dialect/` | what is reasoning, text and calls of tools in what a model says |
 //! | `text/` | templates, tokens, incremental text, stop strings |
 //! | `page_names`, `recent` | names of a prompt's pages; what was worked out lately |
 //! | `prompt`, `request`, `attempt`, `recovery` | what is asked; one request's life; one try at it; what to do when a try fails |
 //! | `fleet/` | the workers: one stream each, their load, the only place with wire types |
+//! | `breaker` | which workers are shunned because they keep failing |
 //! | `prefix_index`, `cost`, `placement` | who holds which prefix, what a placement costs, which one it is |
+//! | `why/` | what became of the last requests, for those who ask |
 #![forbid(unsafe_code)]
 
-mod admission;
+pub mod admission;
 mod attempt;
+mod breaker;
 mod config;
 mod cost;
 mod dialect;
@@ -43,13 +46,14 @@ mod request;
 mod responses;
 mod server;
 mod text;
+mod why;
 
 pub use config::{Config, Limits, Policy, ReasoningParser, ToolCallParser, Weights};
 pub use server::TlsFiles;
 
 use crate::{
     admission::Admission, dialect::Dialect, door::keys::Keys, fleet::Fleet, metrics::Metrics, page_names::PageNames,
-    request::Router, server::Tls,
+    request::Router, server::Tls, why::Why,
 };
 use anyhow::Context;
 use cluster::{Capacity, Directory, LoadSummary, Member, Registration, Role, State};
@@ -91,6 +95,9 @@ pub async fn run(
     let fleet = Fleet::start(&config, &me.id, &*directory, metrics.clone(), stop_fleet.clone());
     let dialect = Dialect::choose(config.tool_call_parser, config.reasoning_parser, &model);
     tracing::info!(tools = ?dialect.tools, thoughts = ?dialect.thoughts, "the model's dialect");
+    let supply = fleet.clone();
+    let admission = Admission::new(&config.limits, move || supply.supply(), metrics.clone());
+    let _admission = AbortOnDropHandle::new(tokio::spawn(admission.clone().follow()));
     let router = Arc::new(Router {
         model: Arc::new(model),
         dialect,
@@ -98,7 +105,8 @@ pub async fn run(
         keys,
         page_names: PageNames::new(config.text_cache_bytes / 4),
         fleet: fleet.clone(),
-        admission: Admission::new(&config.limits, metrics.clone()),
+        admission: admission.clone(),
+        why: Why::new(config.why_bytes),
         responses: Store::new(&config.limits),
         metrics,
         created: me.incarnation / 1_000_000,

@@ -9,4 +9,5 @@ mod mock;
 mod rows;
 mod support;
 mod tools;
+mod turns;
 mod workers;
