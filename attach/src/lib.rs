@@ -30,7 +30,7 @@ pub use address::advertised;
 pub use inbox::{Inbox, Input};
 pub use legs::{Duplicate, Legs};
 pub use life::{Parts, Slot, live};
-pub use load::{Load, Rate};
+pub use load::Load;
 pub use meters::{Meters, StepTokens};
 pub use outbox::Router;
 pub use routers::{End, Routers};

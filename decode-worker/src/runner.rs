@@ -161,6 +161,7 @@ impl Runner {
         if self.legs.get(id).is_some() {
             return self.expel(id);
         }
+        self.routers.received(id);
         if self.draining() {
             let refusal = End::Refused(format!("{} is draining", self.parts.worker));
             return self.routers.ended(id, refusal, Usage::default());
@@ -266,6 +267,7 @@ impl Runner {
     /// Carries out `plan`, the making of which, drafts included, began at `began`.
     fn step(&mut self, plan: Plan, began: Instant) {
         let (prompt, drafts, tokens) = (plan.prompt_tokens(), plan.draft_tokens(), plan.tokens());
+        let work = plan.work();
         let now = self.now();
         let Self { parts: Parts { engine, scheduler, .. }, epoch, meters, .. } = self;
         for &sequence in plan.started() {
@@ -277,7 +279,7 @@ impl Runner {
         let accepted = computed.verified.iter().map(|verified| verified.accepted).sum();
         let (guessed, drawn) = (computed.verified.len(), computed.drawn.len());
         let single = tokens - prompt - drafts;
-        meters.step(StepTokens { prompt, single, drafts, guessed, accepted, drawn }, began.elapsed());
+        meters.step(&work, StepTokens { prompt, single, drafts, guessed, accepted, drawn }, began.elapsed());
         if let Some(speculator) = &mut self.speculator {
             speculator.observe(&computed, tokens, prompt, started.elapsed());
         }
@@ -344,7 +346,7 @@ impl Runner {
         let load = Load {
             handoffs: self.reservations.in_flight(),
             draining: self.draining(),
-            ..self.meters.load(&self.parts.scheduler)
+            ..self.meters.load(&self.parts.scheduler, self.legs.len())
         };
         let delta = self.parts.scheduler.take_delta();
         self.routers.flush(Instant::now(), delta, self.parts.scheduler.pool(), &load);

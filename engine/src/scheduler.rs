@@ -29,7 +29,7 @@ mod tests;
 
 pub use compute::{Computed, Fault};
 pub use history::History;
-pub use landing::{Landing, NoRoom};
+pub use landing::{Landing, NoRoom, Prefix};
 pub use plan::{Chunk, Plan};
 pub use sequence::{Drawn, Ended, Finish, Hold, Reported, Request, SequenceId, Stop, Until, Usage, Verified};
 
@@ -37,6 +37,7 @@ use crate::{Error, Row, Sample, Stuck, Yield};
 use kv_cache::{CacheDelta, PageId, PagePool, TokenId};
 use sequence::Sequence;
 use std::{collections::BTreeMap, time::Duration};
+use timing::Work;
 
 /// What a [`Scheduler`] may spend.
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +85,8 @@ pub struct Backlog {
     pub waiting: usize,
     /// Tokens known and not computed, over both.
     pub tokens: usize,
+    /// What is left of their prompts; what is cached, or a sibling computes before them, is not counted.
+    pub prompts: Work,
 }
 
 /// A sequence whose next step computes a single token.
@@ -165,7 +168,8 @@ impl Scheduler {
             return Err(Refusal::Full { waiting: self.waiting.len() });
         }
         let id = self.ticket(request.priority);
-        self.waiting.insert(id, Sequence::new(request, now));
+        let expected = self.expected_tokens(&request);
+        self.waiting.insert(id, Sequence::new(request, now, expected));
         Ok(id)
     }
 
@@ -285,8 +289,12 @@ impl Scheduler {
 
     /// Returns how much there is to do.
     pub fn backlog(&self) -> Backlog {
-        let tokens = self.running.values().chain(self.waiting.values()).map(Sequence::remaining).sum();
-        Backlog { running: self.running.len(), waiting: self.waiting.len(), tokens }
+        let (mut tokens, mut prompts) = (0, Work::default());
+        for sequence in self.running.values().chain(self.waiting.values()) {
+            tokens += sequence.remaining();
+            sequence.add_backlog(&mut prompts);
+        }
+        Backlog { running: self.running.len(), waiting: self.waiting.len(), tokens, prompts }
     }
 
     /// Returns the longest sequence, prompt and output together.
@@ -414,6 +422,16 @@ impl Scheduler {
     /// Returns how many places of the batch are taken.
     fn occupied(&self) -> usize {
         self.running.len() + self.landings
+    }
+
+    /// Returns how many tokens of a fresh sequence need no computing: they are cached, or will be when its turn comes.
+    fn expected_tokens(&self, request: &Request) -> usize {
+        if request.prompt_logprobs.is_some() {
+            return 0;
+        }
+        let others = self.running.values().chain(self.waiting.values());
+        let shared = others.map(|sequence| sequence.request.history.common_pages(&request.history)).max();
+        self.pool.matching(request.history.reusable()).max(shared.unwrap_or(0)) * self.page_tokens
     }
 
     /// Returns the pages that an admission leaves over: one for each sequence that may soon need one.

@@ -160,6 +160,7 @@ impl Runner {
         if self.legs.get(id).is_some() {
             return self.expel(id);
         }
+        self.routers.received(id);
         let arrived = received.saturating_duration_since(self.epoch);
         let (handoff, target) = match self.admit(leg) {
             Ok(admitted) => admitted,
@@ -216,10 +217,11 @@ impl Runner {
         plan.started().iter().for_each(|&sequence| self.begin(sequence));
         let prompt = plan.prompt_tokens();
         let single = plan.tokens() - prompt;
+        let work = plan.work();
         let started = Instant::now();
         let computed = self.compute(plan);
         let tokens = StepTokens { prompt, single, drawn: computed.drawn.len(), ..StepTokens::default() };
-        self.meters.step(tokens, started.elapsed());
+        self.meters.step(&work, tokens, started.elapsed());
         for reported in computed.reported {
             self.routers.reported(self.sequences[&reported.id], reported);
         }
@@ -359,7 +361,7 @@ impl Runner {
             handoffs: self.handoffs.len(),
             link_bytes_per_s: self.parts.transfer.link_bytes_per_s(),
             draining: self.draining(),
-            ..self.meters.load(&self.parts.scheduler)
+            ..self.meters.load(&self.parts.scheduler, self.legs.len())
         };
         let delta = self.parts.scheduler.take_delta();
         self.routers.flush(Instant::now(), delta, self.parts.scheduler.pool(), &load);

@@ -1,18 +1,14 @@
 //! How much is taken on, and in what order.
 //!
 //! A request passes here twice. On arrival it gets a [`Place`], or is refused before any work is done for it; once it is tokens, it waits for
-//! its [`Turn`]. Who goes next, who is sent away and how long a wait will be is decided in [`queue`], what a prediction is worth in
-//! [`forecast`]; this file keeps the clock and wakes people up.
+//! its [`Turn`]. Who goes next, who is sent away, how long a wait will be and what a prediction is worth is decided in the crate
+//! [`admission`](::admission); this file keeps the clock and wakes people up.
 //!
 //! Turns are bounded by a setting, and by what the workers say: while all of them have enough to do, requests wait here, where a better
 //! class or another key can still overtake them, and where one that would come too late costs no worker anything.
 
-pub mod forecast;
-pub mod queue;
-
 use crate::{config, error::Error, metrics::Metrics};
-use forecast::Forecast;
-use queue::{Ask, Objective, Outcome, Queue, Refusal, Supply, Ticket};
+use ::admission::{Ask, Forecast, Limits, Objective, Outcome, Queue, Refusal, Supply, Ticket};
 use std::{
     collections::HashMap,
     fmt,
@@ -87,7 +83,7 @@ impl Admission {
         supply: impl Fn() -> Supply + Send + Sync + 'static,
         metrics: Metrics,
     ) -> Self {
-        let queue = Queue::new(queue::Limits {
+        let queue = Queue::new(Limits {
             max_running: limits.max_concurrent,
             max_waiting: limits.max_queued,
             quantum_tokens: QUANTUM_TOKENS,
@@ -208,7 +204,7 @@ impl Place {
             // Both arms are cancel-safe.
             tokio::select! {
                 answer = &mut waiting.answer => break answer.expect("everybody who waits is answered"),
-                () = sleep_until(asked + inner.patience) => { inner.pump(); }
+                () = sleep_until(asked + inner.patience + SUPPLY_AGE) => { inner.pump(); }
             }
         };
         drop(waiting);

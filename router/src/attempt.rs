@@ -106,7 +106,7 @@ impl Attempt {
                 submission.prompt_logprobs = None;
             }
             let worker = target.worker.id.clone();
-            match target.session.submit(submission, target.missing_tokens, &sender) {
+            match target.session.submit(submission, target.asks, &sender) {
                 Ok(guard) => legs.push(Leg { guard, part, worker, spoke: false, ended: false }),
                 // The other leg, if it is under way, is called off as its guard drops.
                 Err(unsent) => {

@@ -1,6 +1,7 @@
 //! Settings of the router.
 
 use crate::server::TlsFiles;
+use placement::{Policy, Weights};
 use serde::{Deserialize, Serialize};
 use std::{path::PathBuf, time::Duration};
 
@@ -124,60 +125,6 @@ pub enum ReasoningParser {
     Mistral,
     /// `<|START_THINKING|>` and `<|END_THINKING|>`: Command A.
     Cohere,
-}
-
-/// Where prompts are computed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Policy {
-    /// Wherever the predicted cost is least.
-    #[default]
-    Auto,
-    /// Always on a prefill worker, handed off to a decode worker.
-    Remote,
-    /// Always on the decode worker itself.
-    Local,
-}
-
-/// What the cost function assumes where workers have not reported, and what it weighs against what.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Weights {
-    /// Prompt tokens per second of a worker that has not reported a speed: a small model on a laptop.
-    pub prior_prefill_tokens_per_s: f64,
-    /// Milliseconds of a decode step with one sequence, for a worker that has not reported one.
-    pub prior_decode_step_ms: f64,
-    /// Bytes per second of a link that has not reported a speed: 10 Gbit/s.
-    pub prior_link_bytes_per_s: f64,
-    /// Milliseconds a hand-off costs whatever its size: opening, committing, one more worker in the path.
-    pub handoff_ms: f64,
-    /// Part of the transfer that is not hidden behind the prefill's own compute: the last layer group.
-    pub exposed_transfer: f64,
-    /// By how much of itself one more sequence slows a decode step.
-    pub step_growth: f64,
-    /// Tokens a request is assumed to produce (its `max_tokens`, if less): turns a slower step into milliseconds.
-    pub expected_output_tokens: u32,
-    /// Sequences assumed to join a decode worker while a prompt is computed there: what keeps long prompts away from an idle
-    /// decode worker.
-    pub expected_neighbours: f64,
-    /// Costs closer than this, in milliseconds, are equal; the choice among them rotates.
-    pub tie_ms: f64,
-}
-
-impl Default for Weights {
-    fn default() -> Self {
-        Self {
-            prior_prefill_tokens_per_s: 4_000.0,
-            prior_decode_step_ms: 10.0,
-            prior_link_bytes_per_s: 1.25e9,
-            handoff_ms: 3.0,
-            exposed_transfer: 0.25,
-            step_growth: 0.05,
-            expected_output_tokens: 64,
-            expected_neighbours: 0.5,
-            tie_ms: 0.01,
-        }
-    }
 }
 
 /// How much is accepted and how long anything may take.
@@ -340,33 +287,13 @@ impl Config {
 
     /// Checks what types cannot. The error names the field.
     pub fn validate(&self) -> Result<(), String> {
-        let positive = |field: &str, value: f64| {
-            if value > 0.0 && value.is_finite() {
-                Ok(())
-            } else {
-                Err(format!("{field}: {value} is not a positive number"))
-            }
-        };
         let at_least_one =
             |field: &str, value: u64| if value > 0 { Ok(()) } else { Err(format!("{field}: must be at least 1")) };
         if self.model_name.is_empty() {
             return Err("model_name: must not be empty".into());
         }
-        let (w, l) = (&self.weights, &self.limits);
-        positive("weights.prior_prefill_tokens_per_s", w.prior_prefill_tokens_per_s)?;
-        positive("weights.prior_decode_step_ms", w.prior_decode_step_ms)?;
-        positive("weights.prior_link_bytes_per_s", w.prior_link_bytes_per_s)?;
-        for (field, value) in [
-            ("weights.handoff_ms", w.handoff_ms),
-            ("weights.exposed_transfer", w.exposed_transfer),
-            ("weights.step_growth", w.step_growth),
-            ("weights.expected_neighbours", w.expected_neighbours),
-            ("weights.tie_ms", w.tie_ms),
-        ] {
-            if !(value >= 0.0 && value.is_finite()) {
-                return Err(format!("{field}: {value} is negative or not a number"));
-            }
-        }
+        self.weights.validate()?;
+        let l = &self.limits;
         for (field, value) in [
             ("limits.max_concurrent", l.max_concurrent as u64),
             ("limits.request_timeout_ms", l.request_timeout_ms),

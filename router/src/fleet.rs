@@ -7,25 +7,23 @@ pub(crate) mod adapters;
 pub(crate) mod leg;
 mod link;
 pub(crate) mod session;
-mod supply;
 mod wire;
 
 use crate::{
     breaker::Breaker,
-    config::{Config, Limits, Policy, Weights},
-    cost::{self, Cost, Demand},
+    config::{Config, Limits},
     metrics::Metrics,
-    placement::{self, Candidate, Choice, Kind, NoPath},
-    prefix_index::{PrefixIndex, Slot},
 };
 use cluster::{Directory, Member, ModelCard, Role, State, View};
 use kv_cache::PageHash;
-use session::Session;
+use admission::{Supply, Working};
+use placement::{Candidate, Choice, Cost, Decision, Demand, Kind, NoPath, Policy, PrefixIndex, Slot, Weights};
+use session::{Asks, Session};
 use std::{
     ops::Deref,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -57,7 +55,7 @@ pub(crate) struct Inner {
     /// Grows when a worker comes, goes, drains or changes its adapters.
     version: watch::Sender<u64>,
     /// Other routers in the directory, whose submissions show only in the workers' reports.
-    peers: AtomicUsize,
+    peers: AtomicU32,
     started: Instant,
     metrics: Metrics,
     tasks: TaskTracker,
@@ -105,8 +103,8 @@ pub(crate) struct Target {
     pub(crate) incarnation: u64,
     /// `host:port` of its link listener.
     pub(crate) link: String,
-    /// Tokens of the demand it has to compute.
-    pub(crate) missing_tokens: u32,
+    /// What the leg takes there.
+    pub(crate) asks: Asks,
 }
 
 /// Who takes a request.
@@ -116,9 +114,9 @@ pub(crate) struct Path {
     pub(crate) prefill: Option<Target>,
     pub(crate) decode: Target,
     pub(crate) cost: Cost,
-    /// Whether the speeds behind the predicted time to the first token have been measured.
+    /// Whether whoever computes the prompt has measured how fast it is.
     pub(crate) measured: bool,
-    /// The cheapest there were, best first, the chosen one among them.
+    /// The chosen way and the next best ones, cheapest first.
     pub(crate) considered: Vec<Considered>,
 }
 
@@ -128,10 +126,11 @@ pub(crate) struct Considered {
     pub(crate) prefill: Option<Arc<Worker>>,
     pub(crate) decode: Arc<Worker>,
     pub(crate) chosen: bool,
-    /// Tokens of the demand.
+    /// Tokens of the demand, and those of them that are cached at whoever computes it, or fetched there.
     pub(crate) tokens: u32,
-    /// Tokens of the demand that whoever computes them has to.
-    pub(crate) missing_tokens: u32,
+    pub(crate) cached_tokens: u32,
+    /// From whom pages would be fetched first.
+    pub(crate) fetched_from: Option<Arc<Worker>>,
     pub(crate) cost: Cost,
 }
 
@@ -177,7 +176,7 @@ impl Fleet {
             index: Mutex::new(PrefixIndex::new(config.prefix_index_bytes)),
             next_attempt: AtomicU64::new(1),
             version: watch::Sender::new(0),
-            peers: AtomicUsize::new(0),
+            peers: AtomicU32::new(0),
             started: Instant::now(),
             metrics,
             tasks: TaskTracker::new(),
@@ -217,9 +216,8 @@ impl Fleet {
         loop {
             let path = self.choose(wanted, random)?;
             let now = self.now();
-            let taken = path.workers().all(|worker| worker.breaker().begin(now));
-            // Of a worker that was just let down by others only one probe at a time is taken; it is no candidate the next time.
-            if taken || wanted.desperate {
+            // Of a worker that kept failing one probe at a time is taken; whose was not is placed again, without it.
+            if path.workers().all(|worker| worker.breaker().begin(now)) || wanted.desperate {
                 return Ok(path);
             }
         }
@@ -236,42 +234,52 @@ impl Fleet {
         let seen: Vec<Option<(Candidate, Connection)>> =
             workers.iter().enumerate().map(|(id, worker)| worker.candidate(id, wanted, &leading, now)).collect();
         let candidates: Vec<Candidate> = seen.iter().flatten().map(|(candidate, _)| candidate.clone()).collect();
-        let peers = self.peers.load(Ordering::Relaxed) as u32;
-        let choice =
-            placement::place_among(&wanted.demand, &candidates, self.policy, &self.weights, random, peers)?;
-        let decision = choice.decision;
+        let peers = self.peers.load(Ordering::Relaxed);
+        let placed =
+            placement::place_beside(peers, &wanted.demand, &candidates, self.policy, &self.weights, random)?;
+        let Choice { prefill, decode, .. } = placed.decision.choice;
         let target = |id: usize, computes: bool| {
             let (candidate, connection) = seen[id].as_ref().expect("placement chose a candidate");
-            let missing_tokens = if computes { candidate.cost.missing_tokens(&wanted.demand) } else { 0 };
-            workers[id].target(connection, missing_tokens)
-        };
-        let (prefill, decode) = match decision.choice {
-            Choice::Local { decode } => (None, target(decode, true)),
-            // The decode worker receives the prompt's pages, it does not compute them.
-            Choice::Remote { prefill, decode } => (Some(target(prefill, true)), target(decode, false)),
+            let compute_ms = if computes { candidate.cost.compute_ms(&wanted.demand, &self.weights) } else { 0.0 };
+            let pages = candidate.cost.missing_pages(&wanted.demand);
+            workers[id].target(connection, Asks { compute_ms, pages })
         };
         let known = |id: usize| &seen[id].as_ref().expect("placement weighs candidates").0.cost;
-        let considered = choice.best.iter().map(|other| {
-            let (prefill, decode) = other.choice.workers();
+        let way = |other: &Decision| {
+            let Choice { prefill, decode, fetch } = other.choice;
+            let cached = known(prefill.unwrap_or(decode));
+            let pages = fetch.map_or(cached.cached_pages, |fetch| fetch.pages);
             Considered {
                 prefill: prefill.map(|id| workers[id].clone()),
                 decode: workers[decode].clone(),
-                chosen: other.choice == decision.choice,
+                chosen: other.choice == placed.decision.choice,
                 tokens: wanted.demand.tokens,
-                missing_tokens: known(prefill.unwrap_or(decode)).missing_tokens(&wanted.demand),
+                cached_tokens: pages.saturating_mul(cached.page_tokens).min(wanted.demand.tokens),
+                fetched_from: fetch.map(|fetch| workers[fetch.holder].clone()),
                 cost: other.cost,
             }
-        });
-        let (computes, decodes) = decision.choice.workers();
-        let measured = known(computes.unwrap_or(decodes)).speed.prefill_tokens_per_s.is_some();
-        Ok(Path { prefill, decode, cost: decision.cost, measured, considered: considered.collect() })
+        };
+        let mut considered: Vec<Considered> = std::iter::once(&placed.decision).chain(&placed.runners_up).map(way).collect();
+        considered.sort_by(|a, b| a.cost.total().total_cmp(&b.cost.total()));
+        let measured = known(prefill.unwrap_or(decode)).speed.pace.is_some();
+        // A decode worker that is handed the prompt's pages does not compute them.
+        let decode = target(decode, prefill.is_none());
+        let prefill = prefill.map(|id| target(id, true));
+        Ok(Path { prefill, decode, cost: placed.decision.cost, measured, considered })
+    }
+
+    /// Returns what the workers can be sent before all of them have enough to do.
+    pub(crate) fn supply(&self) -> Supply {
+        let now = self.now();
+        let workers = self.workers();
+        let working: Vec<Working> = workers.iter().filter_map(|worker| worker.working(now, &self.weights)).collect();
+        admission::supply(&working, self.policy, self.limits.worker_backlog_ms as f64)
     }
 
     /// A leg on this worker spoke.
     pub(crate) fn succeeded(&self, worker: &Worker) {
-        let mut breaker = worker.breaker();
-        if breaker.succeeded(self.now()) {
-            drop(breaker);
+        let closed = worker.breaker().succeeded(self.now());
+        if closed {
             tracing::info!(worker = %worker.id, "worker answers again: its circuit breaker closes");
             self.metrics.breaker(&worker.id, false);
         }
@@ -368,8 +376,8 @@ impl Fleet {
     /// Makes the workers those of the view. One that is no longer listed stays while its stream lives.
     fn reconcile(&self, view: &View) {
         let known = self.workers();
-        let others = |member: &&Member| member.role == Role::Router && member.id != self.router;
-        self.peers.store(view.members.values().filter(others).count(), Ordering::Relaxed);
+        let others = view.members.values().filter(|member| member.role == Role::Router && member.id != self.router);
+        self.peers.store(others.count() as u32, Ordering::Relaxed);
         for member in view.members.values() {
             let Some((kind, card)) = self.serves_us(member) else { continue };
             let fingerprint = self.fingerprint(&card.fingerprint);
@@ -493,7 +501,24 @@ impl Worker {
     }
 
     fn breaker(&self) -> MutexGuard<'_, Breaker> {
+        // It is whole between any two of its calls.
         self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The worker as admission sees it, if it takes requests.
+    fn working(&self, now: Duration, weights: &Weights) -> Option<Working> {
+        let state = self.state();
+        let session = &state.attached.as_ref()?.session;
+        if state.draining || session.draining() || !self.breaker().allows(now) {
+            return None;
+        }
+        Some(session.ledger(|ledger, at| Working {
+            kind: self.kind,
+            sequences: ledger.sequences(),
+            backlog_ms: ledger.backlog_ms(at),
+            free_tokens: u64::from(ledger.free_pages(state.capacity_pages)) * u64::from(state.card.page_tokens),
+            tokens_per_s: 1e6 / ledger.speed().pace.unwrap_or(weights.prior).token_us.max(1e-3),
+        }))
     }
 
     /// The worker as placement sees it, if it is attached. `leading` is indexed by slot.
@@ -506,22 +531,23 @@ impl Worker {
     ) -> Option<(Candidate, Connection)> {
         let state = self.state();
         let connection = state.attached.clone()?;
-        let load = connection.session.load();
         let card = &state.card;
-        let cost = cost::Worker {
-            sequences: load.sequences,
-            queued_tokens: load.queued_tokens,
-            free_pages: load.free_pages.unwrap_or(state.capacity_pages),
+        let cost = connection.session.ledger(|ledger, now| placement::Worker {
+            sequences: ledger.sequences(),
+            backlog_ms: ledger.backlog_ms(now),
+            free_pages: ledger.free_pages(state.capacity_pages),
+            held_pages: ledger.held_pages(),
             cached_pages: leading.get(connection.slot.index()).copied().unwrap_or(0),
+            coming_pages: 0,
             page_tokens: card.page_tokens,
             page_bytes: card.page_bytes,
-            speed: load.speed,
-        };
+            speed: ledger.speed(),
+        });
         let candidate = Candidate {
             id,
             kind: self.kind,
             fingerprint: state.fingerprint,
-            draining: state.draining || load.draining,
+            draining: state.draining || connection.session.draining(),
             excluded: wanted.excluded.contains(&self.id) || !(wanted.desperate || self.breaker().allows(now)),
             lacks_adapter: wanted.adapter.is_some_and(|id| !connection.session.has_adapter(id)),
             max_tokens: card.max_model_len,
@@ -530,7 +556,7 @@ impl Worker {
         Some((candidate, connection))
     }
 
-    fn target(self: &Arc<Self>, connection: &Connection, missing_tokens: u32) -> Target {
+    fn target(self: &Arc<Self>, connection: &Connection, asks: Asks) -> Target {
         let member = self.member.borrow();
         Target {
             worker: self.clone(),
@@ -538,7 +564,7 @@ impl Worker {
             // A worker that had to register again is known by its newer incarnation; one that restarted says so itself.
             incarnation: connection.incarnation.max(member.incarnation),
             link: member.link.clone(),
-            missing_tokens,
+            asks,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     Config,
-    admission::{Admission, queue::Supply},
+    admission::Admission,
     dialect::{Dialect, exam},
     fleet::Fleet,
     metrics::Metrics,
@@ -16,6 +16,7 @@ use crate::{
     },
     why::Why,
 };
+use ::admission::Supply;
 use cluster::MemoryDirectory;
 use serde_json::{Map, json};
 use std::{path::Path, sync::Arc};

@@ -8,22 +8,22 @@
 //! | `http`, `openai/` | routes, the API's shapes, server-sent events |
 //! | `messages/`, `responses/` | the other two ways to ask for a chat completion |
 //! | `server/`, `door/` | connections and TLS; ids, keys, limits of what comes in |
-//! | `admission/` | how much is taken on, and in what order |
+//! | `admission` | waiting for a turn |
 //! | `dialect/` | what is reasoning, text and calls of tools in what a model says |
 //! | `text/` | templates, tokens, incremental text, stop strings |
 //! | `page_names`, `recent` | names of a prompt's pages; what was worked out lately |
 //! | `prompt`, `request`, `attempt`, `recovery` | what is asked; one request's life; one try at it; what to do when a try fails |
 //! | `fleet/` | the workers: one stream each, their load, the only place with wire types |
 //! | `breaker` | which workers are shunned because they keep failing |
-//! | `prefix_index`, `cost`, `placement` | who holds which prefix, what a placement costs, which one it is |
 //! | `why/` | what became of the last requests, for those who ask |
+//!
+//! Who takes a request is decided in the crate `placement`, who goes next in the crate `admission`.
 #![forbid(unsafe_code)]
 
-pub mod admission;
+mod admission;
 mod attempt;
 mod breaker;
 mod config;
-mod cost;
 mod dialect;
 mod door;
 mod error;
@@ -37,8 +37,6 @@ mod messages;
 mod metrics;
 mod openai;
 mod page_names;
-mod placement;
-mod prefix_index;
 mod prompt;
 mod recent;
 mod recovery;
@@ -48,7 +46,8 @@ mod server;
 mod text;
 mod why;
 
-pub use config::{Config, Limits, Policy, ReasoningParser, ToolCallParser, Weights};
+pub use config::{Config, Limits, ReasoningParser, ToolCallParser};
+pub use placement::{Policy, Weights};
 pub use server::TlsFiles;
 
 use crate::{

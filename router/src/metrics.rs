@@ -4,8 +4,10 @@ mod vllm;
 
 pub(crate) use vllm::Told;
 
-use crate::{admission::queue::Refusal, placement::Kind, request::Finish};
+use crate::request::Finish;
+use admission::Refusal;
 use metrics::{Counter, Gauge, Histogram};
+use placement::Kind;
 use std::{
     sync::{
         Arc,

@@ -166,3 +166,47 @@ impl State {
 fn cut(message: &str) -> String {
     message.chars().take(MESSAGE_CHARS).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ARRIVAL: Arrival = Arrival { class: 0, waited: Duration::ZERO, objective: None };
+
+    fn bytes(why: &Why) -> usize {
+        why.state().bytes
+    }
+
+    #[test]
+    fn records_stay_within_the_budget_and_the_oldest_go_first() {
+        let why = Why::new(64 << 10);
+        for i in 0..10_000 {
+            why.admitted(&format!("request-{i}").into(), ARRIVAL, None);
+            assert!(bytes(&why) <= 64 << 10);
+        }
+        assert!(bytes(&why) > 60 << 10);
+        assert!(why.report("request-9999").is_ok());
+        assert!(matches!(why.report("request-1"), Err(Error::NotFound(message)) if message.contains("\"request-1\"")));
+        let nothing = Why::new(0);
+        nothing.admitted(&"a".into(), ARRIVAL, None);
+        assert!(matches!(nothing.report("a"), Err(Error::NotFound(message)) if message.contains("why_bytes = 0")));
+    }
+
+    #[test]
+    fn an_id_that_comes_again_has_one_record() {
+        let why = Why::new(64 << 10);
+        let error = Error::Overloaded { waiting: 7 };
+        why.admitted(&"a".into(), ARRIVAL, Some(&error));
+        let once = bytes(&why);
+        let again = Arrival { class: 3, waited: Duration::from_millis(2), objective: Some(Duration::from_millis(500)) };
+        why.admitted(&"a".into(), again, Some(&error));
+        assert_eq!(bytes(&why), once);
+        let report = why.report("chatcmpl-a").unwrap();
+        assert_eq!(report["refused"], error.to_string());
+        assert_eq!(
+            (&report["priority"], &report["queued_ms"], &report["wanted_ttft_ms"]),
+            (&3.into(), &2.0.into(), &500.0.into())
+        );
+        assert_eq!(why.line("a").as_deref(), Some("refused; queued=2.0"));
+    }
+}

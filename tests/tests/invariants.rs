@@ -115,6 +115,19 @@ fn kv_cache_is_pure() {
 }
 
 #[test]
+fn placement_decides_and_does_nothing_else() {
+    let workspace = Workspace::read();
+    for name in ["placement", "admission", "timing"] {
+        check_absent(&workspace, name, &["tokio*", "tonic*", "engine", "kv-transfer", "cluster", "rand"]);
+    }
+}
+
+#[test]
+fn workloads_are_pure() {
+    check_absent(&Workspace::read(), "workload", &["tokio*", "hyper*", "router", "engine", "kv-cache", "proto"]);
+}
+
+#[test]
 fn gguf_is_a_container_and_nothing_else() {
     let direct = Workspace::read().direct("gguf");
     assert_eq!(direct, ["thiserror"].map(str::to_owned).into());

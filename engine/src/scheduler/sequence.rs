@@ -5,6 +5,7 @@ use crate::{Adapter, Logprobs, PromptLogprobs, Row, Sample, Sampled, Sampling};
 use grammar::Matcher;
 use kv_cache::{PageHash, PageId, PagePool, TokenId};
 use std::{sync::Arc, time::Duration};
+use timing::Work;
 
 /// Names a sequence, and orders the line: lower priority values first, then arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -126,17 +127,29 @@ pub(super) struct Sequence {
     started: Option<Duration>,
     first_token: Option<Duration>,
     cached_tokens: usize,
+    /// Tokens that it will hardly have to compute, as it looked when it came: cached, or a sibling's before it.
+    expected: usize,
 }
 
 impl Sequence {
-    pub(super) fn new(request: Request, arrived: Duration) -> Self {
-        let (started, first_token) = (None, None);
-        Self { request, pages: Vec::new(), computed: 0, named: 0, arrived, started, first_token, cached_tokens: 0 }
+    /// `expected` is how many tokens of it others hold or will hold when its turn comes.
+    pub(super) fn new(request: Request, arrived: Duration, expected: usize) -> Self {
+        let (pages, computed, named, cached_tokens) = (Vec::new(), 0, 0, 0);
+        Self { request, pages, computed, named, arrived, started: None, first_token: None, cached_tokens, expected }
     }
 
     /// Returns the tokens known and not yet computed; at least one, always.
     pub(super) fn remaining(&self) -> usize {
         self.request.history.len() - self.computed
+    }
+
+    /// Adds what is probably left to compute of its prompt to `work`.
+    pub(super) fn add_backlog(&self, work: &mut Work) {
+        let known = self.request.history.len();
+        let done = if self.pages.is_empty() { self.expected.min(known - 1) } else { self.computed };
+        if known - done > 1 {
+            work.chunk(done, known - done);
+        }
     }
 
     /// Returns how many drafts of it could be of use: a step never draws past its end.

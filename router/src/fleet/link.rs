@@ -4,9 +4,9 @@
 //! as long as its stream lives: losing the directory must not lose traffic.
 
 use super::{Fleet, Worker, session::Session, wire};
-use crate::prefix_index::Slot;
 use cluster::Member;
 use futures::stream;
+use placement::Slot;
 use proto::{PageEvents, WorkerFrame, worker_client::WorkerClient};
 use rand::Rng;
 use std::{sync::Arc, time::Duration};
@@ -93,7 +93,7 @@ async fn greet(session: &Arc<Session>, at: &Member) -> Result<(u64, Streaming<Wo
         return Err(format!("{} answers as {:?}, not {:?}", at.address, welcome.worker, at.id));
     }
     // It may hold more, the adapters above all: without them a worker that has just attached would lack them for a moment.
-    session.receive(&mut first, 0.0);
+    session.receive(&mut first);
     Ok((welcome.incarnation, frames))
 }
 
@@ -174,9 +174,9 @@ impl<'a> Attached<'a> {
     }
 
     fn take(&mut self, mut frame: WorkerFrame) {
-        let draining = self.session.load().draining;
+        let draining = self.session.draining();
         let adapters_changed = frame.adapters.is_some();
-        self.session.receive(&mut frame, self.fleet.weights.step_growth);
+        self.session.receive(&mut frame);
         if let Some(events) = frame.pages {
             self.pages(&events);
         }
@@ -272,7 +272,7 @@ impl PageLog {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::prefix_index::PrefixIndex;
+    use placement::PrefixIndex;
 
     fn events(sequence: u64, snapshot: bool, more: bool) -> PageEvents {
         PageEvents { sequence, snapshot, more, ..PageEvents::default() }

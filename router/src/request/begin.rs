@@ -3,16 +3,15 @@
 use super::{Generation, Router};
 use crate::{
     attempt::Attempt,
-    cost::Demand,
     error::Error,
     fleet::{
         Path, Wanted,
         leg::{LegRole, Submission},
     },
-    placement::NoPath,
     prompt::Prompt,
     recovery::Failure,
 };
+use placement::{Demand, NoPath};
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
 

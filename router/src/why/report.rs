@@ -2,10 +2,10 @@
 
 use super::{Attempt, Record, Why};
 use crate::{
-    cost::Cost,
     error::Error,
     fleet::{Considered, Worker},
 };
+use placement::Cost;
 use serde_json::{Map, Value, json};
 use std::{sync::Arc, time::Duration};
 
@@ -33,7 +33,7 @@ impl Why {
         let mut line = Vec::new();
         if let Some(chosen) = attempt.considered.iter().find(|c| c.chosen) {
             line.push(chosen.way());
-            line.push(format!("computed={}", chosen.missing_tokens));
+            line.push(format!("cached={}/{}", chosen.cached_tokens, chosen.tokens));
             line.push(format!("predicted={:.1}", chosen.cost.ttft()));
         }
         line.extend(attempt.spoke.map(|spoke| format!("ttft={:.1}", ms(spoke))));
@@ -102,8 +102,9 @@ impl Considered {
             "prefill": self.prefill.as_ref().map(|worker: &Arc<Worker>| &worker.id),
             "decode": self.decode.id,
             "chosen": self.chosen,
-            "cached_tokens": self.tokens.saturating_sub(self.missing_tokens),
-            "computed_tokens": self.missing_tokens,
+            "cached_tokens": self.cached_tokens,
+            "fetched_from": self.fetched_from.as_ref().map(|worker| &worker.id),
+            "computed_tokens": self.tokens - self.cached_tokens,
             "predicted_ttft_ms": rounded(self.cost.ttft()),
             "total_ms": rounded(self.cost.total()),
             "cost_ms": terms(&self.cost),
@@ -113,9 +114,7 @@ impl Considered {
 
 /// Every term of a cost by its name.
 fn terms(cost: &Cost) -> Map<String, Value> {
-    let terms = serde_json::to_value(cost).expect("a cost is numbers with names");
-    let Value::Object(terms) = terms else { return Map::new() };
-    terms.into_iter().map(|(name, ms)| (name, rounded(ms.as_f64().unwrap_or_default()))).collect()
+    cost.terms().into_iter().map(|(name, ms)| (name.to_string(), rounded(ms))).collect()
 }
 
 fn ms(time: Duration) -> f64 {

@@ -25,18 +25,18 @@ use std::{
 
 /// One life of one worker, as the index knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct Slot(u16);
+pub struct Slot(u16);
 
 impl Slot {
     /// Returns the slot as an index into what [`PrefixIndex::matches`] fills.
-    pub(crate) fn index(self) -> usize {
+    pub fn index(self) -> usize {
         usize::from(self.0)
     }
 }
 
 /// See the module.
 #[derive(Debug)]
-pub(crate) struct PrefixIndex {
+pub struct PrefixIndex {
     young: Generation,
     old: Generation,
     /// Most bytes of one generation.
@@ -48,7 +48,7 @@ pub(crate) struct PrefixIndex {
 
 impl PrefixIndex {
     /// Holds at most `budget_bytes`.
-    pub(crate) fn new(budget_bytes: usize) -> Self {
+    pub fn new(budget_bytes: usize) -> Self {
         Self {
             young: Generation::default(),
             old: Generation::default(),
@@ -59,7 +59,7 @@ impl PrefixIndex {
     }
 
     /// Gives out a slot that no page knows.
-    pub(crate) fn assign(&mut self) -> Slot {
+    pub fn assign(&mut self) -> Slot {
         if let Some(slot) = self.slots.reuse(self.turns).or_else(|| self.slots.fresh()) {
             return slot;
         }
@@ -73,13 +73,13 @@ impl PrefixIndex {
     }
 
     /// Forgets all that `slot` holds.
-    pub(crate) fn retire(&mut self, slot: Slot) {
+    pub fn retire(&mut self, slot: Slot) {
         self.slots.dead.insert(slot);
         self.slots.retired.push((slot, self.turns));
     }
 
     /// Notes that `slot` holds these pages.
-    pub(crate) fn store(&mut self, slot: Slot, pages: impl IntoIterator<Item = PageHash>) {
+    pub fn store(&mut self, slot: Slot, pages: impl IntoIterator<Item = PageHash>) {
         for page in pages {
             let key = Key::from(page);
             if self.refresh(key) {
@@ -91,7 +91,7 @@ impl PrefixIndex {
     }
 
     /// Notes that `slot` no longer holds these pages.
-    pub(crate) fn evict(&mut self, slot: Slot, pages: impl IntoIterator<Item = PageHash>) {
+    pub fn evict(&mut self, slot: Slot, pages: impl IntoIterator<Item = PageHash>) {
         for page in pages {
             let key = Key::from(page);
             self.young.remove(key, slot);
@@ -100,7 +100,7 @@ impl PrefixIndex {
     }
 
     /// Fills `leading`, indexed by slot, with how many of the first `pages` each holds without a hole.
-    pub(crate) fn matches(&mut self, pages: &[PageHash], leading: &mut Vec<u32>) {
+    pub fn matches(&mut self, pages: &[PageHash], leading: &mut Vec<u32>) {
         leading.clear();
         leading.resize(usize::from(self.slots.used), 0);
         let mut alive: Vec<Slot> = Vec::new();
@@ -123,7 +123,7 @@ impl PrefixIndex {
     }
 
     /// Bytes in use.
-    pub(crate) fn bytes(&self) -> usize {
+    pub fn bytes(&self) -> usize {
         self.young.bytes() + self.old.bytes()
     }
 
