@@ -70,7 +70,11 @@ mod tests {
         let (p, d) = (working(Kind::Prefill), working(Kind::Decode));
         assert_eq!(supply(&[p, p, d], Policy::Remote, 500.0), Supply { room_tokens: 10_000, tokens_per_s: 20_000.0 });
         assert_eq!(room(&[Working { backlog_ms: 400.0, ..p }, p, d], Policy::Remote), 6_000);
-        assert_eq!(room(&[Working { backlog_ms: 9_000.0, ..p }, p, d], Policy::Remote), 5_000, "one is not idle for another");
+        assert_eq!(
+            room(&[Working { backlog_ms: 9_000.0, ..p }, p, d], Policy::Remote),
+            5_000,
+            "one is not idle for another"
+        );
         assert_eq!(room(&[Working { tokens_per_s: 10.0, ..p }, d], Policy::Remote), 2_048, "a step is always wanted");
     }
 

@@ -114,9 +114,10 @@ pub fn place(
 
 /// Chooses as one of several: `peers` others choose from the same reports.
 ///
-/// Each of them may have sent a request like this one wherever it is cheapest, and nobody knows before the next report. What is cheaper by no
-/// more than that is no better. Of two drawn from what is equal in this sense the cheaper one is taken: the power of two choices
-/// (Mitzenmacher, IEEE TPDS 12(10), 2001) keeps routers from following each other, and none goes anywhere bad.
+/// What they sent since shows in no report, and all of them see the same worker as the cheapest. So candidates are equal here that differ by less
+/// than a share of what this request takes, and of two drawn from those the cheaper one is taken: the power of two choices (Mitzenmacher, IEEE
+/// TPDS 12(10), 2001) keeps routers from following each other, and none goes anywhere bad. The share is half, and less for few
+/// peers: with it, routers that report every 50 ms wait less than without, and two never wait more (`tests/routers.rs`).
 ///
 /// # Errors
 /// [`NoPath`] when nobody can take it.
@@ -256,8 +257,7 @@ fn shortlist<'a>(workers: &[&'a Candidate], cost: impl Fn(&Candidate) -> f64) ->
 fn cheapest(mut decisions: Vec<Decision>, tie_ms: f64, random: u64, peers: u32) -> Option<Placed> {
     let cheaper = |a: &Decision, b: &Decision| a.cost.total().total_cmp(&b.cost.total());
     let best = decisions.iter().min_by(|a, b| cheaper(a, b))?.cost;
-    // What each peer's request would add to the wait of the next one there.
-    let unseen = f64::from(peers) * (best.compute + best.step);
+    let unseen = best.compute / 2.0 * f64::from(peers) / f64::from(peers + 1);
     let equals: Vec<usize> =
         (0..decisions.len()).filter(|&i| decisions[i].cost.total() <= best.total() + tie_ms.max(unseen)).collect();
     let draw = |random: u64| equals[(random % equals.len() as u64) as usize];

@@ -118,7 +118,8 @@ impl Admission {
 
     /// Whether there is a place in the queue: what can be said before anything is read.
     pub(crate) fn check_queue(&self) -> Result<(), Error> {
-        let state = self.inner.state();
+        let mut state = self.inner.state();
+        self.inner.ask_workers(&mut state);
         if state.queue.is_closed() {
             return Err(Error::Overloaded { waiting: state.queue.waiting() });
         }
@@ -127,7 +128,11 @@ impl Admission {
 
     /// Gives a request of this class a place, or says that there is none.
     pub(crate) fn enter(&self, class: i32) -> Result<Place, Error> {
-        let entered = self.inner.state().queue.enter(class);
+        let entered = {
+            let mut state = self.inner.state();
+            self.inner.ask_workers(&mut state);
+            state.queue.enter(class)
+        };
         entered.map_err(|refusal| self.inner.error(refusal, None))?;
         Ok(Place { admission: self.clone() })
     }

@@ -87,9 +87,7 @@ impl Breaker {
         let opens = match self.state {
             State::Open { .. } => false,
             State::Probing { .. } => true,
-            State::Closed => {
-                self.in_a_row >= IN_A_ROW || (self.failed >= WEIGHT && self.failed >= self.succeeded)
-            }
+            State::Closed => self.in_a_row >= IN_A_ROW || (self.failed >= WEIGHT && self.failed >= self.succeeded),
         };
         if !opens {
             return None;

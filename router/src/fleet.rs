@@ -14,9 +14,9 @@ use crate::{
     config::{Config, Limits},
     metrics::Metrics,
 };
+use admission::{Supply, Working};
 use cluster::{Directory, Member, ModelCard, Role, State, View};
 use kv_cache::PageHash;
-use admission::{Supply, Working};
 use placement::{Candidate, Choice, Cost, Decision, Demand, Kind, NoPath, Policy, PrefixIndex, Slot, Weights};
 use session::{Asks, Session};
 use std::{
@@ -235,8 +235,7 @@ impl Fleet {
             workers.iter().enumerate().map(|(id, worker)| worker.candidate(id, wanted, &leading, now)).collect();
         let candidates: Vec<Candidate> = seen.iter().flatten().map(|(candidate, _)| candidate.clone()).collect();
         let peers = self.peers.load(Ordering::Relaxed);
-        let placed =
-            placement::place_beside(peers, &wanted.demand, &candidates, self.policy, &self.weights, random)?;
+        let placed = placement::place_beside(peers, &wanted.demand, &candidates, self.policy, &self.weights, random)?;
         let Choice { prefill, decode, .. } = placed.decision.choice;
         let target = |id: usize, computes: bool| {
             let (candidate, connection) = seen[id].as_ref().expect("placement chose a candidate");
@@ -259,7 +258,8 @@ impl Fleet {
                 cost: other.cost,
             }
         };
-        let mut considered: Vec<Considered> = std::iter::once(&placed.decision).chain(&placed.runners_up).map(way).collect();
+        let mut considered: Vec<Considered> =
+            std::iter::once(&placed.decision).chain(&placed.runners_up).map(way).collect();
         considered.sort_by(|a, b| a.cost.total().total_cmp(&b.cost.total()));
         let measured = known(prefill.unwrap_or(decode)).speed.pace.is_some();
         // A decode worker that is handed the prompt's pages does not compute them.

@@ -173,7 +173,14 @@ pub(crate) async fn accept(
     let prepared = prepared.await;
     let waited = origin.arrived.elapsed();
     let arrival = Arrival { class: params.priority, waited, objective: origin.objective };
-    router.why.admitted(&origin.request, arrival, prepared.as_ref().err());
+    // What is wrong with a request itself is said to its client alone.
+    let rejected = prepared.as_ref().err().filter(|error| error::outcome(error) == Outcome::Rejected);
+    if prepared.is_ok() || rejected.is_some() {
+        router.why.admitted(&origin.request, arrival);
+    }
+    if let Some(rejected) = rejected {
+        router.why.refused(&origin.request, rejected);
+    }
     match prepared {
         Ok((turn, prompts)) => {
             router.metrics.asked(params.n, params.max_tokens);

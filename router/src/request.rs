@@ -1,9 +1,9 @@
 //! The life of one request. Read this first.
 //!
-//! A request arrives as text (`http`), waits for its turn (`admission`), becomes tokens ([`Router::prepare`], on the text threads) and
-//! then [`Work`]: one piece for each choice it asks for. A [`Generation`] carries one choice through:
+//! A request arrives as text (`http`) and gets a place (`admission`), becomes tokens ([`Router::prepare`], on the text threads), waits for its turn,
+//! and then is [`Work`]: one piece for each choice it asks for. A [`Generation`] carries one choice through:
 //!
-//! 1. **Place** it: the fleet chooses a decode worker, and a prefill worker or none.
+//! 1. **Place** it ([`begin`]): the fleet chooses a decode worker, and a prefill worker or none.
 //! 2. **Submit** all legs at once: a prefill leg that will push its pages and a decode leg that expects them, or one local leg.
 //! 3. **Listen**: tokens come in order, each once ([`Attempt`]); each becomes text (`text`) until a stop string, a stop token or
 //!    a limit ends the choice.

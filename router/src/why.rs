@@ -90,21 +90,32 @@ impl Why {
     }
 
     /// Starts the record of a request. One with the same id is forgotten.
-    pub(crate) fn admitted(&self, request: &Arc<str>, arrival: Arrival, refused: Option<&Error>) {
+    pub(crate) fn admitted(&self, request: &Arc<str>, arrival: Arrival) {
         if self.budget_bytes == 0 {
             return;
         }
-        let refused = refused.map(|error| cut(&error.to_string()));
-        let bytes = RECORD_BYTES + request.len() + refused.as_ref().map_or(0, String::len);
+        let bytes = RECORD_BYTES + request.len();
         let arrived = SystemTime::now().checked_sub(arrival.waited).unwrap_or(SystemTime::UNIX_EPOCH);
         let Arrival { class, waited, objective } = arrival;
         let record =
-            Record { arrived, class, waited, objective, refused, attempts: Vec::new(), left_out: 0, bytes };
+            Record { arrived, class, waited, objective, refused: None, attempts: Vec::new(), left_out: 0, bytes };
         let mut state = self.state();
         match state.records.insert(request.clone(), record) {
             Some(before) => state.bytes -= before.bytes,
             None => state.order.push_back(request.clone()),
         }
+        state.bytes += bytes;
+        state.forget(self.budget_bytes);
+    }
+
+    /// It goes no further.
+    pub(crate) fn refused(&self, request: &str, error: &Error) {
+        let mut state = self.state();
+        let Some(record) = state.records.get_mut(request).filter(|record| record.refused.is_none()) else { return };
+        let message = cut(&error.to_string());
+        let bytes = message.len();
+        record.bytes += bytes;
+        record.refused = Some(message);
         state.bytes += bytes;
         state.forget(self.budget_bytes);
     }
@@ -181,14 +192,15 @@ mod tests {
     fn records_stay_within_the_budget_and_the_oldest_go_first() {
         let why = Why::new(64 << 10);
         for i in 0..10_000 {
-            why.admitted(&format!("request-{i}").into(), ARRIVAL, None);
+            why.admitted(&format!("request-{i}").into(), ARRIVAL);
+            why.refused(&format!("request-{i}"), &Error::Overloaded { waiting: i });
             assert!(bytes(&why) <= 64 << 10);
         }
         assert!(bytes(&why) > 60 << 10);
         assert!(why.report("request-9999").is_ok());
         assert!(matches!(why.report("request-1"), Err(Error::NotFound(message)) if message.contains("\"request-1\"")));
         let nothing = Why::new(0);
-        nothing.admitted(&"a".into(), ARRIVAL, None);
+        nothing.admitted(&"a".into(), ARRIVAL);
         assert!(matches!(nothing.report("a"), Err(Error::NotFound(message)) if message.contains("why_bytes = 0")));
     }
 
@@ -196,10 +208,13 @@ mod tests {
     fn an_id_that_comes_again_has_one_record() {
         let why = Why::new(64 << 10);
         let error = Error::Overloaded { waiting: 7 };
-        why.admitted(&"a".into(), ARRIVAL, Some(&error));
+        why.admitted(&"a".into(), ARRIVAL);
+        why.refused("a", &error);
         let once = bytes(&why);
         let again = Arrival { class: 3, waited: Duration::from_millis(2), objective: Some(Duration::from_millis(500)) };
-        why.admitted(&"a".into(), again, Some(&error));
+        why.admitted(&"a".into(), again);
+        why.refused("a", &error);
+        why.refused("a", &Error::Overloaded { waiting: 8 });
         assert_eq!(bytes(&why), once);
         let report = why.report("chatcmpl-a").unwrap();
         assert_eq!(report["refused"], error.to_string());

@@ -19,7 +19,6 @@ pub struct TestCluster {
     model: PathBuf,
     prefill: usize,
     decode: usize,
-    routers: usize,
     engine: engine::Config,
     transport: Option<kv_transfer::TransportKind>,
     placement: router::Policy,
@@ -47,7 +46,6 @@ impl TestCluster {
             model: demo_model(),
             prefill: 1,
             decode: 1,
-            routers: 1,
             engine: engine::Config { threads: Some(1), kv_bytes: 64 << 20, ..Default::default() },
             transport: None,
             placement: router::Policy::Auto,
@@ -66,12 +64,6 @@ impl TestCluster {
     /// Starts this many workers of each role.
     pub fn workers(mut self, prefill: usize, decode: usize) -> Self {
         (self.prefill, self.decode) = (prefill, decode);
-        self
-    }
-
-    /// Starts this many routers.
-    pub fn routers(mut self, routers: usize) -> Self {
-        self.routers = routers;
         self
     }
 
@@ -143,23 +135,18 @@ impl TestCluster {
             let speculator = self.speculator(&engine)?;
             tasks.spawn(decode_worker::run(config, engine, speculator, directory.clone(), health(), shutdown.clone()));
         }
-        let mut clients = Vec::new();
-        for _ in 0..self.routers {
-            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
-            clients.push(Client::new(format!("http://{}", listener.local_addr()?)));
-            let config = router::Config {
-                model_dir: self.model.clone(),
-                model_name: "test".into(),
-                placement: self.placement,
-                runtime_lora: self.runtime_lora,
-                ..Default::default()
-            };
-            tasks.spawn(router::run(config, listener, directory.clone(), health(), shutdown.clone()));
-        }
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+        let client = Client::new(format!("http://{}", listener.local_addr()?));
+        let config = router::Config {
+            model_dir: self.model.clone(),
+            model_name: "test".into(),
+            placement: self.placement,
+            runtime_lora: self.runtime_lora,
+            ..Default::default()
+        };
+        tasks.spawn(router::run(config, listener, directory.clone(), health(), shutdown.clone()));
 
-        let client = clients.remove(0);
-        let running =
-            Running { client, others: clients, directory, tasks, shutdown, _telemetry: telemetry, _turn: turn };
+        let running = Running { client, directory, tasks, shutdown, _telemetry: telemetry, _turn: turn };
         running.until_ready(self.prefill + self.decode).await?;
         Ok(running)
     }
@@ -192,8 +179,6 @@ fn health() -> telemetry::Health {
 pub struct Running {
     /// Talks to the router.
     pub client: Client,
-    /// Talk to the other routers.
-    pub others: Vec<Client>,
     /// Where the members are.
     pub directory: Arc<dyn Directory>,
     tasks: JoinSet<anyhow::Result<()>>,
@@ -206,14 +191,9 @@ impl Running {
     async fn until_ready(&self, workers: usize) -> anyhow::Result<()> {
         let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
         loop {
-            let (mut ready, mut fleet) = (true, usize::MAX);
-            for client in std::iter::once(&self.client).chain(&self.others) {
-                ready &= client.get("/readyz").await.is_ok_and(|answer| answer.status == 200);
-                let info = client.get("/server_info").await.map(|answer| answer.json()).unwrap_or_default();
-                let attached = ["prefill", "decode"].map(|role| info["workers"][role].as_u64().unwrap_or(0));
-                fleet = fleet.min(attached.iter().sum::<u64>() as usize);
-            }
-            if ready && fleet >= workers {
+            let fleet = self.client.metric("baton_fleet_workers", &[]).await.unwrap_or(0.0);
+            let ready = self.client.get("/readyz").await.is_ok_and(|answer| answer.status == 200);
+            if ready && fleet >= workers as f64 {
                 return Ok(());
             }
             anyhow::ensure!(tokio::time::Instant::now() < deadline, "no whole path after 20 s ({fleet} workers)");

@@ -99,7 +99,8 @@ fn objectives_are_held_against_the_wait_on_arrival_and_while_waiting() {
     let mut queue = busy(LIMITS);
     queue.supply(Supply { room_tokens: 1_000, tokens_per_s: 1_000.0 });
     queue.wait(ms(0), ask(0, 0, 500)).unwrap();
-    let with = |ttft, service| Ask { objective: Some(Objective { ttft: ms(ttft), service: ms(service) }), ..ask(0, 0, 10) };
+    let with =
+        |ttft, service| Ask { objective: Some(Objective { ttft: ms(ttft), service: ms(service) }), ..ask(0, 0, 10) };
     // Half a second of tokens is ahead of it, and 100 ms of its own.
     assert_eq!(queue.wait(ms(0), with(550, 100)), Err(Refusal::TooSlow { predicted: ms(600) }));
     let ticket = queue.wait(ms(0), with(650, 100)).unwrap();

@@ -31,7 +31,10 @@ pub(super) fn wanted_ttft(headers: &HeaderMap) -> Result<Option<Duration>, Error
     let ms = value.to_str().ok().and_then(|text| text.trim().parse().ok()).filter(|ms| (1..=MAX_TTFT_MS).contains(ms));
     let wrong = || {
         let got = String::from_utf8_lossy(value.as_bytes()).chars().take(100).collect::<String>();
-        Error::invalid("x-baton-ttft-ms", format_args!("must be whole milliseconds from 1 to {MAX_TTFT_MS}, got {got:?}"))
+        Error::invalid(
+            "x-baton-ttft-ms",
+            format_args!("must be whole milliseconds from 1 to {MAX_TTFT_MS}, got {got:?}"),
+        )
     };
     ms.map(|ms| Some(Duration::from_millis(ms))).ok_or_else(wrong)
 }

@@ -91,10 +91,9 @@ pub(crate) fn outcome(error: &Error) -> Outcome {
         Error::Invalid { .. } | Error::UnknownModel(_) | Error::NotFound(_) | Error::TooLarge { .. } => {
             Outcome::Invalid
         }
-        Error::Overloaded { .. }
-        | Error::TooSlow { .. }
-        | Error::RateLimited { .. }
-        | Error::Unavailable { .. } => Outcome::Rejected,
+        Error::Overloaded { .. } | Error::TooSlow { .. } | Error::RateLimited { .. } | Error::Unavailable { .. } => {
+            Outcome::Rejected
+        }
         Error::SlowClient(_) | Error::SlowBody(_) => Outcome::Cancelled,
         Error::Timeout(_) | Error::Failed(_) => Outcome::Failed,
     }

@@ -79,7 +79,8 @@ impl Generation {
         let origin = &self.work.origin;
         let Some(wanted) = origin.objective.filter(|_| path.measured) else { return Ok(()) };
         let idle = path.cost.queue + path.cost.room <= 0.0;
-        self.router.admission.check_objective((origin.arrived.elapsed(), wanted), path.cost.ttft(), idle)
+        let checked = self.router.admission.check_objective((origin.arrived.elapsed(), wanted), path.cost.ttft(), idle);
+        checked.inspect_err(|error| self.router.why.refused(&origin.request, error))
     }
 
     fn note_placed(&self, path: &Path) {

@@ -16,7 +16,11 @@ impl Why {
         let of_answer = || id.split_once(['-', '_']).and_then(|(_, request)| state.records.get_key_value(request));
         let found = state.records.get_key_value(id).or_else(of_answer);
         let Some((id, record)) = found else {
-            let problem = if self.budget_bytes == 0 { "no records are kept (why_bytes = 0)" } else { "it never came this way, or long ago" };
+            let problem = if self.budget_bytes == 0 {
+                "no records are kept (why_bytes = 0)"
+            } else {
+                "it never came this way, or long ago"
+            };
             return Err(Error::NotFound(format!("nothing is known of request {id:?}: {problem}")));
         };
         Ok(record.report(id))

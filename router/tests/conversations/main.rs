@@ -10,4 +10,5 @@ mod rows;
 mod support;
 mod tools;
 mod turns;
+mod two_routers;
 mod workers;

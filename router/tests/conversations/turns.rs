@@ -115,7 +115,8 @@ async fn an_objective_that_cannot_be_met_is_refused_with_what_was_predicted() {
     assert_eq!(answered.await.status, 200);
     let refused = within("a refusal", async {
         loop {
-            let request = post(&router, completion("late", 0), &[("x-baton-ttft-ms", "500"), ("x-request-id", "late-1")]);
+            let request =
+                post(&router, completion("late", 0), &[("x-baton-ttft-ms", "500"), ("x-request-id", "late-1")]);
             // Until the report has come, it is sent.
             tokio::select! {
                 answer = request => return answer,
@@ -131,6 +132,9 @@ async fn an_objective_that_cannot_be_met_is_refused_with_what_was_predicted() {
     assert_eq!(error["wanted_ttft_ms"], 500);
     assert!(["1", "2"].contains(&refused.headers["retry-after"].to_str().unwrap()));
     assert!(refused.error().contains("later than the 500 ms"), "{error}");
+    let why = router.get("/v1/requests/late-1/why").await.json();
+    assert_eq!((&why["wanted_ttft_ms"], &why["attempts"]), (&json!(500.0), &json!([])));
+    assert!(why["refused"].as_str().unwrap().contains("later than the 500 ms"), "{why}");
     for bad in ["soon", "0", "-1", "1.5", "99999999999"] {
         let answer = post(&router, completion("x", 0), &[("x-baton-ttft-ms", bad)]).await;
         assert_eq!((answer.status, answer.error().contains(bad)), (400, true), "{}", answer.body);
@@ -170,7 +174,8 @@ async fn why_tells_what_was_weighed_and_what_then_happened() {
         assert_eq!(candidates.len(), 2);
         for candidate in candidates {
             let cost = candidate["cost_ms"].as_object().unwrap();
-            let sum = ["queue", "fetch", "compute", "room"].iter().map(|term| cost[*term].as_f64().unwrap()).sum::<f64>();
+            let sum =
+                ["queue", "fetch", "compute", "room"].iter().map(|term| cost[*term].as_f64().unwrap()).sum::<f64>();
             assert!((sum - candidate["predicted_ttft_ms"].as_f64().unwrap()).abs() < 0.01, "{candidate}");
         }
         assert_eq!(spoke["candidates"].as_array().unwrap().len(), 1, "the one that failed is no candidate again");
@@ -216,4 +221,24 @@ async fn a_worker_that_keeps_failing_is_shunned_until_a_probe_succeeds() {
         bad.answer(&submit, &output("well"), Reason::Stop);
     });
     assert_eq!(answer.await.json()["choices"][0]["text"], "well");
+}
+
+#[tokio::test]
+async fn zz_sample() {
+    let router = TestRouter::start(Policy::Auto).await;
+    let p = MockWorker::start(&*router.directory, "prefill-0", Role::Prefill).await;
+    let d = MockWorker::start(&*router.directory, "decode-0", Role::Decode).await;
+    let d1 = MockWorker::start(&*router.directory, "decode-1", Role::Decode).await;
+    router.ready().await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let pace = Some(Pace { step_us: 9_000.0, sequence_us: 300.0, context_ns: 100.0, token_us: 180.0, pair_ns: 20.0 });
+    for w in [&p, &d, &d1] {
+        w.load(Load { running: 2, legs: 2, pages_free: 500, pages_total: 1000, pace, received: 0, ..Load::default() });
+    }
+    let (_p, _d, _e) = (p.answer_all(&output("ok"), Reason::Stop), d.answer_all(&output("ok"), Reason::Stop), d1.answer_all(&output("ok"), Reason::Stop));
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let headers = [("x-request-id", "3f1c"), ("x-baton-why", "1"), ("x-baton-ttft-ms", "500")];
+    let answer = post(&router, completion(&"tell me a story ".repeat(40), 0), &headers).await;
+    println!("LINE {:?}", answer.headers["x-baton-why"]);
+    println!("WHY {}", serde_json::to_string_pretty(&router.get("/v1/requests/3f1c/why").await.json()).unwrap());
 }

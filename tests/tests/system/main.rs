@@ -17,6 +17,5 @@ mod prompt_logprobs;
 mod responses;
 mod speculation;
 mod tokens;
-mod two_routers;
 mod up;
 mod vllm_metrics;
