@@ -6,9 +6,11 @@
 //! tables of the file named after them ([`Tables`]).
 
 mod file;
+mod simulate;
 mod units;
 
 pub(crate) use file::Tables;
+pub(crate) use simulate::Simulate;
 pub(crate) use units::Bytes;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, builder::Styles, parser::ValueSource};
@@ -41,6 +43,8 @@ pub(crate) enum Command {
     Chat(Chat),
     /// Measure this machine and Baton on it
     Bench(Bench),
+    /// Play a trace on an imagined cluster, in virtual time
+    Simulate(Simulate),
 }
 
 /// What every server process takes.
@@ -504,6 +508,7 @@ impl Command {
             Self::DecodeWorker(_) => "decode-worker",
             Self::Chat(_) => "chat",
             Self::Bench(_) => "bench",
+            Self::Simulate(_) => "simulate",
         }
     }
 
@@ -514,7 +519,7 @@ impl Command {
             Self::Router(router) => Some(&router.common),
             Self::PrefillWorker(worker) => Some(&worker.common),
             Self::DecodeWorker(decode) => Some(&decode.worker.common),
-            Self::Chat(_) | Self::Bench(_) => None,
+            Self::Chat(_) | Self::Bench(_) | Self::Simulate(_) => None,
         }
     }
 
@@ -529,7 +534,7 @@ impl Command {
             Self::Router(_) => &["router"],
             Self::PrefillWorker(_) => &["prefill-worker", "engine"],
             Self::DecodeWorker(_) => &["decode-worker", "engine"],
-            Self::Chat(_) | Self::Bench(_) => &[],
+            Self::Chat(_) | Self::Bench(_) | Self::Simulate(_) => &[],
         }
     }
 }

@@ -159,6 +159,12 @@ impl Scheduler {
 
     /// Takes a fresh sequence into the line. `now` is the time since a moment of the caller's choice, here and everywhere.
     pub fn submit(&mut self, request: Request, now: Duration) -> Result<SequenceId, Refusal> {
+        let id = self.ticket(request.priority);
+        self.submit_as(id, request, now)
+    }
+
+    /// Takes a fresh sequence into the place in the line that it drew with [`Scheduler::ticket`].
+    pub fn submit_as(&mut self, id: SequenceId, mut request: Request, now: Duration) -> Result<SequenceId, Refusal> {
         let tokens = request.history.len();
         assert!((1..=tokens).contains(&request.prompt_tokens), "callers check that the prompt is part of the tokens");
         if tokens >= self.max_len {
@@ -167,7 +173,7 @@ impl Scheduler {
         if self.waiting.len() >= self.max_waiting {
             return Err(Refusal::Full { waiting: self.waiting.len() });
         }
-        let id = self.ticket(request.priority);
+        request.priority = id.priority;
         let expected = self.expected_tokens(&request);
         self.waiting.insert(id, Sequence::new(request, now, expected));
         Ok(id)
@@ -182,10 +188,7 @@ impl Scheduler {
         let mut plan = std::mem::take(&mut self.spare_plan);
         self.plan_single_tokens(&mut plan, now);
         self.plan_drafts(&mut plan);
-        self.plan_chunks(&mut plan);
-        if plan.preempted.is_empty() {
-            self.admit(&mut plan, now);
-        }
+        self.plan_prompts(&mut plan, now);
         self.stepping = !plan.is_empty();
         plan
     }
@@ -367,17 +370,21 @@ impl Scheduler {
         plan.preempted.push(id);
     }
 
-    /// Goes on with the prompts of the batch.
-    fn plan_chunks(&mut self, plan: &mut Plan) {
-        for (&id, sequence) in &self.running {
-            let start = sequence.computed;
-            if sequence.remaining() > 1 {
-                let tokens = self.chunk(start, sequence.remaining(), plan);
-                if tokens > 0 {
-                    plan.push(Chunk { id, start, tokens, drafts: 0, sample: tokens == sequence.remaining() });
-                }
+    /// Gives the rest of the budget to prompts, those of the batch and those of the line, in the order of their ids: who is more
+    /// urgent passes a long prompt that is under way.
+    fn plan_prompts(&mut self, plan: &mut Plan, now: Duration) {
+        let prompts = self.running.iter().filter(|(_, sequence)| sequence.remaining() > 1);
+        let prompts: Vec<SequenceId> = prompts.map(|(id, _)| *id).collect();
+        for id in prompts {
+            self.admit(plan, Some(id), now);
+            let sequence = &self.running[&id];
+            let (start, remaining) = (sequence.computed, sequence.remaining());
+            let tokens = self.chunk(start, remaining, plan);
+            if tokens > 0 {
+                plan.push(Chunk { id, start, tokens, drafts: 0, sample: tokens == remaining });
             }
         }
+        self.admit(plan, None, now);
     }
 
     /// Returns how much of `remaining` tokens from `start` on the rest of the budget allows: all, or up to the end of a page.
@@ -390,12 +397,14 @@ impl Scheduler {
         end.saturating_sub(start)
     }
 
-    /// Admits from the head of the line while there is budget, a place and pages. The head is never passed: whoever is
-    /// first and large would otherwise wait for ever.
-    fn admit(&mut self, plan: &mut Plan, now: Duration) {
+    /// Admits from the head of the line, as far as it is `before` somebody, while there is budget, a place and pages. The head is
+    /// never passed: whoever is first and large would otherwise wait for ever. Nobody is admitted in a step that took pages away.
+    fn admit(&mut self, plan: &mut Plan, before: Option<SequenceId>, now: Duration) {
         while plan.tokens < self.token_budget
+            && plan.preempted.is_empty()
             && self.occupied() < self.max_sequences
             && let Some(entry) = self.waiting.first_entry()
+            && before.is_none_or(|id| *entry.key() < id)
         {
             let (id, mut sequence) = entry.remove_entry();
             let history = &sequence.request.history;

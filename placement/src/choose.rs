@@ -8,6 +8,7 @@ use crate::{
     Policy, Weights,
     cost::{self, Cost, Demand},
 };
+use timing::Pace;
 
 /// Of a large pool, only this many of each role, the cheapest by themselves, are tried in pairs: the shared terms of a pair are small
 /// beside what they cost alone, and 1,000 workers must not mean 250,000 pairs.
@@ -132,6 +133,7 @@ pub fn place_beside(
     let usable = |kind| move |c: &&Candidate| c.kind == kind && c.is_usable(demand);
     let prefill: Vec<&Candidate> = candidates.iter().filter(usable(Kind::Prefill)).collect();
     let decode: Vec<&Candidate> = candidates.iter().filter(usable(Kind::Decode)).collect();
+    let weights = &learned(candidates, weights);
     let mut decisions = Vec::new();
     for fingerprint in fingerprints(&decode) {
         let same = |c: &&Candidate| c.fingerprint == fingerprint;
@@ -205,7 +207,8 @@ impl Pool<'_> {
     fn ways(&self, c: &Candidate) -> impl Iterator<Item = Way> + use<> {
         let as_it_is = Way { worker: c.cost, fetch: None, ms: 0.0 };
         let known = c.cost.cached_pages.max(c.cost.coming_pages);
-        let worth = |h: &&Candidate| h.id != c.id && h.cost.cached_pages >= known + self.weights.fetch_pages;
+        let worth =
+            |h: &&Candidate| h.id != c.id && h.cost.cached_pages >= known.saturating_add(self.weights.fetch_pages);
         let fetching = self.holder.filter(worth).map(|holder| {
             let (worker, ms) = cost::fetched(self.demand, &c.cost, &holder.cost, self.weights);
             Way { worker, fetch: Some(Fetch { holder: holder.id, pages: worker.cached_pages }), ms }
@@ -228,10 +231,23 @@ impl Way {
     }
 }
 
-/// Returns who holds the longest prefix; of several, who has the least to compute.
+/// Returns the weights with what the workers have learned in place of the prior: of a worker that has computed no prompt yet, what its
+/// peers need is the best guess, and without one nobody would ever try.
+fn learned(candidates: &[Candidate], weights: &Weights) -> Weights {
+    let known = |part: fn(&Pace) -> f64| {
+        let paces = candidates.iter().filter_map(|c| c.cost.speed.pace).filter(move |pace| part(pace) > 0.0);
+        paces.min_by(|a, b| part(a).total_cmp(&part(b)))
+    };
+    let (step, prompt) = (known(|pace| pace.step_us), known(|pace| pace.token_us));
+    let steps = step.map_or(weights.prior, |step| Pace { token_us: 0.0, pair_ns: 0.0, ..step }.or(&weights.prior));
+    let prior = prompt.map_or(steps, |prompt| Pace { step_us: 0.0, ..prompt }.or(&steps));
+    Weights { prior, ..weights.clone() }
+}
+
+/// Returns who holds the longest prefix; of several, who can send it first.
 fn holder<'a>(candidates: impl Iterator<Item = &'a Candidate>) -> Option<&'a Candidate> {
     let by_pages = |a: &&Candidate, b: &&Candidate| {
-        a.cost.cached_pages.cmp(&b.cost.cached_pages).then(b.cost.backlog_ms.total_cmp(&a.cost.backlog_ms))
+        a.cost.cached_pages.cmp(&b.cost.cached_pages).then(b.cost.sending_ms.total_cmp(&a.cost.sending_ms))
     };
     candidates.filter(|c| c.cost.cached_pages > 0 && !c.excluded).max_by(by_pages)
 }
@@ -378,6 +394,11 @@ mod tests {
 
     #[test]
     fn a_hot_prefix_spreads_when_its_holder_is_busy() {
+        let weights = Weights { fetch_pages: 8, ..Weights::default() };
+        let choose = |tokens, pool: &[Candidate], policy, random| {
+            let demand = Demand { tokens, max_output: 64 };
+            place(&demand, pool, policy, &weights, random).map(|placed| placed.decision.choice)
+        };
         let mut pool = pool(3, 1);
         pool[0].cost.cached_pages = 300;
         assert_eq!(choose(5_000, &pool, Policy::Remote, 0), Ok(pair(0, 3)));
@@ -386,6 +407,16 @@ mod tests {
         assert_eq!(choose(5_000, &pool, Policy::Remote, 0), Ok(fetching));
         pool[0].excluded = true;
         assert_eq!(choose(5_000, &pool, Policy::Remote, 0), Ok(pair(1, 3)), "nothing is asked of one that failed");
+    }
+
+    #[test]
+    fn a_decode_worker_that_computed_no_prompt_yet_is_taken_to_be_like_its_peers() {
+        let mut pool = pool(1, 1);
+        let fast = Pace { step_us: 0.0, sequence_us: 0.0, context_ns: 0.0, token_us: 1.0, pair_ns: 0.0 };
+        pool[0].cost.speed.pace = Some(fast);
+        pool[1].cost.speed.pace = Some(Pace { step_us: 500.0, token_us: 0.0, ..fast });
+        pool[0].cost.backlog_ms = 1_000.0;
+        assert_eq!(choose(2_000, &pool, Policy::Auto, 0), Ok(alone(1)), "2 ms here beat a second of waiting there");
     }
 
     #[test]

@@ -23,6 +23,8 @@ pub struct Worker {
     pub sequences: u32,
     /// Milliseconds of computing before it could begin with another prompt.
     pub backlog_ms: f64,
+    /// Milliseconds before it could begin to send a prefix to a peer.
+    pub sending_ms: f64,
     /// Pages free or evictable.
     pub free_pages: u32,
     /// Pages that sequences hold.
@@ -42,7 +44,7 @@ pub struct Worker {
 /// Speeds a worker has reported; `None` is not known yet.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Speed {
-    /// Of its steps.
+    /// Of its steps; a part of which nothing is known is 0.
     pub pace: Option<Pace>,
     /// Of hand-offs it sends.
     pub link_bytes_per_s: Option<f64>,
@@ -111,7 +113,9 @@ pub(crate) fn local(demand: &Demand, decode: &Worker, weights: &Weights) -> Cost
         room: decode.room_ms(demand, weights),
         // Every sequence there, and those that will come, wait while the prompt is computed in their steps.
         neighbours: joined.neighbours
-            + decode.added_ms(demand, weights) * (f64::from(decode.sequences) + weights.expected_neighbours),
+            + weights.disturbance
+                * decode.added_ms(demand, weights)
+                * (f64::from(decode.sequences) + weights.expected_neighbours),
         followers: followers_ms(decode.backlog_ms, compute, weights),
         ..joined
     }
@@ -136,7 +140,7 @@ pub(crate) fn fetched(demand: &Demand, worker: &Worker, holder: &Worker, weights
     let pages = holder.reusable_pages(demand).saturating_sub(worker.cached_pages);
     let bytes = u64::from(pages) * worker.page_bytes;
     let cached_pages = worker.cached_pages + pages;
-    let ms = weights.handoff_ms + holder.sending_ms(bytes, weights);
+    let ms = weights.handoff_ms + holder.sending_ms + holder.link_ms(bytes, weights);
     (Worker { cached_pages, free_pages: worker.free_pages.saturating_sub(pages), ..*worker }, ms)
 }
 
@@ -152,7 +156,7 @@ fn followers_ms(queue: f64, compute: f64, weights: &Weights) -> f64 {
 
 impl Worker {
     fn pace(&self, weights: &Weights) -> Pace {
-        self.speed.pace.unwrap_or(weights.prior)
+        self.speed.pace.map_or(weights.prior, |pace| pace.or(&weights.prior))
     }
 
     /// Milliseconds until the prompt is computed, once it is begun: a step at least.
@@ -187,10 +191,10 @@ impl Worker {
     }
 
     fn transfer_ms(&self, demand: &Demand, decode: &Worker, weights: &Weights) -> f64 {
-        self.sending_ms(u64::from(decode.missing_pages(demand)) * decode.page_bytes, weights)
+        self.link_ms(u64::from(decode.missing_pages(demand)) * decode.page_bytes, weights)
     }
 
-    fn sending_ms(&self, bytes: u64, weights: &Weights) -> f64 {
+    fn link_ms(&self, bytes: u64, weights: &Weights) -> f64 {
         1e3 * bytes as f64 / self.speed.link_bytes_per_s.unwrap_or(weights.prior_link_bytes_per_s)
     }
 
@@ -221,6 +225,7 @@ pub(crate) mod tests {
         Worker {
             sequences: 0,
             backlog_ms: 0.0,
+            sending_ms: 0.0,
             free_pages: 1_000,
             held_pages: 0,
             cached_pages: 0,

@@ -36,6 +36,8 @@ pub struct Ledger {
     reported_at: Duration,
     /// Those that no report knows of.
     sent: VecDeque<Sent>,
+    /// When it will have sent what peers were told to fetch from it.
+    sending_until: Duration,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -54,6 +56,16 @@ impl Ledger {
     /// Takes a submission back that ended before a report knew of it; one that a report knows of is the worker's to count.
     pub fn withdraw(&mut self, number: u64) {
         self.sent.retain(|sent| sent.number != number);
+    }
+
+    /// Notes that a peer was told to fetch from it, which takes `ms`.
+    pub fn fetch(&mut self, ms: f64, now: Duration) {
+        self.sending_until = self.sending_until.max(now) + Duration::from_secs_f64(ms * 1e-3);
+    }
+
+    /// Milliseconds before it could begin to send something else.
+    pub fn sending_ms(&self, now: Duration) -> f64 {
+        self.sending_until.saturating_sub(now).as_secs_f64() * 1e3
     }
 
     /// Takes a report in.
@@ -138,6 +150,15 @@ mod tests {
         ledger.submit(1, 100.0, 1);
         let later = |ms| AT + Duration::from_millis(ms);
         assert_eq!([0, 400, 900, 5_000].map(|ms| ledger.backlog_ms(later(ms))), [1_000.0, 600.0, 100.0, 100.0]);
+    }
+
+    #[test]
+    fn fetches_stand_in_line_for_the_link() {
+        let mut ledger = Ledger::default();
+        ledger.fetch(30.0, AT);
+        ledger.fetch(20.0, AT);
+        assert_eq!(ledger.sending_ms(AT + Duration::from_millis(10)), 40.0);
+        assert_eq!(ledger.sending_ms(AT + Duration::from_secs(9)), 0.0);
     }
 
     #[test]

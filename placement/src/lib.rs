@@ -9,10 +9,12 @@ mod choose;
 mod cost;
 mod ledger;
 mod prefix_index;
+mod siblings;
 mod weights;
 
 pub use choose::{Candidate, Choice, Decision, Fetch, Kind, NoPath, has_path, place, place_beside};
 pub use cost::{Cost, Demand, Speed, Worker};
 pub use ledger::{Ledger, Report};
 pub use prefix_index::{PrefixIndex, Slot};
+pub use siblings::Siblings;
 pub use weights::{Policy, Weights};

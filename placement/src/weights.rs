@@ -33,6 +33,9 @@ pub struct Weights {
     /// Sequences assumed to join a decode worker while a prompt is computed there: what keeps long prompts away from an idle
     /// decode worker.
     pub expected_neighbours: f64,
+    /// Milliseconds of waiting for a first token that one millisecond is worth for which a stream that is already running stops: a reader
+    /// minds a pause more than a later start.
+    pub disturbance: f64,
     /// Requests assumed to come to a worker in each second that it is busy, and to wait behind what it was given: what makes a miss in
     /// the prefix cache of an idle worker dearer than its own wait.
     pub followers_per_s: f64,
@@ -50,9 +53,10 @@ impl Default for Weights {
             handoff_ms: 3.0,
             exposed_transfer: 0.25,
             expected_output_tokens: 64,
-            expected_neighbours: 0.5,
+            expected_neighbours: 0.05,
+            disturbance: 12.0,
             followers_per_s: 0.5,
-            fetch_pages: 8,
+            fetch_pages: u32::MAX,
             tie_ms: 0.01,
         }
     }
@@ -73,6 +77,7 @@ impl Weights {
             ("handoff_ms", self.handoff_ms),
             ("exposed_transfer", self.exposed_transfer),
             ("expected_neighbours", self.expected_neighbours),
+            ("disturbance", self.disturbance),
             ("followers_per_s", self.followers_per_s),
             ("tie_ms", self.tie_ms),
         ] {

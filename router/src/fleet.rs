@@ -535,6 +535,7 @@ impl Worker {
         let cost = connection.session.ledger(|ledger, now| placement::Worker {
             sequences: ledger.sequences(),
             backlog_ms: ledger.backlog_ms(now),
+            sending_ms: ledger.sending_ms(now),
             free_pages: ledger.free_pages(state.capacity_pages),
             held_pages: ledger.held_pages(),
             cached_pages: leading.get(connection.slot.index()).copied().unwrap_or(0),

@@ -37,16 +37,13 @@ impl Fit {
         }
     }
 
-    /// Returns what was learned; `None` until there was a step with a prompt or one without. A part of which nothing is known is
-    /// derived from the other: a prompt's token is taken to cost no more than a step.
+    /// Returns what was learned; `None` until there was a step with a prompt or one without. The numbers of a part of which nothing is known
+    /// are 0.
     pub fn pace(&self) -> Option<Pace> {
-        let (decode, prompt) = (self.decode.numbers(), self.prompt.numbers());
-        let [step_us, sequence_us, context_us] = match (self.decode.steps, self.prompt.steps) {
-            (0, 0) => return None,
-            (0, _) => [prompt[0], 0.0, 0.0],
-            _ => decode,
-        };
-        let [token_us, pair_us] = if self.prompt.steps > 0 { prompt } else { [step_us, 0.0] };
+        if self.decode.steps + self.prompt.steps == 0 {
+            return None;
+        }
+        let ([step_us, sequence_us, context_us], [token_us, pair_us]) = (self.decode.numbers(), self.prompt.numbers());
         Some(Pace { step_us, sequence_us, context_ns: context_us * 1e3, token_us, pair_ns: pair_us * 1e3 })
     }
 }
@@ -200,14 +197,15 @@ mod tests {
     }
 
     #[test]
-    fn one_kind_of_step_is_enough_to_say_something() {
+    fn what_was_not_seen_is_not_made_up() {
         let mut fit = Fit::default();
         fit.add(&prompt(0, 100), Duration::from_millis(50));
         let pace = fit.pace().unwrap();
-        assert!((pace.chunk_ms(0, 100) - 50.0).abs() < 2.5, "{pace:?}");
+        assert!((pace.chunk_ms(0, 100) - 50.0).abs() < 2.5 && pace.step_us == 0.0, "{pace:?}");
         let mut fit = Fit::default();
         fit.add(&decode(1, 100), Duration::from_millis(20));
-        assert!((fit.pace().unwrap().decode_ms(1.0, 100.0) - 20.0).abs() < 1.0);
+        let pace = fit.pace().unwrap();
+        assert!((pace.decode_ms(1.0, 100.0) - 20.0).abs() < 1.0 && pace.token_us == 0.0, "{pace:?}");
     }
 
     proptest! {

@@ -86,6 +86,19 @@ impl Pace {
         (self.step_us + self.sequence_us * sequences + self.context_ns * 1e-3 * context) * 1e-3
     }
 
+    /// Returns this pace with what is not known of it, steps or prompts, taken from `other`.
+    pub fn or(self, other: &Self) -> Self {
+        let steps = if self.step_us > 0.0 { &self } else { other };
+        let prompts = if self.token_us > 0.0 { &self } else { other };
+        Self {
+            step_us: steps.step_us,
+            sequence_us: steps.sequence_us,
+            context_ns: steps.context_ns,
+            token_us: prompts.token_us,
+            pair_ns: prompts.pair_ns,
+        }
+    }
+
     /// Says whether every number can be reckoned with.
     pub fn is_valid(&self) -> bool {
         let all = [self.step_us, self.sequence_us, self.context_ns, self.token_us, self.pair_ns];

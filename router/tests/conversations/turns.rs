@@ -222,23 +222,3 @@ async fn a_worker_that_keeps_failing_is_shunned_until_a_probe_succeeds() {
     });
     assert_eq!(answer.await.json()["choices"][0]["text"], "well");
 }
-
-#[tokio::test]
-async fn zz_sample() {
-    let router = TestRouter::start(Policy::Auto).await;
-    let p = MockWorker::start(&*router.directory, "prefill-0", Role::Prefill).await;
-    let d = MockWorker::start(&*router.directory, "decode-0", Role::Decode).await;
-    let d1 = MockWorker::start(&*router.directory, "decode-1", Role::Decode).await;
-    router.ready().await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    let pace = Some(Pace { step_us: 9_000.0, sequence_us: 300.0, context_ns: 100.0, token_us: 180.0, pair_ns: 20.0 });
-    for w in [&p, &d, &d1] {
-        w.load(Load { running: 2, legs: 2, pages_free: 500, pages_total: 1000, pace, received: 0, ..Load::default() });
-    }
-    let (_p, _d, _e) = (p.answer_all(&output("ok"), Reason::Stop), d.answer_all(&output("ok"), Reason::Stop), d1.answer_all(&output("ok"), Reason::Stop));
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    let headers = [("x-request-id", "3f1c"), ("x-baton-why", "1"), ("x-baton-ttft-ms", "500")];
-    let answer = post(&router, completion(&"tell me a story ".repeat(40), 0), &headers).await;
-    println!("LINE {:?}", answer.headers["x-baton-why"]);
-    println!("WHY {}", serde_json::to_string_pretty(&router.get("/v1/requests/3f1c/why").await.json()).unwrap());
-}
