@@ -87,7 +87,6 @@ fn placement(profile: &Profile, settings: &Settings) -> router::Weights {
         prior: profile.pace,
         prior_link_bytes_per_s: settings.link * 1e9,
         expected_output_tokens: 300,
-        fetch_pages: 8,
         ..router::Weights::default()
     }
 }

@@ -159,12 +159,6 @@ impl Scheduler {
 
     /// Takes a fresh sequence into the line. `now` is the time since a moment of the caller's choice, here and everywhere.
     pub fn submit(&mut self, request: Request, now: Duration) -> Result<SequenceId, Refusal> {
-        let id = self.ticket(request.priority);
-        self.submit_as(id, request, now)
-    }
-
-    /// Takes a fresh sequence into the place in the line that it drew with [`Scheduler::ticket`].
-    pub fn submit_as(&mut self, id: SequenceId, mut request: Request, now: Duration) -> Result<SequenceId, Refusal> {
         let tokens = request.history.len();
         assert!((1..=tokens).contains(&request.prompt_tokens), "callers check that the prompt is part of the tokens");
         if tokens >= self.max_len {
@@ -173,7 +167,7 @@ impl Scheduler {
         if self.waiting.len() >= self.max_waiting {
             return Err(Refusal::Full { waiting: self.waiting.len() });
         }
-        request.priority = id.priority;
+        let id = self.ticket(request.priority);
         let expected = self.expected_tokens(&request);
         self.waiting.insert(id, Sequence::new(request, now, expected));
         Ok(id)
@@ -305,6 +299,11 @@ impl Scheduler {
         self.max_len
     }
 
+    /// Returns the tokens in a page.
+    pub fn page_tokens(&self) -> usize {
+        self.page_tokens
+    }
+
     /// Returns the most sequences in one step.
     pub fn max_sequences(&self) -> usize {
         self.max_sequences
@@ -403,10 +402,10 @@ impl Scheduler {
         while plan.tokens < self.token_budget
             && plan.preempted.is_empty()
             && self.occupied() < self.max_sequences
-            && let Some(entry) = self.waiting.first_entry()
-            && before.is_none_or(|id| *entry.key() < id)
+            && let Some((&id, _)) = self.head()
+            && before.is_none_or(|before| id < before)
         {
-            let (id, mut sequence) = entry.remove_entry();
+            let mut sequence = self.waiting.remove(&id).expect("it is the head of the line");
             let history = &sequence.request.history;
             let (known, needed) = (history.len(), history.pages_for(history.len()));
             let mut pages = self.pool.reuse(sequence.reusable());
@@ -426,6 +425,11 @@ impl Scheduler {
             plan.push(Chunk { id, start, tokens, drafts: 0, sample: start + tokens == known });
             self.running.insert(id, sequence);
         }
+    }
+
+    /// Returns who is first in the line, but for those whose prefix is on its way.
+    fn head(&self) -> Option<(&SequenceId, &Sequence)> {
+        self.waiting.iter().find(|(_, sequence)| !sequence.awaiting)
     }
 
     /// Returns how many places of the batch are taken.

@@ -21,14 +21,14 @@ pub struct Siblings {
 
 #[derive(Debug)]
 struct Prompt {
-    worker: usize,
+    worker: u64,
     number: u64,
     pages: Arc<[PageHash]>,
 }
 
 impl Siblings {
     /// Notes that `worker` will compute the prompt with these full pages.
-    pub fn add(&mut self, worker: usize, number: u64, pages: &Arc<[PageHash]>) {
+    pub fn add(&mut self, worker: u64, number: u64, pages: &Arc<[PageHash]>) {
         if let Some(first) = pages.first() {
             let prompts = self.by_first.entry(*first).or_default();
             prompts.push_front(Prompt { worker, number, pages: pages.clone() });
@@ -36,7 +36,7 @@ impl Siblings {
     }
 
     /// Forgets a prompt that is computed, or will not be. `first` is its first page's name.
-    pub fn remove(&mut self, worker: usize, number: u64, first: PageHash) {
+    pub fn remove(&mut self, worker: u64, number: u64, first: PageHash) {
         if let Some(prompts) = self.by_first.get_mut(&first) {
             prompts.retain(|prompt| (prompt.worker, prompt.number) != (worker, number));
             if prompts.is_empty() {
@@ -46,9 +46,9 @@ impl Siblings {
     }
 
     /// Calls `found` with each worker that will compute a prompt which begins like this one, and with how many leading pages they share.
-    pub fn matches(&self, pages: &[PageHash], mut found: impl FnMut(usize, u32)) {
+    pub fn matches(&self, pages: &[PageHash], mut found: impl FnMut(u64, u32)) {
         let Some(prompts) = pages.first().and_then(|first| self.by_first.get(first)) else { return };
-        let mut compared: HashMap<usize, usize> = HashMap::new();
+        let mut compared: HashMap<u64, usize> = HashMap::new();
         for prompt in prompts {
             let times = compared.entry(prompt.worker).or_default();
             if *times < COMPARED {
@@ -81,7 +81,7 @@ mod tests {
         page_hashes(b"", &tokens, 1).into()
     }
 
-    fn found(siblings: &Siblings, pages: &[PageHash]) -> Vec<(usize, u32)> {
+    fn found(siblings: &Siblings, pages: &[PageHash]) -> Vec<(u64, u32)> {
         let mut found = Vec::new();
         siblings.matches(pages, |worker, shared| found.push((worker, shared)));
         found.sort_unstable();

@@ -56,7 +56,7 @@ impl Default for Weights {
             expected_neighbours: 0.05,
             disturbance: 12.0,
             followers_per_s: 0.5,
-            fetch_pages: u32::MAX,
+            fetch_pages: 8,
             tie_ms: 0.01,
         }
     }

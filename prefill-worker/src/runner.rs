@@ -6,7 +6,8 @@
 //! before.
 
 use attach::{
-    Command, End, Input, Leg, LegId, Legs, Load, Meters, Parts, Routers, StepTokens, Stepper, StreamId, Submission,
+    Command, End, Input, Leg, LegId, Legs, Load, Meters, Parts, Prefixes, Routers, StepTokens, Stepper, StreamId,
+    Submission,
 };
 use engine::{
     TokenId,
@@ -31,6 +32,7 @@ pub(crate) struct Runner {
     legs: Legs<Prompt>,
     sequences: HashMap<SequenceId, LegId>,
     handoffs: HashMap<HandoffId, Handoff>,
+    prefixes: Prefixes,
     routers: Routers,
     meters: Meters,
 }
@@ -103,6 +105,7 @@ impl Runner {
             legs: Legs::default(),
             sequences: HashMap::new(),
             handoffs: HashMap::new(),
+            prefixes: Prefixes::default(),
             routers: Routers::default(),
             meters: Meters::new(&parts),
             parts,
@@ -156,7 +159,7 @@ impl Runner {
     }
 
     fn submit(&mut self, submission: Submission) {
-        let Submission { id, request, traceparent, received, deadline, sequence, leg } = submission;
+        let Submission { id, request, traceparent, received, deadline, sequence, leg, fetch } = submission;
         if self.legs.get(id).is_some() {
             return self.expel(id);
         }
@@ -170,6 +173,10 @@ impl Runner {
             Ok(sequence) => sequence,
             Err(refusal) => return self.routers.ended(id, End::Refused(refusal.to_string()), Usage::default()),
         };
+        if let Some(fetch) = fetch {
+            let Parts { scheduler, transfer, .. } = &mut self.parts;
+            self.prefixes.fetch(fetch, sequence, scheduler, transfer);
+        }
         let span = tracing::info_span!("prefill", request, attempt = id.attempt, worker = self.parts.worker);
         telemetry::set_parent(&span, &traceparent);
         let prompt = Prompt { handoff, target, sequence: Some(sequence), usage: Usage::default(), span };
@@ -297,6 +304,8 @@ impl Runner {
     // ---- hand-offs ----
 
     fn event(&mut self, event: Event) {
+        let Parts { scheduler, transfer, .. } = &mut self.parts;
+        let Some(event) = self.prefixes.take(event, self.layers, scheduler, transfer) else { return };
         match event {
             Event::SourceDone { handoff, outcome } => self.source_done(handoff, outcome),
             Event::Begun { handoff, from, .. } => {
@@ -304,12 +313,10 @@ impl Runner {
                 tracing::warn!(handoff = handoff.0, from, "a hand-off came to a prefill worker");
                 self.parts.transfer.refuse(handoff, reason);
             }
-            Event::Asked { handoff, by, .. } => {
-                // Until the router places a request by what its peers hold (`Transfer::fetch`), nobody has reason to ask.
-                tracing::warn!(handoff = handoff.0, by = by.worker, "a prefix was asked for");
-                self.parts.transfer.refuse(handoff, format!("{} hands no prefixes over", self.parts.worker));
-            }
-            Event::Landed { handoff, .. } | Event::Lost { handoff, .. } | Event::Quiet { handoff } => {
+            Event::Asked { handoff, .. }
+            | Event::Landed { handoff, .. }
+            | Event::Lost { handoff, .. }
+            | Event::Quiet { handoff } => {
                 tracing::warn!(handoff = handoff.0, "news of a landing that this worker never opened");
             }
         }
@@ -341,6 +348,7 @@ impl Runner {
         let mut usage = prompt.usage;
         if let Some(sequence) = prompt.sequence {
             self.sequences.remove(&sequence);
+            self.prefixes.cancel(sequence, &self.parts.transfer);
             if let Some(ended) = self.parts.scheduler.cancel(sequence, self.epoch.elapsed()) {
                 usage = ended.usage;
                 self.hold(prompt.handoff, ended.hold);

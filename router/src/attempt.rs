@@ -5,8 +5,8 @@
 
 use crate::{
     fleet::{
-        Fleet, Path, Target,
-        leg::{End, Ended, LegEvent, LegRole, Said, Submission, Token},
+        Computing, Fleet, Path, Target,
+        leg::{End, Ended, Fetch, LegEvent, LegRole, Said, Submission, Token},
         session::LegGuard,
     },
     recovery::{Failure, FailureKind, Part},
@@ -39,6 +39,8 @@ pub(crate) struct Attempt {
     cached_tokens: Option<u32>,
     /// How long the prompt waited and was computed, once that is known.
     prompt_times: Option<[Duration; 2]>,
+    /// Until the prompt is computed.
+    computing: Option<Computing>,
 }
 
 #[derive(Debug)]
@@ -70,7 +72,7 @@ impl Attempt {
     /// Submits all legs at once. `submission` is the same for each but for its number and role; the first token wanted is `next`.
     pub(crate) fn start(
         fleet: &Fleet,
-        path: &Path,
+        path: Path,
         submission: &Submission,
         next: u32,
         handoff: u64,
@@ -79,6 +81,13 @@ impl Attempt {
         // Besides the tokens there is room for the last word of each leg.
         let (sender, events) = mpsc::channel(buffer + 2);
         let decode = &path.decode;
+        let fetch = path.fetch.as_ref().map(|(holder, pages)| Fetch {
+            handoff: !handoff,
+            worker: holder.worker.id.clone(),
+            incarnation: holder.incarnation,
+            link: holder.link.clone(),
+            pages: *pages,
+        });
         let parts: Vec<(Part, &Target, LegRole)> = match &path.prefill {
             None => vec![(Part::Local, decode, LegRole::Local)],
             Some(prefill) => vec![
@@ -104,6 +113,8 @@ impl Attempt {
             let mut submission = Submission { attempt: fleet.next_attempt(), role, ..submission.clone() };
             if part == Part::Decode {
                 submission.prompt_logprobs = None;
+            } else {
+                submission.fetch.clone_from(&fetch);
             }
             let worker = target.worker.id.clone();
             match target.session.submit(submission, target.asks, &sender) {
@@ -133,6 +144,7 @@ impl Attempt {
             suspected: None,
             cached_tokens: None,
             prompt_times: None,
+            computing: Some(path.computing),
         })
     }
 
@@ -195,6 +207,7 @@ impl Attempt {
             Said::Prompt(tokens) => self.prompt.extend(tokens.into_iter().map(|token| (token.index, token))),
             Said::Token(token) => {
                 self.spoke = true;
+                self.computing = None;
                 self.legs[at].spoke = true;
                 // An index that was given out already is an echo.
                 if token.index >= self.next {

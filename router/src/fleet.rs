@@ -17,9 +17,12 @@ use crate::{
 use admission::{Supply, Working};
 use cluster::{Directory, Member, ModelCard, Role, State, View};
 use kv_cache::PageHash;
-use placement::{Candidate, Choice, Cost, Decision, Demand, Kind, NoPath, Policy, PrefixIndex, Slot, Weights};
+use placement::{
+    Candidate, Choice, Cost, Decision, Demand, Fetch, Kind, NoPath, Policy, PrefixIndex, Siblings, Slot, Weights,
+};
 use session::{Asks, Session};
 use std::{
+    collections::HashMap,
     ops::Deref,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
@@ -51,6 +54,7 @@ pub(crate) struct Inner {
     /// Fingerprints seen, in order of appearance: candidates carry the number.
     fingerprints: Mutex<Vec<String>>,
     index: Mutex<PrefixIndex>,
+    siblings: Mutex<Siblings>,
     next_attempt: AtomicU64,
     /// Grows when a worker comes, goes, drains or changes its adapters.
     version: watch::Sender<u64>,
@@ -67,6 +71,8 @@ pub(crate) struct Inner {
 pub(crate) struct Worker {
     /// Member id.
     pub(crate) id: String,
+    /// Tells it from every other that this router has known.
+    serial: u64,
     kind: Kind,
     /// Where it is; its link task follows.
     member: watch::Sender<Member>,
@@ -108,16 +114,20 @@ pub(crate) struct Target {
 }
 
 /// Who takes a request.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Path {
     /// `None` when the decode worker computes the prompt itself.
     pub(crate) prefill: Option<Target>,
     pub(crate) decode: Target,
+    /// Who has a part of the prompt that whoever computes it lacks, and how many leading pages that are.
+    pub(crate) fetch: Option<(Target, u32)>,
     pub(crate) cost: Cost,
     /// Whether whoever computes the prompt has measured how fast it is.
     pub(crate) measured: bool,
     /// The chosen way and the next best ones, cheapest first.
     pub(crate) considered: Vec<Considered>,
+    /// Lets those that begin alike follow, until the prompt is computed.
+    pub(crate) computing: Computing,
 }
 
 /// A way that a request could have gone.
@@ -132,6 +142,23 @@ pub(crate) struct Considered {
     /// From whom pages would be fetched first.
     pub(crate) fetched_from: Option<Arc<Worker>>,
     pub(crate) cost: Cost,
+}
+
+/// A prompt that a worker will compute, for those that begin like it. Dropping it says that it is computed, or will not be.
+#[derive(Debug)]
+pub(crate) struct Computing {
+    fleet: Fleet,
+    worker: u64,
+    number: u64,
+    first: Option<PageHash>,
+}
+
+impl Drop for Computing {
+    fn drop(&mut self) {
+        if let Some(first) = self.first {
+            self.fleet.siblings().remove(self.worker, self.number, first);
+        }
+    }
 }
 
 /// A prompt as placement sees it.
@@ -174,6 +201,7 @@ impl Fleet {
             workers: RwLock::default(),
             fingerprints: Mutex::default(),
             index: Mutex::new(PrefixIndex::new(config.prefix_index_bytes)),
+            siblings: Mutex::default(),
             next_attempt: AtomicU64::new(1),
             version: watch::Sender::new(0),
             peers: AtomicU32::new(0),
@@ -218,6 +246,9 @@ impl Fleet {
             let now = self.now();
             // Of a worker that kept failing one probe at a time is taken; whose was not is placed again, without it.
             if path.workers().all(|worker| worker.breaker().begin(now)) || wanted.desperate {
+                if let Some((holder, _)) = &path.fetch {
+                    holder.session.lends(path.cost.fetch);
+                }
                 return Ok(path);
             }
         }
@@ -231,15 +262,23 @@ impl Fleet {
             self.index().matches(wanted.pages, &mut leading);
         }
         let workers = self.workers();
-        let seen: Vec<Option<(Candidate, Connection)>> =
-            workers.iter().enumerate().map(|(id, worker)| worker.candidate(id, wanted, &leading, now)).collect();
+        let mut coming = HashMap::new();
+        self.siblings().matches(wanted.pages, |worker, pages| {
+            let most = coming.entry(worker).or_insert(pages);
+            *most = pages.max(*most);
+        });
+        let seen: Vec<Option<(Candidate, Connection)>> = workers
+            .iter()
+            .enumerate()
+            .map(|(id, worker)| worker.candidate(id, wanted, &leading, &coming, now))
+            .collect();
         let candidates: Vec<Candidate> = seen.iter().flatten().map(|(candidate, _)| candidate.clone()).collect();
         let peers = self.peers.load(Ordering::Relaxed);
         let placed = placement::place_beside(peers, &wanted.demand, &candidates, self.policy, &self.weights, random)?;
-        let Choice { prefill, decode, .. } = placed.decision.choice;
+        let Choice { prefill, decode, fetch } = placed.decision.choice;
         let target = |id: usize, computes: bool| {
             let (candidate, connection) = seen[id].as_ref().expect("placement chose a candidate");
-            let compute_ms = if computes { candidate.cost.compute_ms(&wanted.demand, &self.weights) } else { 0.0 };
+            let compute_ms = if computes { placed.decision.cost.compute } else { 0.0 };
             let pages = candidate.cost.missing_pages(&wanted.demand);
             workers[id].target(connection, Asks { compute_ms, pages })
         };
@@ -262,10 +301,12 @@ impl Fleet {
             std::iter::once(&placed.decision).chain(&placed.runners_up).map(way).collect();
         considered.sort_by(|a, b| a.cost.total().total_cmp(&b.cost.total()));
         let measured = known(prefill.unwrap_or(decode)).speed.pace.is_some();
+        let fetch = fetch.map(|Fetch { holder, pages }| (target(holder, false), pages));
+        let computing = self.computing(&workers[prefill.unwrap_or(decode)], wanted);
         // A decode worker that is handed the prompt's pages does not compute them.
         let decode = target(decode, prefill.is_none());
         let prefill = prefill.map(|id| target(id, true));
-        Ok(Path { prefill, decode, cost: placed.decision.cost, measured, considered })
+        Ok(Path { prefill, decode, fetch, cost: placed.decision.cost, measured, considered, computing })
     }
 
     /// Returns what the workers can be sent before all of them have enough to do.
@@ -305,9 +346,10 @@ impl Fleet {
     pub(crate) fn has_path(&self, adapter: Option<&str>) -> bool {
         let demand = Demand { tokens: 1, max_output: 1 };
         let wanted = Wanted { demand, pages: &[], excluded: &[], adapter, desperate: true };
-        let (workers, now) = (self.workers(), self.now());
-        let candidates: Vec<Candidate> =
-            workers.iter().enumerate().filter_map(|(id, w)| Some(w.candidate(id, &wanted, &[], now)?.0)).collect();
+        let (workers, now, nothing) = (self.workers(), self.now(), HashMap::new());
+        let candidate =
+            |(id, worker): (usize, &Arc<Worker>)| Some(worker.candidate(id, &wanted, &[], &nothing, now)?.0);
+        let candidates: Vec<Candidate> = workers.iter().enumerate().filter_map(candidate).collect();
         placement::has_path(&candidates, self.policy)
     }
 
@@ -361,6 +403,20 @@ impl Fleet {
         self.workers.read().expect("no code panics while it holds the list").clone()
     }
 
+    fn siblings(&self) -> MutexGuard<'_, Siblings> {
+        self.siblings.lock().expect("no code panics while it holds the siblings")
+    }
+
+    /// Notes that `worker` will compute the prompt of `wanted`.
+    fn computing(&self, worker: &Worker, wanted: &Wanted<'_>) -> Computing {
+        let number = self.next_attempt();
+        let first = wanted.pages.first().copied();
+        if first.is_some() {
+            self.siblings().add(worker.serial, number, &wanted.pages.into());
+        }
+        Computing { fleet: self.clone(), worker: worker.serial, number, first }
+    }
+
     fn index(&self) -> MutexGuard<'_, PrefixIndex> {
         self.index.lock().expect("no code panics while it holds the index")
     }
@@ -385,7 +441,8 @@ impl Fleet {
                 Some(worker) => worker.update(member, card, fingerprint),
                 None => {
                     let gone = self.shutdown.child_token();
-                    self.add(Worker::new(member, kind, card.clone(), fingerprint, gone));
+                    let serial = self.next_attempt();
+                    self.add(Worker::new(member, kind, card.clone(), fingerprint, serial, gone));
                 }
             }
         }
@@ -447,7 +504,14 @@ impl Path {
 }
 
 impl Worker {
-    fn new(member: &Member, kind: Kind, card: ModelCard, fingerprint: usize, gone: CancellationToken) -> Self {
+    fn new(
+        member: &Member,
+        kind: Kind,
+        card: ModelCard,
+        fingerprint: usize,
+        serial: u64,
+        gone: CancellationToken,
+    ) -> Self {
         let state = WorkerState {
             card,
             fingerprint,
@@ -458,6 +522,7 @@ impl Worker {
         };
         Self {
             id: member.id.clone(),
+            serial,
             kind,
             member: watch::Sender::new(member.clone()),
             state: Mutex::new(state),
@@ -527,6 +592,7 @@ impl Worker {
         id: usize,
         wanted: &Wanted<'_>,
         leading: &[u32],
+        coming: &HashMap<u64, u32>,
         now: Duration,
     ) -> Option<(Candidate, Connection)> {
         let state = self.state();
@@ -539,7 +605,7 @@ impl Worker {
             free_pages: ledger.free_pages(state.capacity_pages),
             held_pages: ledger.held_pages(),
             cached_pages: leading.get(connection.slot.index()).copied().unwrap_or(0),
-            coming_pages: 0,
+            coming_pages: coming.get(&self.serial).copied().unwrap_or(0),
             page_tokens: card.page_tokens,
             page_bytes: card.page_bytes,
             speed: ledger.speed(),

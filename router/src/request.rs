@@ -21,7 +21,7 @@ use crate::{
     door::keys::{Key, Keys},
     error::Error,
     fleet::{
-        Fleet, Path,
+        Fleet,
         adapters::Adapter,
         leg::{LegEvent, Sampling, Stop, Token},
     },
@@ -212,8 +212,8 @@ pub(crate) struct Generation {
     router: Arc<Router>,
     work: Work,
     attempt: Option<Attempt>,
-    /// Where it is, as long as that has not proved to work, and when it went there, as long as nothing has come from there.
-    placed: Option<(Path, Option<Instant>)>,
+    /// Where it is, as long as that has not proved to work.
+    placed: Option<begin::Placed>,
     attempts: u32,
     /// Workers that failed it.
     excluded: Vec<String>,

@@ -79,7 +79,10 @@ impl Router {
         self.coming.resize(self.workers.len(), 0);
         if self.policy == Policy::Baton {
             let coming = &mut self.coming;
-            self.siblings.matches(history.hashes(), |worker, pages| coming[worker] = coming[worker].max(pages));
+            self.siblings.matches(history.hashes(), |worker, pages| {
+                let most = &mut coming[worker as usize];
+                *most = pages.max(*most);
+            });
         }
         let candidates: Vec<Candidate> = (0..self.workers.len()).map(|id| self.candidate(id, now)).collect();
         if demand.tokens >= self.max_tokens {
@@ -111,13 +114,13 @@ impl Router {
 
     /// Notes that a prompt will be computed, for those that begin like it.
     pub(crate) fn computing(&mut self, worker: usize, number: Submission, pages: &Arc<[PageHash]>) {
-        self.siblings.add(worker, number, pages);
+        self.siblings.add(worker as u64, number, pages);
     }
 
     /// Notes that a prompt is computed.
     pub(crate) fn computed(&mut self, worker: usize, number: Submission, pages: &[PageHash]) {
         if let Some(first) = pages.first() {
-            self.siblings.remove(worker, number, *first);
+            self.siblings.remove(worker as u64, number, *first);
         }
     }
 

@@ -11,7 +11,7 @@ use std::{
     collections::{HashMap, VecDeque},
     time::Duration,
 };
-use timing::{Fit, Pace, Work};
+use timing::{Fit, Pace};
 
 /// Number of a request of the trace.
 pub(crate) type RequestId = usize;
@@ -27,8 +27,6 @@ pub(crate) struct Worker {
     pub(crate) waiting: VecDeque<(SequenceId, RequestId)>,
     /// Legs that have not ended.
     pub(crate) legs: u32,
-    /// Prompts that wait for pages of a peer.
-    pub(crate) fetching: HashMap<RequestId, Work>,
     /// Number of the last submission that has come.
     pub(crate) received: u64,
     step: Option<Plan>,
@@ -45,7 +43,6 @@ impl Worker {
             requests: HashMap::new(),
             waiting: VecDeque::new(),
             legs: 0,
-            fetching: HashMap::new(),
             received: 0,
             step: None,
             pace,
@@ -96,11 +93,7 @@ impl Worker {
     /// Returns what it tells routers.
     pub(crate) fn report(&self) -> Report {
         let pages = self.scheduler.pool().stats();
-        let mut work = self.scheduler.backlog().prompts;
-        for fetching in self.fetching.values() {
-            work.tokens += fetching.tokens;
-            work.pairs += fetching.pairs;
-        }
+        let work = self.scheduler.backlog().prompts;
         let pace = self.fit.pace();
         Report {
             received: self.received,

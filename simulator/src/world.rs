@@ -14,7 +14,7 @@ use kv_cache::{CacheDelta, PageHash};
 use placement::{Choice, Demand, Fetch, Report};
 use serde::Serialize;
 use std::{cmp::Reverse, collections::BinaryHeap, sync::Arc, time::Duration};
-use timing::{Pace, Profile, Work};
+use timing::{Pace, Profile};
 use workload::{Objectives, Served, Summary, Trace};
 
 /// A cluster and how it is used.
@@ -181,9 +181,8 @@ struct Live {
     /// When its last page was computed.
     computed: Option<Duration>,
     hold: Option<Hold>,
-    prefix: Option<Prefix>,
-    /// Its place in the line of whoever computes the prompt.
-    ticket: Option<SequenceId>,
+    /// Pages for what is fetched, and who waits for them.
+    prefix: Option<(Prefix, SequenceId)>,
     /// Of the submission to whoever computes the prompt.
     number: Submission,
     /// Whether what was cached of its prompt has been counted.
@@ -308,52 +307,9 @@ impl<'a> World<'a> {
         let known = &mut self.workers[worker];
         known.received = known.received.max(number);
         known.legs += 1;
-        if part == Part::Decode {
-            return;
-        }
-        self.live[id].ticket = Some(known.scheduler.ticket(0));
-        if !self.fetch(id, worker) {
+        if part != Part::Decode {
             self.queue(id, worker);
         }
-    }
-
-    /// Begins to fetch what a peer has of the prompt. Says whether there is something to wait for.
-    fn fetch(&mut self, id: RequestId, worker: usize) -> bool {
-        let Live { history: Some(history), choice: Some(Choice { fetch: Some(fetch), .. }), .. } = &self.live[id]
-        else {
-            return false;
-        };
-        let Fetch { holder, pages } = *fetch;
-        // It may have given some up since the router knew of them.
-        let there = self.workers[holder].scheduler.pool().matching(&history.hashes()[..pages as usize]);
-        let known = &mut self.workers[worker];
-        let Some(prefix) = known.scheduler.reserve_prefix(&history.hashes()[..there]) else { return false };
-        if prefix.have() >= there {
-            known.scheduler.give_back(prefix.forgo());
-            return false;
-        }
-        let mut rest = Work::default();
-        let held = there * self.config.page_tokens;
-        rest.chunk(held, history.len() - held);
-        known.fetching.insert(id, rest);
-        let bytes = (there - prefix.have()) as u64 * self.config.page_bytes();
-        self.live[id].prefix = Some(prefix);
-        self.fetched += 1;
-        let come = self.workers[holder].link.send(bytes, self.now + self.config.message);
-        self.at(come + self.config.message, Event::Fetched(id));
-        true
-    }
-
-    fn fetched(&mut self, id: RequestId) {
-        let live = &mut self.live[id];
-        let prefix = live.prefix.take().expect("it was fetched");
-        let (history, choice) = (live.history.as_ref().expect("it lives"), live.choice.expect("it was placed"));
-        let worker = choice.prefill.unwrap_or(choice.decode);
-        let known = &mut self.workers[worker];
-        known.fetching.remove(&id);
-        let pages = prefix.pages().len();
-        known.scheduler.keep_prefix(prefix, &history.hashes()[..pages]);
-        self.queue(id, worker);
     }
 
     /// Puts a prompt into a worker's line.
@@ -361,10 +317,42 @@ impl<'a> World<'a> {
         let until = if worker < self.config.prefill { Until::FirstToken } else { Until::End };
         let history = self.live[id].history.clone().expect("it lives");
         let request = request(history, self.trace.requests[id].output_tokens, until);
-        let ticket = self.live[id].ticket.expect("it was drawn when the prompt came");
         let known = &mut self.workers[worker];
-        let sequence = known.scheduler.submit_as(ticket, request, self.now).expect("its length was checked");
+        let sequence = known.scheduler.submit(request, self.now).expect("its length was checked");
         known.requests.insert(sequence, id);
+        self.fetch(id, worker, sequence);
+        self.kick(worker);
+    }
+
+    /// Begins to fetch what a peer has of the prompt.
+    fn fetch(&mut self, id: RequestId, worker: usize, sequence: SequenceId) {
+        let live = &self.live[id];
+        let (Some(history), Some(fetch)) = (&live.history, live.choice.and_then(|choice| choice.fetch)) else { return };
+        let Fetch { holder, pages } = fetch;
+        let hashes = &history.hashes()[..pages as usize];
+        // It may have given some up since the router knew of them, and then it refuses.
+        if self.workers[holder].scheduler.pool().matching(hashes) < hashes.len() {
+            return;
+        }
+        let known = &mut self.workers[worker];
+        let Some(prefix) = known.scheduler.reserve_prefix(hashes) else { return };
+        known.scheduler.await_prefix(sequence, hashes.len());
+        let bytes = (hashes.len() - prefix.have()) as u64 * self.config.page_bytes();
+        self.live[id].prefix = Some((prefix, sequence));
+        self.fetched += 1;
+        let come = self.workers[holder].link.send(bytes, self.now + self.config.message);
+        self.at(come + self.config.message, Event::Fetched(id));
+    }
+
+    fn fetched(&mut self, id: RequestId) {
+        let live = &mut self.live[id];
+        let (prefix, sequence) = live.prefix.take().expect("it was fetched");
+        let (history, choice) = (live.history.as_ref().expect("it lives"), live.choice.expect("it was placed"));
+        let worker = choice.prefill.unwrap_or(choice.decode);
+        let pages = prefix.pages().len();
+        let known = &mut self.workers[worker];
+        known.scheduler.keep_prefix(prefix, &history.hashes()[..pages]);
+        known.scheduler.settle_prefix(sequence);
         self.kick(worker);
     }
 

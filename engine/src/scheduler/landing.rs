@@ -80,7 +80,7 @@ impl Scheduler {
         if tokens >= self.max_len {
             return Err(NoRoom::Ever);
         }
-        let line = self.waiting.first_key_value().filter(|(head, _)| **head < id);
+        let line = self.head().filter(|(head, _)| **head < id);
         let (line_places, line_pages) = line.map_or((0, 0), |(_, sequence)| (1, sequence.pages_missing()));
         if self.occupied() + line_places >= self.max_sequences {
             return Err(NoRoom::Now);
@@ -131,6 +131,28 @@ impl Scheduler {
         } else {
             self.pool.release(&hold.pages);
         }
+    }
+
+    /// Passes a waiting sequence over, until [`Scheduler::settle_prefix`]: its first `pages` pages are on their way from a peer.
+    pub fn await_prefix(&mut self, id: SequenceId, pages: usize) {
+        let tokens = pages * self.page_tokens;
+        if let Some(sequence) = self.waiting.get_mut(&id) {
+            sequence.awaiting = true;
+            sequence.expect(tokens);
+        }
+    }
+
+    /// The prefix of a waiting sequence has come, or will not come.
+    pub fn settle_prefix(&mut self, id: SequenceId) {
+        let Some(sequence) = self.waiting.get_mut(&id) else { return };
+        sequence.awaiting = false;
+        let here = self.pool.matching(sequence.reusable()) * self.page_tokens;
+        sequence.expect(here);
+    }
+
+    /// Holds the pages of a prefix for somebody who reads them.
+    pub fn lend(&mut self, hashes: &[PageHash]) -> Hold {
+        Hold { pages: self.pool.reuse(hashes) }
     }
 
     /// Takes pages for a prefix that a peer will send: `hashes` names its full pages. `None` where there are too few, which

@@ -129,18 +129,36 @@ pub(super) struct Sequence {
     cached_tokens: usize,
     /// Tokens that it will hardly have to compute, as it looked when it came: cached, or a sibling's before it.
     expected: usize,
+    /// A prefix is on its way to it: until that is settled others pass it.
+    pub(super) awaiting: bool,
 }
 
 impl Sequence {
     /// `expected` is how many tokens of it others hold or will hold when its turn comes.
     pub(super) fn new(request: Request, arrived: Duration, expected: usize) -> Self {
         let (pages, computed, named, cached_tokens) = (Vec::new(), 0, 0, 0);
-        Self { request, pages, computed, named, arrived, started: None, first_token: None, cached_tokens, expected }
+        Self {
+            request,
+            pages,
+            computed,
+            named,
+            arrived,
+            started: None,
+            first_token: None,
+            cached_tokens,
+            expected,
+            awaiting: false,
+        }
     }
 
     /// Returns the tokens known and not yet computed; at least one, always.
     pub(super) fn remaining(&self) -> usize {
         self.request.history.len() - self.computed
+    }
+
+    /// Notes that `tokens` of it need no computing.
+    pub(super) fn expect(&mut self, tokens: usize) {
+        self.expected = tokens;
     }
 
     /// Adds what is probably left to compute of its prompt to `work`.

@@ -259,6 +259,12 @@ impl Session {
         read(&self.lock().ledger, self.epoch.elapsed())
     }
 
+    /// Notes that a peer was told to fetch from the worker, which takes `ms`.
+    pub(super) fn lends(&self, ms: f64) {
+        let now = self.epoch.elapsed();
+        self.lock().ledger.fetch(ms, now);
+    }
+
     /// Says whether the worker takes nothing new.
     pub(super) fn draining(&self) -> bool {
         self.lock().ledger.last_report().is_some_and(|report| report.draining)

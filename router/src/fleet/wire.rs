@@ -65,6 +65,13 @@ pub(super) fn submit(from: Submission) -> proto::Submit {
         priority: from.priority,
         // Zero would mean no deadline at all.
         deadline_ms: u32::try_from(from.deadline.as_millis()).unwrap_or(u32::MAX).max(1),
+        fetch: from.fetch.map(|fetch| proto::Fetch {
+            handoff: fetch.handoff,
+            worker: fetch.worker,
+            incarnation: fetch.incarnation,
+            link: fetch.link,
+            pages: fetch.pages,
+        }),
         leg: Some(leg),
     }
 }

@@ -5,15 +5,26 @@ use crate::{
     attempt::Attempt,
     error::Error,
     fleet::{
-        Path, Wanted,
+        Path, Wanted, Worker,
         leg::{LegRole, Submission},
     },
     prompt::Prompt,
     recovery::Failure,
 };
 use placement::{Demand, NoPath};
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 use tokio::time::{Instant, timeout};
+
+/// Where a choice is.
+#[derive(Debug)]
+pub(super) struct Placed {
+    prefill: Option<Arc<Worker>>,
+    decode: Arc<Worker>,
+    /// Predicted to the first token, where that was measured.
+    ttft_ms: Option<f64>,
+    /// When it went there, as long as nothing has come from there.
+    since: Option<Instant>,
+}
 
 impl Router {
     /// Predicts in how many milliseconds the first token of a prompt would come if it went now; `None` where nobody has measured that.
@@ -37,10 +48,16 @@ impl Generation {
             self.attempts += 1;
             self.last_heard = Instant::now();
             self.note_placed(&path);
-            match self.submit(&path) {
+            let placed = Placed {
+                prefill: path.prefill.as_ref().map(|target| target.worker.clone()),
+                decode: path.decode.worker.clone(),
+                ttft_ms: path.measured.then(|| path.cost.ttft()),
+                since: Some(self.last_heard),
+            };
+            match self.submit(path) {
                 Ok(attempt) => {
                     self.attempt = Some(attempt);
-                    self.placed = Some((path, Some(self.last_heard)));
+                    self.placed = Some(placed);
                     self.set_alarm();
                     return Ok(());
                 }
@@ -101,25 +118,25 @@ impl Generation {
 
     /// Tokens came: the first one proves whoever computed the prompt, the next whoever decodes.
     pub(super) fn note_success(&mut self, now: Instant) {
-        let Some((path, since)) = &mut self.placed else { return };
+        let Some(placed) = &mut self.placed else { return };
         let fleet = &self.router.fleet;
-        if let Some(since) = since.take() {
+        if let Some(since) = placed.since.take() {
             let after = now - since;
-            fleet.succeeded(&path.prefill.as_ref().unwrap_or(&path.decode).worker);
+            fleet.succeeded(placed.prefill.as_ref().unwrap_or(&placed.decode));
             self.router.why.spoke(&self.work.origin.request, self.work.choice, after);
-            if path.measured {
-                self.router.admission.learn(path.cost.ttft(), after);
+            if let Some(ttft_ms) = placed.ttft_ms {
+                self.router.admission.learn(ttft_ms, after);
             }
         }
         if self.attempt.as_ref().is_some_and(Attempt::has_decoded) {
-            if path.prefill.is_some() {
-                fleet.succeeded(&path.decode.worker);
+            if placed.prefill.is_some() {
+                fleet.succeeded(&placed.decode);
             }
             self.placed = None;
         }
     }
 
-    fn submit(&self, path: &Path) -> Result<Attempt, Failure> {
+    fn submit(&self, path: Path) -> Result<Attempt, Failure> {
         let work = &self.work;
         let submission = Submission {
             attempt: 0,
@@ -129,6 +146,7 @@ impl Generation {
             prompt_tokens: self.prompt_tokens(),
             salt: work.prompt.salt.clone(),
             adapter: work.prompt.adapter.clone(),
+            fetch: None,
             sampling: work.sampling.clone(),
             grammar: work.grammar.clone(),
             choice: work.choice,
