@@ -12,7 +12,7 @@ mod prefix_index;
 mod siblings;
 mod weights;
 
-pub use choose::{Candidate, Choice, Decision, Fetch, Kind, NoPath, has_path, place};
+pub use choose::{Candidate, Choice, Decision, Fetch, Kind, NoPath, has_path, place, place_beside};
 pub use cost::{Cost, Demand, Speed, Worker};
 pub use ledger::{Ledger, Report};
 pub use prefix_index::{PrefixIndex, Slot};

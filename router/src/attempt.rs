@@ -186,6 +186,11 @@ impl Attempt {
         self.spoke
     }
 
+    /// Whether one has come from whoever decodes.
+    pub(crate) fn has_decoded(&self) -> bool {
+        self.legs.iter().any(|leg| leg.part != Part::Prefill && leg.spoke)
+    }
+
     /// Returns the prompt tokens taken from a prefix cache, once that is known.
     pub(crate) fn cached_tokens(&self) -> Option<u32> {
         self.cached_tokens

@@ -46,6 +46,8 @@ pub struct Config {
     /// Bytes that remembered tokens and page names of prompts may use. When it is full, what was neither made nor found longest is
     /// forgotten first; forgetting costs time.
     pub text_cache_bytes: usize,
+    /// Bytes that records of where requests went, and why, may use (`/v1/requests/{id}/why`); the oldest are forgotten first. 0 = none are kept.
+    pub why_bytes: usize,
     /// Threads that render templates and tokenise; 0 = half of the cores.
     pub text_threads: usize,
     /// How calls of tools are read from what the model says.
@@ -72,6 +74,7 @@ impl Default for Config {
             limits: Limits::default(),
             prefix_index_bytes: 64 << 20,
             text_cache_bytes: 32 << 20,
+            why_bytes: 4 << 20,
             text_threads: 0,
             tool_call_parser: ToolCallParser::Auto,
             reasoning_parser: ReasoningParser::Auto,
@@ -134,6 +137,12 @@ pub struct Limits {
     pub max_queued: usize,
     /// Longest wait for a turn; then 503.
     pub queue_timeout_ms: u64,
+    /// Milliseconds of prompts that each worker is given ahead; what is more waits at the router. Long enough for a worker to report and
+    /// the router to answer, short enough that order can still be decided.
+    pub worker_backlog_ms: u64,
+    /// Time to the first token that a request wants which does not say so itself (`x-baton-ttft-ms`); what cannot come in time is refused.
+    /// 0 = any time will do.
+    pub ttft_objective_ms: u64,
     /// Longest wait for a path (a prefill and a decode worker) to take a request whose workers died.
     pub recovery_timeout_ms: u64,
     /// Longest wait for all workers to load or unload an adapter: a large one on a slow disk.
@@ -184,6 +193,8 @@ impl Default for Limits {
             max_concurrent: 4_096,
             max_queued: 1_024,
             queue_timeout_ms: 10_000,
+            worker_backlog_ms: 500,
+            ttft_objective_ms: 0,
             recovery_timeout_ms: 5_000,
             adapter_timeout_ms: 60_000,
             first_token_timeout_ms: 120_000,
@@ -224,6 +235,11 @@ impl Limits {
 
     pub(crate) fn queue_timeout(&self) -> Duration {
         Duration::from_millis(self.queue_timeout_ms)
+    }
+
+    /// Time to the first token that is wanted where a request does not say.
+    pub(crate) fn ttft_objective(&self) -> Option<Duration> {
+        (self.ttft_objective_ms > 0).then(|| Duration::from_millis(self.ttft_objective_ms))
     }
 
     pub(crate) fn recovery_timeout(&self) -> Duration {
@@ -284,6 +300,7 @@ impl Config {
             ("limits.first_token_timeout_ms", l.first_token_timeout_ms),
             ("limits.adapter_timeout_ms", l.adapter_timeout_ms),
             ("limits.stall_timeout_ms", l.stall_timeout_ms),
+            ("limits.worker_backlog_ms", l.worker_backlog_ms),
             ("limits.max_attempts", u64::from(l.max_attempts)),
             ("limits.max_choices", u64::from(l.max_choices)),
             ("limits.max_connections", l.max_connections as u64),

@@ -10,22 +10,27 @@ pub(crate) mod session;
 mod wire;
 
 use crate::{
+    breaker::Breaker,
     config::{Config, Limits},
     metrics::Metrics,
 };
+use admission::{Supply, Working};
 use cluster::{Directory, Member, ModelCard, Role, State, View};
 use kv_cache::PageHash;
-use placement::{Candidate, Choice, Cost, Demand, Fetch, Kind, NoPath, Policy, PrefixIndex, Siblings, Slot, Weights};
+use placement::{
+    Candidate, Choice, Cost, Decision, Demand, Fetch, Kind, NoPath, Policy, PrefixIndex, Siblings, Slot, Weights,
+};
 use session::{Asks, Session};
 use std::{
     collections::HashMap,
     ops::Deref,
     sync::{
-        Arc, Mutex, MutexGuard, RwLock,
-        atomic::{AtomicU64, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
+    time::Duration,
 };
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// Tokens in a page, until a worker says otherwise.
@@ -53,6 +58,9 @@ pub(crate) struct Inner {
     next_attempt: AtomicU64,
     /// Grows when a worker comes, goes, drains or changes its adapters.
     version: watch::Sender<u64>,
+    /// Other routers in the directory, whose submissions show only in the workers' reports.
+    peers: AtomicU32,
+    started: Instant,
     metrics: Metrics,
     tasks: TaskTracker,
     shutdown: CancellationToken,
@@ -69,6 +77,7 @@ pub(crate) struct Worker {
     /// Where it is; its link task follows.
     member: watch::Sender<Member>,
     state: Mutex<WorkerState>,
+    breaker: Mutex<Breaker>,
     /// Cancelled when the fleet has forgotten it.
     gone: CancellationToken,
 }
@@ -113,8 +122,26 @@ pub(crate) struct Path {
     /// Who has a part of the prompt that whoever computes it lacks, and how many leading pages that are.
     pub(crate) fetch: Option<(Target, u32)>,
     pub(crate) cost: Cost,
+    /// Whether whoever computes the prompt has measured how fast it is.
+    pub(crate) measured: bool,
+    /// The chosen way and the next best ones, cheapest first.
+    pub(crate) considered: Vec<Considered>,
     /// Lets those that begin alike follow, until the prompt is computed.
     pub(crate) computing: Computing,
+}
+
+/// A way that a request could have gone.
+#[derive(Clone, Debug)]
+pub(crate) struct Considered {
+    pub(crate) prefill: Option<Arc<Worker>>,
+    pub(crate) decode: Arc<Worker>,
+    pub(crate) chosen: bool,
+    /// Tokens of the demand, and those of them that are cached at whoever computes it, or fetched there.
+    pub(crate) tokens: u32,
+    pub(crate) cached_tokens: u32,
+    /// From whom pages would be fetched first.
+    pub(crate) fetched_from: Option<Arc<Worker>>,
+    pub(crate) cost: Cost,
 }
 
 /// A prompt that a worker will compute, for those that begin like it. Dropping it says that it is computed, or will not be.
@@ -144,6 +171,8 @@ pub(crate) struct Wanted<'a> {
     pub(crate) excluded: &'a [String],
     /// Id of the adapter it needs.
     pub(crate) adapter: Option<&'a str>,
+    /// Whether workers that keep failing are better than nobody.
+    pub(crate) desperate: bool,
 }
 
 impl Deref for Fleet {
@@ -175,6 +204,8 @@ impl Fleet {
             siblings: Mutex::default(),
             next_attempt: AtomicU64::new(1),
             version: watch::Sender::new(0),
+            peers: AtomicU32::new(0),
+            started: Instant::now(),
             metrics,
             tasks: TaskTracker::new(),
             shutdown: shutdown.clone(),
@@ -210,6 +241,22 @@ impl Fleet {
 
     /// Chooses who takes a request. `random` breaks ties.
     pub(crate) fn place(&self, wanted: &Wanted<'_>, random: u64) -> Result<Path, NoPath> {
+        loop {
+            let path = self.choose(wanted, random)?;
+            let now = self.now();
+            // Of a worker that kept failing one probe at a time is taken; whose was not is placed again, without it.
+            if path.workers().all(|worker| worker.breaker().begin(now)) || wanted.desperate {
+                if let Some((holder, _)) = &path.fetch {
+                    holder.session.lends(path.cost.fetch);
+                }
+                return Ok(path);
+            }
+        }
+    }
+
+    /// Says who would take a request, and binds nobody.
+    pub(crate) fn choose(&self, wanted: &Wanted<'_>, random: u64) -> Result<Path, NoPath> {
+        let now = self.now();
         let mut leading = Vec::new();
         if !wanted.pages.is_empty() {
             self.index().matches(wanted.pages, &mut leading);
@@ -220,10 +267,14 @@ impl Fleet {
             let most = coming.entry(worker).or_insert(pages);
             *most = pages.max(*most);
         });
-        let seen: Vec<Option<(Candidate, Connection)>> =
-            workers.iter().enumerate().map(|(id, worker)| worker.candidate(id, wanted, &leading, &coming)).collect();
+        let seen: Vec<Option<(Candidate, Connection)>> = workers
+            .iter()
+            .enumerate()
+            .map(|(id, worker)| worker.candidate(id, wanted, &leading, &coming, now))
+            .collect();
         let candidates: Vec<Candidate> = seen.iter().flatten().map(|(candidate, _)| candidate.clone()).collect();
-        let placed = placement::place(&wanted.demand, &candidates, self.policy, &self.weights, random)?;
+        let peers = self.peers.load(Ordering::Relaxed);
+        let placed = placement::place_beside(peers, &wanted.demand, &candidates, self.policy, &self.weights, random)?;
         let Choice { prefill, decode, fetch } = placed.decision.choice;
         let target = |id: usize, computes: bool| {
             let (candidate, connection) = seen[id].as_ref().expect("placement chose a candidate");
@@ -231,27 +282,74 @@ impl Fleet {
             let pages = candidate.cost.missing_pages(&wanted.demand);
             workers[id].target(connection, Asks { compute_ms, pages })
         };
-        let fetch = fetch.map(|Fetch { holder, pages }| {
-            let target = target(holder, false);
-            target.session.lends(placed.decision.cost.fetch);
-            (target, pages)
-        });
+        let known = |id: usize| &seen[id].as_ref().expect("placement weighs candidates").0.cost;
+        let way = |other: &Decision| {
+            let Choice { prefill, decode, fetch } = other.choice;
+            let cached = known(prefill.unwrap_or(decode));
+            let pages = fetch.map_or(cached.cached_pages, |fetch| fetch.pages);
+            Considered {
+                prefill: prefill.map(|id| workers[id].clone()),
+                decode: workers[decode].clone(),
+                chosen: other.choice == placed.decision.choice,
+                tokens: wanted.demand.tokens,
+                cached_tokens: pages.saturating_mul(cached.page_tokens).min(wanted.demand.tokens),
+                fetched_from: fetch.map(|fetch| workers[fetch.holder].clone()),
+                cost: other.cost,
+            }
+        };
+        let mut considered: Vec<Considered> =
+            std::iter::once(&placed.decision).chain(&placed.runners_up).map(way).collect();
+        considered.sort_by(|a, b| a.cost.total().total_cmp(&b.cost.total()));
+        let measured = known(prefill.unwrap_or(decode)).speed.pace.is_some();
+        let fetch = fetch.map(|Fetch { holder, pages }| (target(holder, false), pages));
         let computing = self.computing(&workers[prefill.unwrap_or(decode)], wanted);
         // A decode worker that is handed the prompt's pages does not compute them.
         let decode = target(decode, prefill.is_none());
-        Ok(Path { prefill: prefill.map(|id| target(id, true)), decode, fetch, cost: placed.decision.cost, computing })
+        let prefill = prefill.map(|id| target(id, true));
+        Ok(Path { prefill, decode, fetch, cost: placed.decision.cost, measured, considered, computing })
+    }
+
+    /// Returns what the workers can be sent before all of them have enough to do.
+    pub(crate) fn supply(&self) -> Supply {
+        let now = self.now();
+        let workers = self.workers();
+        let working: Vec<Working> = workers.iter().filter_map(|worker| worker.working(now, &self.weights)).collect();
+        admission::supply(&working, self.policy, self.limits.worker_backlog_ms as f64)
+    }
+
+    /// A leg on this worker spoke.
+    pub(crate) fn succeeded(&self, worker: &Worker) {
+        let closed = worker.breaker().succeeded(self.now());
+        if closed {
+            tracing::info!(worker = %worker.id, "worker answers again: its circuit breaker closes");
+            self.metrics.breaker(&worker.id, false);
+        }
+    }
+
+    /// A leg failed for which the worker with this id is to blame.
+    pub(crate) fn failed(&self, id: &str, why: &str) {
+        let workers = self.workers();
+        let Some(worker) = workers.iter().find(|worker| worker.id == id) else { return };
+        let opened = worker.breaker().failed(self.now());
+        if let Some(pause) = opened {
+            tracing::warn!(worker = %id, ?pause, why, "worker keeps failing: its circuit breaker opens");
+            self.metrics.breaker(id, true);
+        }
+    }
+
+    /// Time since the fleet was started.
+    fn now(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// Whether a request, for the adapter with this id if there is one, could be placed now.
     pub(crate) fn has_path(&self, adapter: Option<&str>) -> bool {
         let demand = Demand { tokens: 1, max_output: 1 };
-        let wanted = Wanted { demand, pages: &[], excluded: &[], adapter };
-        let candidates: Vec<Candidate> = self
-            .workers()
-            .iter()
-            .enumerate()
-            .filter_map(|(id, w)| Some(w.candidate(id, &wanted, &[], &HashMap::new())?.0))
-            .collect();
+        let wanted = Wanted { demand, pages: &[], excluded: &[], adapter, desperate: true };
+        let (workers, now, nothing) = (self.workers(), self.now(), HashMap::new());
+        let candidate =
+            |(id, worker): (usize, &Arc<Worker>)| Some(worker.candidate(id, &wanted, &[], &nothing, now)?.0);
+        let candidates: Vec<Candidate> = workers.iter().enumerate().filter_map(candidate).collect();
         placement::has_path(&candidates, self.policy)
     }
 
@@ -334,6 +432,8 @@ impl Fleet {
     /// Makes the workers those of the view. One that is no longer listed stays while its stream lives.
     fn reconcile(&self, view: &View) {
         let known = self.workers();
+        let others = view.members.values().filter(|member| member.role == Role::Router && member.id != self.router);
+        self.peers.store(others.count() as u32, Ordering::Relaxed);
         for member in view.members.values() {
             let Some((kind, card)) = self.serves_us(member) else { continue };
             let fingerprint = self.fingerprint(&card.fingerprint);
@@ -396,6 +496,13 @@ impl Fleet {
     }
 }
 
+impl Path {
+    /// Returns those who take part.
+    fn workers(&self) -> impl Iterator<Item = &Arc<Worker>> {
+        self.prefill.iter().chain([&self.decode]).map(|target| &target.worker)
+    }
+}
+
 impl Worker {
     fn new(
         member: &Member,
@@ -413,8 +520,15 @@ impl Worker {
             draining: member.state == State::Draining,
             attached: None,
         };
-        let id = member.id.clone();
-        Self { id, serial, kind, member: watch::Sender::new(member.clone()), state: Mutex::new(state), gone }
+        Self {
+            id: member.id.clone(),
+            serial,
+            kind,
+            member: watch::Sender::new(member.clone()),
+            state: Mutex::new(state),
+            breaker: Mutex::default(),
+            gone,
+        }
     }
 
     fn update(&self, member: &Member, card: &ModelCard, fingerprint: usize) {
@@ -451,6 +565,27 @@ impl Worker {
         self.state.lock().expect("no code panics while it holds a worker's state")
     }
 
+    fn breaker(&self) -> MutexGuard<'_, Breaker> {
+        // It is whole between any two of its calls.
+        self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The worker as admission sees it, if it takes requests.
+    fn working(&self, now: Duration, weights: &Weights) -> Option<Working> {
+        let state = self.state();
+        let session = &state.attached.as_ref()?.session;
+        if state.draining || session.draining() || !self.breaker().allows(now) {
+            return None;
+        }
+        Some(session.ledger(|ledger, at| Working {
+            kind: self.kind,
+            sequences: ledger.sequences(),
+            backlog_ms: ledger.backlog_ms(at),
+            free_tokens: u64::from(ledger.free_pages(state.capacity_pages)) * u64::from(state.card.page_tokens),
+            tokens_per_s: 1e6 / ledger.speed().pace.unwrap_or(weights.prior).token_us.max(1e-3),
+        }))
+    }
+
     /// The worker as placement sees it, if it is attached. `leading` is indexed by slot.
     fn candidate(
         &self,
@@ -458,6 +593,7 @@ impl Worker {
         wanted: &Wanted<'_>,
         leading: &[u32],
         coming: &HashMap<u64, u32>,
+        now: Duration,
     ) -> Option<(Candidate, Connection)> {
         let state = self.state();
         let connection = state.attached.clone()?;
@@ -479,7 +615,7 @@ impl Worker {
             kind: self.kind,
             fingerprint: state.fingerprint,
             draining: state.draining || connection.session.draining(),
-            excluded: wanted.excluded.contains(&self.id),
+            excluded: wanted.excluded.contains(&self.id) || !(wanted.desperate || self.breaker().allows(now)),
             lacks_adapter: wanted.adapter.is_some_and(|id| !connection.session.has_adapter(id)),
             max_tokens: card.max_model_len,
             cost,

@@ -8,18 +8,21 @@
 //! | `http`, `openai/` | routes, the API's shapes, server-sent events |
 //! | `messages/`, `responses/` | the other two ways to ask for a chat completion |
 //! | `server/`, `door/` | connections and TLS; ids, keys, limits of what comes in |
-//! | `admission` | how much is taken on |
+//! | `admission` | waiting for a turn |
 //! | `dialect/` | what is reasoning, text and calls of tools in what a model says |
 //! | `text/` | templates, tokens, incremental text, stop strings |
 //! | `page_names`, `recent` | names of a prompt's pages; what was worked out lately |
 //! | `prompt`, `request`, `attempt`, `recovery` | what is asked; one request's life; one try at it; what to do when a try fails |
 //! | `fleet/` | the workers: one stream each, their load, the only place with wire types |
+//! | `breaker` | which workers are shunned because they keep failing |
+//! | `why/` | what became of the last requests, for those who ask |
 //!
-//! Who takes a request is decided in the crate `placement`.
+//! Who takes a request is decided in the crate `placement`, who goes next in the crate `admission`.
 #![forbid(unsafe_code)]
 
 mod admission;
 mod attempt;
+mod breaker;
 mod config;
 mod dialect;
 mod door;
@@ -41,6 +44,7 @@ mod request;
 mod responses;
 mod server;
 mod text;
+mod why;
 
 pub use config::{Config, Limits, ReasoningParser, ToolCallParser};
 pub use placement::{Policy, Weights};
@@ -48,7 +52,7 @@ pub use server::TlsFiles;
 
 use crate::{
     admission::Admission, dialect::Dialect, door::keys::Keys, fleet::Fleet, metrics::Metrics, page_names::PageNames,
-    request::Router, server::Tls,
+    request::Router, server::Tls, why::Why,
 };
 use anyhow::Context;
 use cluster::{Capacity, Directory, LoadSummary, Member, Registration, Role, State};
@@ -90,6 +94,9 @@ pub async fn run(
     let fleet = Fleet::start(&config, &me.id, &*directory, metrics.clone(), stop_fleet.clone());
     let dialect = Dialect::choose(config.tool_call_parser, config.reasoning_parser, &model);
     tracing::info!(tools = ?dialect.tools, thoughts = ?dialect.thoughts, "the model's dialect");
+    let supply = fleet.clone();
+    let admission = Admission::new(&config.limits, move || supply.supply(), metrics.clone());
+    let _admission = AbortOnDropHandle::new(tokio::spawn(admission.clone().follow()));
     let router = Arc::new(Router {
         model: Arc::new(model),
         dialect,
@@ -97,7 +104,8 @@ pub async fn run(
         keys,
         page_names: PageNames::new(config.text_cache_bytes / 4),
         fleet: fleet.clone(),
-        admission: Admission::new(&config.limits, metrics.clone()),
+        admission: admission.clone(),
+        why: Why::new(config.why_bytes),
         responses: Store::new(&config.limits),
         metrics,
         created: me.incarnation / 1_000_000,

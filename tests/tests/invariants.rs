@@ -117,7 +117,7 @@ fn kv_cache_is_pure() {
 #[test]
 fn placement_decides_and_does_nothing_else() {
     let workspace = Workspace::read();
-    for name in ["placement", "timing"] {
+    for name in ["placement", "admission", "timing"] {
         check_absent(&workspace, name, &["tokio*", "tonic*", "engine", "kv-transfer", "cluster", "rand"]);
     }
 }

@@ -212,6 +212,10 @@ impl<'a> Attached<'a> {
 impl Drop for Attached<'_> {
     fn drop(&mut self) {
         self.worker.detached();
+        // All its legs together are one failure; those of a router that stops are none.
+        if self.session.is_busy() && !self.fleet.shutdown.is_cancelled() {
+            self.fleet.failed(&self.worker.id, &self.reason);
+        }
         self.session.close(&self.reason);
         self.fleet.index().retire(self.pages.slot);
         self.fleet.changed();

@@ -235,6 +235,11 @@ impl Session {
         }
     }
 
+    /// Whether legs are under way.
+    pub(super) fn is_busy(&self) -> bool {
+        !self.lock().legs.is_empty()
+    }
+
     /// Ends the session; every leg hears why.
     pub(super) fn close(&self, reason: &str) {
         let mut inner = self.lock();

@@ -9,4 +9,6 @@ mod mock;
 mod rows;
 mod support;
 mod tools;
+mod turns;
+mod two_routers;
 mod workers;
