@@ -58,9 +58,9 @@ impl Ledger {
         self.sent.retain(|sent| sent.number != number);
     }
 
-    /// Notes that a peer was told to fetch from it, which takes `ms`.
+    /// Notes that a peer was told to fetch from it, which takes `ms`, those before it included.
     pub fn fetch(&mut self, ms: f64, now: Duration) {
-        self.sending_until = self.sending_until.max(now) + Duration::from_secs_f64(ms * 1e-3);
+        self.sending_until = self.sending_until.max(now + Duration::from_secs_f64(ms * 1e-3));
     }
 
     /// Milliseconds before it could begin to send something else.
@@ -156,7 +156,8 @@ mod tests {
     fn fetches_stand_in_line_for_the_link() {
         let mut ledger = Ledger::default();
         ledger.fetch(30.0, AT);
-        ledger.fetch(20.0, AT);
+        ledger.fetch(ledger.sending_ms(AT) + 20.0, AT);
+        ledger.fetch(5.0, AT);
         assert_eq!(ledger.sending_ms(AT + Duration::from_millis(10)), 40.0);
         assert_eq!(ledger.sending_ms(AT + Duration::from_secs(9)), 0.0);
     }

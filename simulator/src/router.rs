@@ -127,7 +127,8 @@ impl Router {
     /// Notes that a peer fetches `pages` pages from `holder`.
     pub(crate) fn fetching(&mut self, holder: usize, pages: u32, now: Duration) {
         let ms = 1e3 * (u64::from(pages) * self.page_bytes) as f64 / self.link_bytes_per_s;
-        self.workers[holder].ledger.fetch(ms, now);
+        let ledger = &mut self.workers[holder].ledger;
+        ledger.fetch(ledger.sending_ms(now) + ms, now);
     }
 
     /// Leading pages of the request last placed that the index knows at a worker.

@@ -171,8 +171,23 @@ fn candle_is_a_reference_for_the_engines_tests_only() {
 #[test]
 fn the_default_build_needs_a_c_compiler_only() {
     let workspace = Workspace::read();
-    let system = ["cudarc", "cuda*", "ucx*", "openssl*", "native-tls", "onig*", "libz-sys", "protobuf-src", "bindgen"];
+    let system = [
+        "cudarc",
+        "cuda*",
+        "ucx1*",
+        "async-ucx",
+        "openssl*",
+        "native-tls",
+        "onig*",
+        "libz-sys",
+        "protobuf-src",
+        "bindgen",
+    ];
     check_absent(&workspace, "baton", &system);
+    // Ours, and not the one that links UCX: the library is opened at run time, if it is there.
+    let ucx = workspace.package("ucx-sys");
+    let builds = ucx.targets.iter().any(|target| target.is_custom_build());
+    assert!(ucx.source.is_none() && ucx.links.is_none() && !builds, "ucx-sys must build without UCX");
     // `links` names a native library. Who is listed here only uses the key to exist once in a build, and ring (of rustls) brings
     // its own C and assembly, for which the C compiler is enough.
     let below = workspace.below("baton");
