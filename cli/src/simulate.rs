@@ -1,7 +1,7 @@
 //! `baton simulate`: a trace on an imagined cluster, in virtual time.
 
 use crate::settings::Simulate as Settings;
-use anyhow::{Context, bail};
+use anyhow::bail;
 use simulator::{Config, Outcome, Policy};
 use std::{
     sync::Mutex,
@@ -34,7 +34,7 @@ pub(crate) fn run(settings: &Settings) -> anyhow::Result<()> {
     if (profile.kv_tokens as usize) < settings.page_tokens {
         bail!("the profile's kv_tokens {} are less than a page of {} tokens", profile.kv_tokens, settings.page_tokens);
     }
-    let mut trace = Trace::read(&settings.trace, settings.format).context("read the trace")?.faster(settings.rate);
+    let mut trace = Trace::read(&settings.trace, settings.format)?.faster(settings.rate);
     if let Some(first) = settings.first {
         trace = trace.first(first);
     }

@@ -41,7 +41,7 @@ pub struct Profile {
 #[derive(Debug, thiserror::Error)]
 pub enum ProfileError {
     /// The file cannot be read.
-    #[error("profile {}: {source}", file.display())]
+    #[error("read profile {}", file.display())]
     Read {
         /// The file.
         file: PathBuf,
@@ -126,6 +126,7 @@ mod tests {
         assert_eq!(refused("kv_tokens = 1000", "kv_tokens = 0"), "kv_tokens is 0; it must be above 0");
         assert!(refused("step_us = 1", "step = 1").contains("step"));
         let error = Profile::read(Path::new("/nowhere/p.toml")).unwrap_err();
-        assert!(error.to_string().starts_with("profile /nowhere/p.toml: "), "{error}");
+        assert_eq!(error.to_string(), "read profile /nowhere/p.toml");
+        assert!(std::error::Error::source(&error).is_some(), "why it cannot be read is the error's source");
     }
 }

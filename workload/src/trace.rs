@@ -213,7 +213,7 @@ impl FromStr for Format {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file cannot be read, or is no text.
-    #[error("read {}: {source}", path.display())]
+    #[error("read {}", path.display())]
     Unreadable { path: PathBuf, source: std::io::Error },
     /// It does not say what its format wants.
     #[error("{file}:{line}: {problem}")]

@@ -33,29 +33,15 @@ pub(super) fn html(report: &Report) -> String {
 }
 
 fn write_page(report: &Report, out: &mut String) -> std::fmt::Result {
-    let (about, summary) = (&report.about, &report.summary);
+    let about = &report.about;
     let title = format!("{} at {}", escape(&about.model), escape(&about.endpoint));
     write!(
         out,
         "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>{title}</title><style>{STYLE}</style>"
     )?;
     write!(out, "<h1>{title}</h1><p>{}; {}.</p>", escape(&about.load), escape(&about.prompts))?;
-    write!(
-        out,
-        "<p><b>{}</b> served, <b>{}</b> failed in {:.1} s: <b>{:.2}</b> requests/s, <b>{:.1}</b> tokens/s.</p>",
-        summary.requests - summary.failed,
-        summary.failed,
-        summary.span.as_secs_f64(),
-        summary.throughput,
-        summary.output_tokens_per_s
-    )?;
-    if let Some(objectives) = report.objectives() {
-        let share = 100.0 * summary.good as f64 / summary.requests.max(1) as f64;
-        let goodput = summary.goodput;
-        write!(out, "<p><b>{share:.1} %</b> with {objectives}: goodput <b>{goodput:.2}</b> requests/s.</p>")?;
-    }
-    if report.unfinished > 0 {
-        write!(out, "<p>Interrupted: {} requests were not sent or not waited for.</p>", report.unfinished)?;
+    for line in report.lines() {
+        write!(out, "<p>{line}</p>")?;
     }
     write!(out, "<table><tr><th>ms<th>mean<th>p50<th>p90<th>p99<th>max</tr>")?;
     for (name, of) in report.latencies().into_iter().chain([("sent late", &report.lateness_ms)]) {

@@ -140,24 +140,30 @@ impl Report {
         out
     }
 
-    fn write_table(&self, out: &mut String) -> std::fmt::Result {
+    /// The run in a sentence, the objectives if there are any, and whether it was interrupted.
+    pub(super) fn lines(&self) -> Vec<String> {
         let summary = &self.summary;
-        writeln!(
-            out,
+        let mut lines = vec![format!(
             "{} served, {} failed in {:.1} s: {:.2} requests/s, {:.1} tokens/s",
             summary.requests - summary.failed,
             summary.failed,
             summary.span.as_secs_f64(),
             summary.throughput,
             summary.output_tokens_per_s
-        )?;
+        )];
         if let Some(objectives) = self.objectives() {
             let share = 100.0 * summary.good as f64 / summary.requests.max(1) as f64;
-            let goodput = summary.goodput;
-            writeln!(out, "{share:.1} % with {objectives}: goodput {goodput:.2} requests/s")?;
+            lines.push(format!("{share:.1} % with {objectives}: goodput {:.2} requests/s", summary.goodput));
         }
         if self.unfinished > 0 {
-            writeln!(out, "interrupted: {} requests were not sent or not waited for", self.unfinished)?;
+            lines.push(format!("interrupted: {} requests were not sent or not waited for", self.unfinished));
+        }
+        lines
+    }
+
+    fn write_table(&self, out: &mut String) -> std::fmt::Result {
+        for line in self.lines() {
+            writeln!(out, "{line}")?;
         }
         writeln!(out, "\n{:<10} {:>9} {:>9} {:>9} {:>9} {:>9}", "ms", "mean", "p50", "p90", "p99", "max")?;
         for (name, of) in self.latencies().into_iter().chain([("sent late", &self.lateness_ms)]) {
