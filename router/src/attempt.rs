@@ -51,11 +51,13 @@ struct Leg {
 }
 
 /// How a sequence came to its natural end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Ending {
     /// This token ended it.
     Stop(u32),
     Length,
+    /// With the vector that was asked for in place of tokens.
+    Embedded(Vec<f32>),
 }
 
 /// What an attempt has to say next.
@@ -67,7 +69,7 @@ pub(crate) enum News {
 }
 
 impl Attempt {
-    /// Submits all legs at once. `submission` is the same for each but for its number and role; the first token wanted is `next`.
+    /// Submits all legs at once. `submission` is the same for each but for its number and, where tokens are to be drawn, its role; the first token wanted is `next`.
     pub(crate) fn start(
         fleet: &Fleet,
         path: &Path,
@@ -80,6 +82,10 @@ impl Attempt {
         let (sender, events) = mpsc::channel(buffer + 2);
         let decode = &path.decode;
         let parts: Vec<(Part, &Target, LegRole)> = match &path.prefill {
+            // Nobody decodes: whoever would compute the prompt does, and that is all.
+            prefill if let LegRole::Embed(_) = submission.role => {
+                vec![(Part::Local, prefill.as_ref().unwrap_or(decode), submission.role.clone())]
+            }
             None => vec![(Part::Local, decode, LegRole::Local)],
             Some(prefill) => vec![
                 (
@@ -151,7 +157,11 @@ impl Attempt {
             return Some(News::Token(token));
         }
         // Without a token of its own an attempt only finds that the last one before it was the last.
-        if let Some(ending) = self.ended.filter(|_| (self.spoke || self.next > 0) && self.early.is_empty()) {
+        let told = |ending: &mut Ending| {
+            let whole = self.spoke || self.next > 0 || matches!(ending, Ending::Embedded(_));
+            whole && self.early.is_empty()
+        };
+        if let Some(ending) = self.ended.take_if(told) {
             return Some(News::Ended(ending));
         }
         self.failure.take().map(News::Failed)
@@ -217,6 +227,7 @@ impl Attempt {
         let (kind, message) = match ended.end {
             End::Stop(token) => return self.ended = Some(Ending::Stop(token)),
             End::Length => return self.ended = Some(Ending::Length),
+            End::Embedded(vector) => return self.ended = Some(Ending::Embedded(vector)),
             End::HandedOff => return,
             End::Lost(message) => (FailureKind::Lost, message),
             End::Failed(message) => (FailureKind::Failed, message),

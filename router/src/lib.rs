@@ -44,12 +44,18 @@ mod responses;
 mod server;
 mod text;
 
-pub use config::{Config, Limits, Policy, ReasoningParser, ToolCallParser, Weights};
+pub use config::{Config, EmbeddingPooling, Limits, Policy, ReasoningParser, ToolCallParser, Weights};
 pub use server::TlsFiles;
 
 use crate::{
-    admission::Admission, dialect::Dialect, door::keys::Keys, fleet::Fleet, metrics::Metrics, page_names::PageNames,
-    request::Router, server::Tls,
+    admission::Admission,
+    dialect::Dialect,
+    door::keys::Keys,
+    fleet::{Fleet, leg::Pooling},
+    metrics::Metrics,
+    page_names::PageNames,
+    request::Router,
+    server::Tls,
 };
 use anyhow::Context;
 use cluster::{Capacity, Directory, LoadSummary, Member, Registration, Role, State};
@@ -91,9 +97,16 @@ pub async fn run(
     let fleet = Fleet::start(&config, &me.id, &*directory, metrics.clone(), stop_fleet.clone());
     let dialect = Dialect::choose(config.tool_call_parser, config.reasoning_parser, &model);
     tracing::info!(tools = ?dialect.tools, thoughts = ?dialect.thoughts, "the model's dialect");
+    let pooling = match config.embedding_pooling {
+        EmbeddingPooling::Auto => model.embedding.pooling,
+        EmbeddingPooling::None => None,
+        EmbeddingPooling::Last => Some(Pooling::Last),
+        EmbeddingPooling::Mean => Some(Pooling::Mean),
+    };
     let router = Arc::new(Router {
         model: Arc::new(model),
         dialect,
+        pooling,
         text: TextPool::new(config.text_threads),
         keys,
         page_names: PageNames::new(config.text_cache_bytes / 4),

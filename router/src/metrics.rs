@@ -17,6 +17,7 @@ use vllm::Vllm;
 pub(crate) enum Endpoint {
     Chat,
     Completions,
+    Embeddings,
     Messages,
     Responses,
 }
@@ -36,7 +37,7 @@ pub(crate) enum Outcome {
     Failed,
 }
 
-const ENDPOINTS: [&str; 4] = ["chat_completions", "completions", "messages", "responses"];
+const ENDPOINTS: [&str; 5] = ["chat_completions", "completions", "embeddings", "messages", "responses"];
 const OUTCOMES: [&str; 5] = ["ok", "invalid", "rejected", "cancelled", "failed"];
 
 /// Why a leg was placed again.
@@ -59,8 +60,8 @@ pub(crate) struct Metrics {
 struct Handles {
     ttft: Histogram,
     itl: Histogram,
-    duration: [Histogram; 4],
-    requests: [[Counter; 5]; 4],
+    duration: [Histogram; 5],
+    requests: [[Counter; 5]; 5],
     in_flight: Gauge,
     /// The same number, to be read.
     open: AtomicUsize,

@@ -7,6 +7,7 @@ pub(crate) mod adapters;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod constraint;
+pub(crate) mod embeddings;
 pub(crate) mod error;
 pub(crate) mod fields;
 mod hearing;
@@ -114,6 +115,15 @@ impl Usage {
         }
     }
 
+    /// Adds what another prompt took.
+    fn and(self, other: &Self) -> Self {
+        Self::new(
+            self.prompt_tokens + other.prompt_tokens,
+            self.cached_tokens() + other.cached_tokens(),
+            self.completion_tokens + other.completion_tokens,
+        )
+    }
+
     fn reasoning(self, tokens: Option<u32>) -> Self {
         let details = tokens.map(|reasoning_tokens| CompletionTokensDetails { reasoning_tokens });
         Self { completion_tokens_details: details, ..self }
@@ -204,6 +214,7 @@ impl Accepted {
                 report_ids: self.params.token_ids || reading.is_some_and(|reading| reading.thoughts.is_some()),
                 prompt_logprobs: self.params.reported_prompt(),
                 priority: self.params.priority,
+                pooling: None,
             })
         });
         work.map(|work| Generation::new(self.router.clone(), work)).collect()

@@ -22,7 +22,7 @@ use crate::{
     fleet::{
         Fleet, Path, Wanted,
         adapters::Adapter,
-        leg::{LegEvent, LegRole, Sampling, Stop, Submission, Token},
+        leg::{LegEvent, LegRole, Pooling, Sampling, Stop, Submission, Token},
     },
     metrics::{Metrics, Told},
     page_names::PageNames,
@@ -56,6 +56,8 @@ pub(crate) struct Router {
     pub(crate) model: Arc<TextModel>,
     /// How the model writes reasoning and calls of tools.
     pub(crate) dialect: Dialect,
+    /// How hidden states make an embedding; `None` = embeddings are refused.
+    pub(crate) pooling: Option<Pooling>,
     pub(crate) text: TextPool,
     /// Who may ask; `None` = everybody.
     pub(crate) keys: Option<Arc<Keys>>,
@@ -108,6 +110,8 @@ pub(crate) struct Work {
     pub(crate) prompt_logprobs: Option<u32>,
     /// Lower runs first.
     pub(crate) priority: i32,
+    /// Asks for the prompt's embedding, and for no token.
+    pub(crate) pooling: Option<Pooling>,
 }
 
 /// What became known since the last step.
@@ -120,6 +124,8 @@ pub(crate) struct Step {
     pub(crate) ids: Vec<TokenId>,
     /// The prompt's tokens but for the first, where log-probabilities of them were asked for: with the first step.
     pub(crate) prompt: Option<Vec<Token>>,
+    /// The prompt's embedding, where that was asked for: with the end.
+    pub(crate) embedding: Vec<f32>,
     /// What it says, taken apart, where the endpoint speaks of messages: `text` has moved there.
     pub(crate) events: Vec<Event>,
     pub(crate) finish: Option<Finish>,
@@ -136,7 +142,7 @@ impl Step {
 /// Why a choice ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Finish {
-    /// The model ended it.
+    /// The model ended it, or there was nothing to generate.
     EndOfSequence,
     /// One of the request's `stop_token_ids`.
     StopToken(TokenId),
@@ -348,8 +354,9 @@ impl Generation {
     fn try_place(&self, excluded: &[String]) -> Result<Path, NoPath> {
         let known = self.work.prompt.tokens.len() + self.output.len();
         let demand = Demand { tokens: known as u32, max_output: self.work.stop.max_tokens - self.output_tokens() };
-        // A prompt that is reported is computed whole, whatever is cached of it.
-        let pages = if self.wanted_prompt().is_some() { &[][..] } else { &self.work.prompt.pages };
+        // What all of a prompt is needed for is computed whole, whatever is cached of it.
+        let whole = self.wanted_prompt().is_some() || self.work.pooling == Some(Pooling::Mean);
+        let pages = if whole { &[][..] } else { &self.work.prompt.pages };
         let wanted = Wanted { demand, pages, excluded, adapter: self.adapter_id() };
         self.router.fleet.place(&wanted, rand::random())
     }
@@ -380,7 +387,7 @@ impl Generation {
             prompt_logprobs: self.wanted_prompt(),
             priority: work.priority,
             deadline: self.ends_at().saturating_duration_since(Instant::now()),
-            role: LegRole::Local,
+            role: work.pooling.map_or(LegRole::Local, LegRole::Embed),
         };
         let buffer = self.router.config.limits.stream_buffer_tokens;
         Attempt::start(&self.router.fleet, path, &submission, self.output_tokens(), rand::random(), buffer)
@@ -475,6 +482,12 @@ impl Generation {
 
     fn end(&mut self, ending: Ending, step: &mut Step) {
         let finish = match ending {
+            Ending::Embedded(vector) => {
+                step.embedding = vector;
+                step.finish = Some(Finish::EndOfSequence);
+                self.last_heard = Instant::now();
+                return;
+            }
             Ending::Length => Finish::Length,
             Ending::Stop(token) if self.work.stop.token_ids.contains(&token) => Finish::StopToken(token),
             Ending::Stop(_) => Finish::EndOfSequence,

@@ -46,7 +46,7 @@ impl CompletionRequest {
         fields.refuse(&["suffix"])?;
         best_of(&mut fields, params.n)?;
         let special = fields.bool("add_special_tokens")?.unwrap_or(true);
-        let prompts = prompts(&mut fields, special, router.model.vocab_size)?;
+        let prompts = prompts(&mut fields, ("prompt", MAX_PROMPTS), special, router.model.vocab_size)?;
         let choices = prompts.len() * params.n as usize;
         if choices > limits.max_choices as usize {
             let problem = format!(
@@ -71,28 +71,30 @@ fn best_of(fields: &mut Fields, n: u32) -> Result<(), Error> {
     }
 }
 
-/// A prompt is a text or a list of token ids, or a list of either.
-fn prompts(fields: &mut Fields, special: bool, vocab_size: u32) -> Result<Vec<PromptSource>, Error> {
-    let value = fields.take("prompt").ok_or_else(|| Error::invalid("prompt", "is required"))?;
+/// A prompt is a text or a list of token ids, or a list of at most `most` of either. `name` is its field.
+pub(super) fn prompts(
+    fields: &mut Fields,
+    (name, most): (&str, usize),
+    special: bool,
+    vocab_size: u32,
+) -> Result<Vec<PromptSource>, Error> {
+    let value = fields.take(name).ok_or_else(|| Error::invalid(name, "is required"))?;
     let list = match value {
         Value::String(text) => return Ok(vec![PromptSource::Text { text, special }]),
-        Value::Array(list) if list.is_empty() => return Err(Error::invalid("prompt", "must not be an empty list")),
+        Value::Array(list) if list.is_empty() => return Err(Error::invalid(name, "must not be an empty list")),
         Value::Array(list) => list,
-        other => return Err(wrong("prompt", "a string, a list of strings, or token ids", &other)),
+        other => return Err(wrong(name, "a string, a list of strings, or token ids", &other)),
     };
     if list[0].is_number() {
-        return Ok(vec![PromptSource::Tokens(token_ids("prompt", &list, vocab_size)?)]);
+        return Ok(vec![PromptSource::Tokens(token_ids(name, &list, vocab_size)?)]);
     }
-    if list.len() > MAX_PROMPTS {
-        return Err(Error::invalid(
-            "prompt",
-            format_args!("holds {} prompts, at most {MAX_PROMPTS} are allowed", list.len()),
-        ));
+    if list.len() > most {
+        return Err(Error::invalid(name, format_args!("holds {} prompts, at most {most} are allowed", list.len())));
     }
     let one = |(i, value): (usize, Value)| match value {
         Value::String(text) => Ok(PromptSource::Text { text, special }),
-        Value::Array(ids) => Ok(PromptSource::Tokens(token_ids(&format!("prompt[{i}]"), &ids, vocab_size)?)),
-        other => Err(wrong(&format!("prompt[{i}]"), "a string or a list of token ids", &other)),
+        Value::Array(ids) => Ok(PromptSource::Tokens(token_ids(&format!("{name}[{i}]"), &ids, vocab_size)?)),
+        other => Err(wrong(&format!("{name}[{i}]"), "a string or a list of token ids", &other)),
     };
     list.into_iter().enumerate().map(one).collect()
 }

@@ -282,10 +282,19 @@ impl MockWorker {
                 let reason = if rest.len() == 1 { reason } else { Reason::HandedOff };
                 self.emit(submit, base, &rest[..1], Some(ended(reason, last)));
             }
+            Leg::Embed(_) => {
+                let ended = Ended { embedding: embedding(submit), ..ended(Reason::Embedded, 0) };
+                self.emit(submit, 0, &[], Some(ended));
+            }
             Leg::Decode(_) if rest.len() > 1 => self.emit(submit, base + 1, &rest[1..], Some(ended(reason, last))),
             Leg::Decode(_) => {}
         }
     }
+}
+
+/// What a mock makes of a prompt: a vector that tells it from others.
+pub(crate) fn embedding(submit: &Submit) -> Vec<f32> {
+    submit.tokens.iter().map(|token| *token as f32 + 0.1).collect()
 }
 
 /// A worker that answers by itself.

@@ -5,6 +5,7 @@ mod adapters;
 mod bad_input;
 mod cancel;
 mod clients;
+mod embeddings;
 mod etcd;
 mod failover;
 mod fuzz_openapi;
