@@ -15,6 +15,7 @@ mod python;
 pub(crate) mod stop;
 pub(crate) mod template;
 pub(crate) mod tokenizer;
+mod words;
 
 use anyhow::Context;
 use embedding::EmbeddingShape;
