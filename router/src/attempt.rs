@@ -5,23 +5,19 @@
 
 use crate::{
     fleet::{
-        Fleet, Path, Target,
+        Fleet, Path, Target, events,
         leg::{End, Ended, LegEvent, LegRole, Said, Submission, Token},
         session::LegGuard,
     },
     recovery::{Failure, FailureKind, Part},
 };
 use std::{collections::BTreeMap, time::Duration};
-use tokio::sync::mpsc;
-
-/// Events taken from the queue at once: what gathered while the client was written to.
-const GATHER: usize = 64;
 
 /// See the module. Dropping it calls its legs off.
 #[derive(Debug)]
 pub(crate) struct Attempt {
     legs: Vec<Leg>,
-    events: mpsc::Receiver<LegEvent>,
+    events: events::Listener,
     /// Index of the next token to give out.
     next: u32,
     /// Tokens ahead of their turn.
@@ -78,8 +74,7 @@ impl Attempt {
         handoff: u64,
         buffer: usize,
     ) -> Result<Self, Failure> {
-        // Besides the tokens there is room for the last word of each leg.
-        let (sender, events) = mpsc::channel(buffer + 2);
+        let (sender, events) = events::channel(buffer);
         let decode = &path.decode;
         let parts: Vec<(Part, &Target, LegRole)> = match &path.prefill {
             // Nobody decodes: whoever would compute the prompt does, and that is all.
@@ -144,7 +139,7 @@ impl Attempt {
 
     /// Waits for something to happen and takes it in. Cancel-safe.
     pub(crate) async fn listen(&mut self, events: &mut Vec<LegEvent>) {
-        self.events.recv_many(events, GATHER).await;
+        self.events.listen(events).await;
         for event in events.drain(..) {
             self.hear(event);
         }
