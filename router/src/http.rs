@@ -125,7 +125,7 @@ async fn chat(State(service): State<Service>, headers: HeaderMap, body: Result<B
     let accepted = openai::accept(router.clone(), origin.clone(), params, guard, 1, request.into_prompt()).await;
     let answered = match accepted {
         Ok(accepted) => {
-            let shape = ChatShape::new(router, head, &accepted.params, &accepted.prompts[0]);
+            let shape = ChatShape::new(router, &head, &accepted.params, &accepted.prompts[0]);
             accepted.answer(shape).await
         }
         Err(refused) => Err(refused),
@@ -151,7 +151,7 @@ async fn completions(
     let accepted = openai::accept(router.clone(), origin.clone(), params, guard, count, move |_| Ok(prompts)).await;
     let answered = match accepted {
         Ok(mut accepted) => {
-            let mut shape = CompletionShape::new(router, head, &accepted.params, accepted.prompts.clone());
+            let mut shape = CompletionShape::new(router, &head, &accepted.params, accepted.prompts.clone());
             if accepted.params.prompt_only() && accepted.params.reported_prompt().is_none() {
                 accepted.guard.ended(Outcome::Ok);
                 Ok(shape.prompts_only(&accepted.params))

@@ -71,6 +71,38 @@ pub(crate) struct Head {
     pub(crate) fingerprint: String,
 }
 
+/// How every object of one answer begins, in JSON: written once, for a stream has thousands of them.
+#[derive(Debug)]
+pub(crate) struct Opening(Vec<u8>);
+
+impl Opening {
+    /// `object` is the kind of object.
+    fn new(head: &Head, object: &str) -> Self {
+        #[derive(Serialize)]
+        struct Fields<'a> {
+            id: &'a str,
+            object: &'a str,
+            created: u64,
+            model: &'a str,
+            system_fingerprint: &'a str,
+        }
+        let Head { id, created, model, fingerprint } = head;
+        let mut json = Vec::new();
+        write_json(&Fields { id, object, created: *created, model, system_fingerprint: fingerprint }, &mut json);
+        json.pop();
+        Self(json)
+    }
+
+    /// Writes an object that goes on with the fields of `rest`, which has some.
+    fn write(&self, rest: &impl Serialize, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.0);
+        let joint = out.len();
+        write_json(rest, out);
+        debug_assert!(out[joint..].starts_with(b"{\""), "an object with a field");
+        out[joint] = b',';
+    }
+}
+
 /// Tokens read and written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Usage {

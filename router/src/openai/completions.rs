@@ -1,14 +1,13 @@
 //! `/v1/completions`.
 
 use super::{
-    Head, Shape, StopReason, Usage,
+    Head, Opening, Shape, StopReason, Usage,
     fields::{Fields, integer, wrong},
     json,
     logprobs::{Names, PromptLogprobs, TextLogprobs},
     params::{Differences, Params},
     reasons,
     stream::{self, event},
-    write_json,
 };
 use crate::{
     error::Error,
@@ -112,7 +111,7 @@ fn token_ids(name: &str, values: &[Value], vocab_size: u32) -> Result<Vec<u32>, 
 #[derive(Debug)]
 pub(crate) struct CompletionShape {
     router: Arc<Router>,
-    head: Head,
+    opening: Opening,
     prompts: Vec<Arc<Prompt>>,
     n: usize,
     /// Alternatives per token; `None` = no log-probabilities.
@@ -149,11 +148,6 @@ struct TextChoice {
 /// The whole answer and its chunks have one shape.
 #[derive(Serialize)]
 struct Answer<'a, Choice> {
-    id: &'a str,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
-    system_fingerprint: &'a str,
     choices: &'a [Choice],
     /// Absent from chunks unless asked for; then `null` but on the last one.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -177,7 +171,7 @@ struct ChunkChoice<'a> {
 }
 
 impl CompletionShape {
-    pub(crate) fn new(router: Arc<Router>, head: Head, params: &Params, prompts: Vec<Arc<Prompt>>) -> Self {
+    pub(crate) fn new(router: Arc<Router>, head: &Head, params: &Params, prompts: Vec<Arc<Prompt>>) -> Self {
         let n = params.n as usize;
         let logprobs = params.sampling.logprobs;
         let choice = |index: usize| TextChoice {
@@ -197,7 +191,7 @@ impl CompletionShape {
         let (prompt_logprobs, prompt_only) = (params.prompt_logprobs, params.prompt_only());
         Self {
             router,
-            head,
+            opening: Opening::new(head, "text_completion"),
             n,
             logprobs,
             prompt_logprobs,
@@ -229,17 +223,7 @@ impl CompletionShape {
     }
 
     fn write<Choice: Serialize>(&self, choices: &[Choice], usage: Option<Option<Usage>>, out: &mut Vec<u8>) {
-        let head = &self.head;
-        let answer = Answer {
-            id: &head.id,
-            object: "text_completion",
-            created: head.created,
-            model: &head.model,
-            system_fingerprint: &head.fingerprint,
-            choices,
-            usage,
-        };
-        write_json(&answer, out);
+        self.opening.write(&Answer { choices, usage }, out);
     }
 
     fn write_chunk(&self, choice: Option<ChunkChoice<'_>>, usage: Option<Usage>, out: &mut Vec<u8>) {
