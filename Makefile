@@ -13,7 +13,8 @@ servers:
 
 # The figures of this machine and of Baton on it: a table, and target/bench.jsonl. `make bench ONLY=engine` measures a part.
 bench:
-	cargo run --locked --release -p baton -- bench $(if $(ONLY),--only $(ONLY))
+	cargo run --locked --release -p baton -- bench $(if $(ONLY),--only $(ONLY)) \
+		$(if $(wildcard .test-servers/ucx/lib/libucp.so.0),--ucx-library .test-servers/ucx/lib/libucp.so.0)
 
 # What reads models from disk and what peers, models and clients say, each for ten minutes; wants `cargo install cargo-fuzz`. Stable Rust does: coverage guides without a sanitizer.
 FUZZ_SECONDS ?= 600

@@ -1,6 +1,6 @@
 //! What a worker tells routers about its load.
 
-use std::time::Duration;
+use timing::Pace;
 
 /// Load of a worker, as of its last step.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -17,74 +17,41 @@ pub struct Load {
     pub pages_total: usize,
     /// Hand-offs in flight.
     pub handoffs: usize,
-    /// Recent, in tokens per second.
-    pub prefill: Rate,
-    /// Recent steps that only decode, per second.
-    pub decode_steps: Rate,
+    /// Legs of all routers that have not ended.
+    pub legs: usize,
+    /// How fast its steps are; `None` = not known yet.
+    pub pace: Option<Pace>,
+    /// What computing the prompts it has will take, in milliseconds.
+    pub backlog_ms: f64,
     /// Recent, of hand-offs this worker sent; 0 = not known yet.
     pub link_bytes_per_s: f64,
     /// Whether new submissions are refused.
     pub draining: bool,
 }
 
-/// A moving average of work per time, weighted by time: half of it is younger than about a second of work.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Rate {
-    amount: f64,
-    seconds: f64,
-}
-
-impl Rate {
-    /// Seconds of work after which a measurement counts half.
-    const HALF_LIFE: f64 = 1.0;
-
-    /// Adds `amount` done in `took`.
-    pub fn add(&mut self, amount: f64, took: Duration) {
-        let took = took.as_secs_f64();
-        let keep = (-took / Self::HALF_LIFE).exp2();
-        self.amount = self.amount * keep + amount;
-        self.seconds = self.seconds * keep + took;
-    }
-
-    /// Returns the rate per second; 0 while nothing was measured.
-    pub fn per_second(&self) -> f64 {
-        if self.seconds > 0.0 { self.amount / self.seconds } else { 0.0 }
-    }
-}
-
-impl From<&Load> for proto::Load {
-    fn from(load: &Load) -> Self {
-        let steps_per_second = load.decode_steps.per_second();
-        Self {
-            running: load.running as u32,
-            waiting: load.waiting as u32,
-            waiting_tokens: load.waiting_tokens as u64,
-            pages_free: load.pages_free as u32,
-            pages_total: load.pages_total as u32,
-            handoffs: load.handoffs as u32,
-            prefill_tokens_per_s: load.prefill.per_second() as f32,
-            decode_step_ms: if steps_per_second > 0.0 { (1e3 / steps_per_second) as f32 } else { 0.0 },
-            link_bytes_per_s: load.link_bytes_per_s as f32,
-            draining: load.draining,
+impl Load {
+    /// Writes it for a router whose attempts up to `received` it knows of.
+    pub(crate) fn encode(&self, received: u64) -> proto::Load {
+        let pace = self.pace.map(|pace| proto::Pace {
+            step_us: pace.step_us as f32,
+            sequence_us: pace.sequence_us as f32,
+            context_ns: pace.context_ns as f32,
+            token_us: pace.token_us as f32,
+            pair_ns: pace.pair_ns as f32,
+        });
+        proto::Load {
+            running: self.running as u32,
+            waiting: self.waiting as u32,
+            waiting_tokens: self.waiting_tokens as u64,
+            pages_free: self.pages_free as u32,
+            pages_total: self.pages_total as u32,
+            handoffs: self.handoffs as u32,
+            link_bytes_per_s: self.link_bytes_per_s as f32,
+            draining: self.draining,
+            pace,
+            backlog_ms: self.backlog_ms as f32,
+            legs: self.legs as u32,
+            received,
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_rate_follows_the_last_seconds_of_work() {
-        let mut rate = Rate::default();
-        assert_eq!(rate.per_second(), 0.0);
-        for _ in 0..100 {
-            rate.add(10.0, Duration::from_millis(100));
-        }
-        assert!((rate.per_second() - 100.0).abs() < 1e-6);
-        for _ in 0..30 {
-            rate.add(20.0, Duration::from_millis(100));
-        }
-        assert!(rate.per_second() > 180.0, "{}", rate.per_second());
     }
 }

@@ -2,15 +2,16 @@
 
 mod vllm;
 
-use crate::{Load, Parts, Rate};
+use crate::{Load, Parts};
 use engine::scheduler::{Scheduler, Usage};
 use metrics::{
     Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
 };
 use std::time::{Duration, Instant};
+use timing::{Fit, Work};
 use vllm::Vllm;
 
-/// Handles of one worker's metrics, made once, and the rates that its load reports.
+/// Handles of one worker's metrics, made once, and the pace that its load reports.
 pub struct Meters {
     running: Gauge,
     waiting: Gauge,
@@ -32,8 +33,7 @@ pub struct Meters {
     /// Drafts and those that were right, since the log was told.
     untold: (usize, usize),
     told: Option<Instant>,
-    prefill: Rate,
-    decode_steps: Rate,
+    fit: Fit,
     vllm: Vllm,
 }
 
@@ -59,7 +59,7 @@ pub struct StepTokens {
 
 impl std::fmt::Debug for Meters {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Meters").field("prefill", &self.prefill).field("decode_steps", &self.decode_steps).finish()
+        f.debug_struct("Meters").field("fit", &self.fit).finish_non_exhaustive()
     }
 }
 
@@ -93,8 +93,7 @@ impl Meters {
             accepted: counter!("baton_speculation_accepted_total", "worker" => worker.clone()),
             untold: (0, 0),
             told: None,
-            prefill: Rate::default(),
-            decode_steps: Rate::default(),
+            fit: Fit::default(),
             vllm: Vllm::new(&parts.model_name, &worker, layout.page_tokens as usize, layout.pages as usize),
         }
     }
@@ -107,8 +106,8 @@ impl Meters {
         self.vllm.started(tokens, usage.cached_tokens);
     }
 
-    /// Counts a step.
-    pub fn step(&mut self, tokens: StepTokens, took: Duration) {
+    /// Counts a step of `work`.
+    pub fn step(&mut self, work: &Work, tokens: StepTokens, took: Duration) {
         self.vllm.step(tokens);
         let StepTokens { prompt, single, drafts, accepted, .. } = tokens;
         let histogram = match (prompt, single) {
@@ -120,12 +119,9 @@ impl Meters {
         self.step_tokens.record((prompt + single + drafts) as f64);
         self.prefill_tokens.increment(prompt as u64);
         self.decode_tokens.increment((single + accepted) as u64);
-        if prompt > 0 {
-            self.prefill.add(prompt as f64, took);
-        } else if single > 0 {
-            // What matters to whoever waits is the time of a token: a step that yields two counts as two.
-            self.decode_steps.add((single + accepted) as f64 / single as f64, took);
-        }
+        // What matters to whoever waits is the time of a token: a step that yields two for each counts as two.
+        let yields = if prompt == 0 && single > 0 { (single + accepted) as f64 / single as f64 } else { 1.0 };
+        self.fit.add(work, took.div_f64(yields));
         if drafts > 0 {
             self.speculated(drafts, accepted);
         }
@@ -149,8 +145,8 @@ impl Meters {
         self.vllm.preempted(sequences);
     }
 
-    /// Sets the gauges and returns the load, as far as `scheduler` knows it.
-    pub fn load(&self, scheduler: &Scheduler) -> Load {
+    /// Sets the gauges and returns the load of a worker with `legs` legs, as far as `scheduler` knows it.
+    pub fn load(&self, scheduler: &Scheduler, legs: usize) -> Load {
         let (backlog, pages) = (scheduler.backlog(), scheduler.pool().stats());
         self.running.set(backlog.running as f64);
         self.waiting.set(backlog.waiting as f64);
@@ -158,14 +154,16 @@ impl Meters {
         self.pages_cached.set(pages.cached as f64);
         self.pages_held.set(pages.held() as f64);
         self.vllm.load(&backlog, &pages);
+        let pace = self.fit.pace();
         Load {
             running: backlog.running,
             waiting: backlog.waiting,
             waiting_tokens: backlog.tokens,
             pages_free: pages.available(),
             pages_total: pages.total,
-            prefill: self.prefill,
-            decode_steps: self.decode_steps,
+            legs,
+            pace,
+            backlog_ms: pace.map_or(0.0, |pace| pace.prompt_ms(backlog.prompts.tokens, backlog.prompts.pairs)),
             ..Load::default()
         }
     }

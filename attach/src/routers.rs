@@ -53,7 +53,10 @@ struct Staged {
     ended: Vec<proto::Ended>,
     /// Whether the router is to get the whole set of reusable prefixes.
     snapshot: bool,
-    load: Option<Load>,
+    /// The highest attempt that the step thread has taken.
+    received: u64,
+    /// What the router was last told, and which attempts that knew of.
+    load: Option<(Load, u64)>,
     load_sent: Option<Instant>,
 }
 
@@ -62,12 +65,20 @@ impl Routers {
     pub fn attach(&mut self, router: Router) {
         let id = router.id();
         let (tokens, ended) = (Vec::new(), Vec::new());
-        self.streams.insert(id, Staged { router, tokens, ended, snapshot: true, load: None, load_sent: None });
+        self.streams
+            .insert(id, Staged { router, tokens, ended, snapshot: true, received: 0, load: None, load_sent: None });
     }
 
     /// Forgets a router. What is staged for its legs from now on goes nowhere.
     pub fn detach(&mut self, stream: StreamId) {
         self.streams.remove(&stream);
+    }
+
+    /// Notes that the step thread has taken a submission: the next load counts it.
+    pub fn received(&mut self, leg: LegId) {
+        if let Some(staged) = self.streams.get_mut(&leg.stream) {
+            staged.received = staged.received.max(leg.attempt);
+        }
     }
 
     /// Gives the router a fresh snapshot of the reusable prefixes.
@@ -152,13 +163,14 @@ impl Staged {
     /// Adds load to a frame that goes anyway, or sends it alone when the last time is long enough ago. Returns when it should go
     /// out if it was held back.
     fn send_load(&mut self, now: Instant, load: &Load, sending: bool) -> Option<Instant> {
-        if self.load.as_ref() == Some(load) {
+        let said = (*load, self.received);
+        if self.load == Some(said) {
             return None;
         }
         let due = self.load_sent.map(|sent| sent + LOAD_INTERVAL).filter(|&due| due > now && !sending);
         if due.is_none() {
-            self.router.load(load.into());
-            self.load = Some(*load);
+            self.router.load(load.encode(self.received));
+            self.load = Some(said);
             self.load_sent = Some(now);
         }
         due

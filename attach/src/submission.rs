@@ -7,6 +7,7 @@ use engine::{
 };
 use grammar::{Kind, Spec, Thoughts};
 use kv_cache::root_salt;
+use kv_transfer::{Fetch, HandoffId, Peer};
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -32,6 +33,8 @@ pub struct Submission {
     pub sequence: Request,
     /// Which part of it is this worker's.
     pub leg: Leg,
+    /// What of its prefix a peer holds.
+    pub fetch: Option<Fetch>,
 }
 
 /// A worker's part in a request.
@@ -148,8 +151,9 @@ impl Submission {
             },
         };
         let deadline = (submit.deadline_ms > 0).then(|| Duration::from_millis(submit.deadline_ms.into()));
+        let fetch = submit.fetch.map(|fetch| decode_fetch(fetch, &sequence.history)).transpose()?;
         let (request, traceparent) = (submit.request, submit.traceparent);
-        Ok(Self { id, request, traceparent, received: Instant::now(), deadline, sequence, leg })
+        Ok(Self { id, request, traceparent, received: Instant::now(), deadline, sequence, leg, fetch })
     }
 }
 
@@ -158,6 +162,19 @@ fn check_token(token: TokenId, model: &Model, what: impl FnOnce() -> String) -> 
         return Ok(());
     }
     Err(format!("{} is {token}, outside the vocabulary of {}", what(), model.vocab_size))
+}
+
+fn decode_fetch(fetch: proto::Fetch, history: &History) -> Result<Fetch, String> {
+    let proto::Fetch { handoff, worker, incarnation, link, pages } = fetch;
+    if worker.is_empty() || link.is_empty() {
+        return Err("fetch names no worker or no link".into());
+    }
+    let (pages, known) = (pages as usize, history.hashes().len());
+    if !(1..=known).contains(&pages) {
+        return Err(format!("fetch asks for {pages} pages, not 1 to {known}, the full pages of the tokens given"));
+    }
+    let source = Peer { worker, incarnation, link };
+    Ok(Fetch { handoff: HandoffId(handoff), source, pages: history.hashes()[..pages].to_vec() })
 }
 
 fn decode_leg(leg: proto::submit::Leg) -> Result<Leg, String> {

@@ -212,7 +212,7 @@ async fn another_protocol_version_is_refused_naming_both() {
     let worker = Worker::start().await;
     let mut router = Router::connect(&worker.address, 9).await;
     let status = router.next().await.unwrap_err();
-    assert_eq!((status.code(), status.message()), (Code::FailedPrecondition, "protocol version: ours 2, theirs 9"));
+    assert_eq!((status.code(), status.message()), (Code::FailedPrecondition, "protocol version: ours 3, theirs 9"));
 }
 
 #[tokio::test]

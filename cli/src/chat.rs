@@ -5,7 +5,6 @@
 
 mod client;
 mod command;
-mod sse;
 
 use crate::settings::Chat as Settings;
 use anyhow::Context;

@@ -2,9 +2,7 @@
 
 use crate::{
     model::Located,
-    settings::{
-        Adapters, Common, Compute, Dialect, Door, KvDtype, LogFormat, Membership, Placement, Tables, Transport, Worker,
-    },
+    settings::{Adapters, Common, Compute, Dialect, Door, KvDtype, LogFormat, Membership, Placement, Tables, Worker},
 };
 use anyhow::{Context, anyhow, bail};
 use cluster::EtcdDirectory;
@@ -143,12 +141,9 @@ pub(crate) fn check_links(table: &str, token_flag: bool, transfer: &kv_transfer:
 fn link(worker: &Worker, transfer: &mut kv_transfer::Config) {
     transfer.listen = worker.link_listen.unwrap_or_else(|| SocketAddr::new(worker.listen.ip(), 0));
     transfer.advertise = worker.membership.advertise.clone().or(transfer.advertise.take());
-    let require = worker.transport.map(|transport| match transport {
-        Transport::Memory => kv_transfer::TransportKind::Memory,
-        Transport::Shm => kv_transfer::TransportKind::Shm,
-        Transport::Tcp => kv_transfer::TransportKind::Tcp,
-    });
-    transfer.require = require.or(transfer.require);
+    transfer.require = worker.transport.map(Into::into).or(transfer.require);
+    transfer.ucx.library = worker.ucx.ucx_library.clone().or(transfer.ucx.library.take());
+    transfer.ucx.tls = worker.ucx.ucx_tls.clone().or(transfer.ucx.tls.take());
     transfer.cluster_token_file = worker.cluster_token_file.clone().or(transfer.cluster_token_file.take());
 }
 

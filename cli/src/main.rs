@@ -6,12 +6,16 @@
 mod bench;
 mod chat;
 mod config;
+mod doctor;
+mod engine;
 mod listen;
 mod model;
 mod router;
 mod settings;
 mod shutdown;
+mod simulate;
 mod speculation;
+mod sse;
 mod up;
 mod worker;
 
@@ -30,7 +34,9 @@ fn main() -> ExitCode {
     };
     let outcome = match (&settings.command, settings.command.common()) {
         (Command::Chat(chat), _) => chat::run(chat),
+        (Command::Doctor(doctor), _) => doctor::run(doctor, &settings.tables),
         (Command::Bench(bench), _) => bench::run(bench),
+        (Command::Simulate(simulate), _) => simulate::run(simulate),
         (command, Some(common)) => serve(command, common, &settings),
         (_, None) => unreachable!("every server has common settings"),
     };
@@ -62,7 +68,9 @@ fn serve(command: &Command, common: &Common, settings: &Settings) -> anyhow::Res
                 let role = worker::Role::Decode(&decode.speculation);
                 worker::run(role, &decode.worker, &settings.tables, shutdown).await
             }
-            Command::Chat(_) | Command::Bench(_) => unreachable!("clients are not served"),
+            Command::Chat(_) | Command::Doctor(_) | Command::Bench(_) | Command::Simulate(_) => {
+                unreachable!("clients are not served")
+            }
         }
     });
     // A load of weights that was interrupted still reads its file: nobody waits for that.

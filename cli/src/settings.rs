@@ -5,10 +5,14 @@
 //! default ([`file`]), so all three go through the same parser. What the libraries can be told beyond these flags stands in
 //! tables of the file named after them ([`Tables`]).
 
+mod bench;
 mod file;
+mod simulate;
 mod units;
 
+pub(crate) use bench::{Bench, BenchServer, Load, Prompts, When};
 pub(crate) use file::Tables;
+pub(crate) use simulate::Simulate;
 pub(crate) use units::Bytes;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, builder::Styles, parser::ValueSource};
@@ -39,8 +43,12 @@ pub(crate) enum Command {
     DecodeWorker(DecodeWorker),
     /// Talk to a running Baton
     Chat(Chat),
-    /// Measure this machine and Baton on it
+    /// Examine the ways between workers on this host
+    Doctor(Doctor),
+    /// Measure this machine and Baton on it; with --url, an endpoint under load
     Bench(Bench),
+    /// Play a trace on an imagined cluster, in virtual time
+    Simulate(Simulate),
 }
 
 /// What every server process takes.
@@ -74,6 +82,9 @@ pub(crate) struct ModelChoice {
 /// How a worker uses its machine.
 #[derive(Debug, Args)]
 pub(crate) struct Compute {
+    /// What computes: `cpu`, or `timed:FILE` for nothing, with steps that take as long as the profile in FILE says
+    #[arg(long, value_name = "KIND", env = "BATON_ENGINE", default_value = "cpu")]
+    pub(crate) engine: EngineChoice,
     /// Memory for KV pages of one worker
     #[arg(long, value_name = "SIZE", env = "BATON_KV_MEMORY")]
     pub(crate) kv_memory: Option<Bytes>,
@@ -266,6 +277,8 @@ pub(crate) struct Worker {
     /// Refuse hand-offs over any other transport than this [default: the best both ends have]
     #[arg(long, value_name = "KIND", env = "BATON_TRANSPORT")]
     pub(crate) transport: Option<Transport>,
+    #[command(flatten)]
+    pub(crate) ucx: Ucx,
 }
 
 /// Settings of `baton decode-worker` alone.
@@ -322,21 +335,64 @@ pub(crate) struct Chat {
     pub(crate) max_tokens: Option<u32>,
 }
 
-/// Settings of `baton bench`.
+/// What computes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum EngineChoice {
+    /// This machine's processor
+    Cpu,
+    /// Nothing: the file says how long it takes
+    Timed(PathBuf),
+}
+
+impl std::str::FromStr for EngineChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "cpu" => Ok(Self::Cpu),
+            Some(("timed", file)) if !file.is_empty() => Ok(Self::Timed(file.into())),
+            _ => Err("expected cpu, or timed:FILE with a profile, such as timed:profile.toml".into()),
+        }
+    }
+}
+
+/// Settings of `baton doctor`.
 #[derive(Debug, Args)]
-pub(crate) struct Bench {
-    /// Measure only what begins with this, such as `engine` or `handoff/copy`
-    #[arg(long, value_name = "PREFIX", default_value = "")]
-    pub(crate) only: String,
-    /// How long `router/memory/prompts` fills the router's caches
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = units::duration)]
-    pub(crate) soak: Duration,
-    /// Becomes one of the processes that the bench measures, instead of measuring
-    #[arg(long, value_name = "WHAT", hide = true)]
-    pub(crate) serve: Option<BenchServer>,
-    /// Mock workers of `--serve router`: the prefill worker, then the decode worker
-    #[arg(long, value_name = "ADDR", hide = true, value_delimiter = ',', requires = "serve")]
-    pub(crate) workers: Vec<SocketAddr>,
+pub(crate) struct Doctor {
+    /// Measure the ways to the doctor at this address instead of those within this host
+    #[arg(long, value_name = "ADDR", conflicts_with = "listen")]
+    pub(crate) peer: Option<String>,
+    /// Be the other end for a doctor on another host, until stopped
+    #[arg(long, value_name = "ADDR", value_parser = units::address)]
+    pub(crate) listen: Option<SocketAddr>,
+    /// Fail when this transport cannot be used; with --listen, offer it alone
+    #[arg(long, value_name = "KIND", env = "BATON_TRANSPORT")]
+    pub(crate) transport: Option<Transport>,
+    /// Memory for KV pages that a worker here is to have, and to register
+    #[arg(long, value_name = "SIZE", env = "BATON_KV_MEMORY")]
+    pub(crate) kv_memory: Option<Bytes>,
+    /// A worker's TOML file: what it says of hand-offs, TLS among it, holds here
+    #[arg(long, value_name = "FILE", env = "BATON_CONFIG")]
+    pub(crate) config: Option<PathBuf>,
+    /// File with the secret of the cluster
+    #[arg(long, value_name = "FILE", env = "BATON_CLUSTER_TOKEN_FILE")]
+    pub(crate) cluster_token_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) ucx: Ucx,
+    /// Tell everything as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// How UCX is found and what it may use.
+#[derive(Debug, Args)]
+pub(crate) struct Ucx {
+    /// UCX's libucp.so.0 [default: where the system looks]
+    #[arg(long, value_name = "PATH", env = "BATON_UCX_LIBRARY")]
+    pub(crate) ucx_library: Option<PathBuf>,
+    /// Transports that UCX may use, as its UCX_TLS [default: all it finds]
+    #[arg(long, value_name = "LIST", env = "BATON_UCX_TLS")]
+    pub(crate) ucx_tls: Option<String>,
 }
 
 /// Shape of log lines.
@@ -404,19 +460,21 @@ pub(crate) enum Transport {
     Memory,
     /// Between processes of one host, through shared memory
     Shm,
+    /// By RDMA and whatever else UCX finds
+    Ucx,
     /// Between any two processes
     Tcp,
 }
 
-/// What a process of the bench is.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(crate) enum BenchServer {
-    /// A router in front of mock workers
-    Router,
-    /// A server that answers without thinking
-    Plain,
-    /// A decode worker's end of a link
-    Target,
+impl From<Transport> for kv_transfer::TransportKind {
+    fn from(transport: Transport) -> Self {
+        match transport {
+            Transport::Memory => Self::Memory,
+            Transport::Shm => Self::Shm,
+            Transport::Ucx => Self::Ucx,
+            Transport::Tcp => Self::Tcp,
+        }
+    }
 }
 
 /// What a process was told, parsed and checked field by field.
@@ -507,7 +565,9 @@ impl Command {
             Self::PrefillWorker(_) => "prefill-worker",
             Self::DecodeWorker(_) => "decode-worker",
             Self::Chat(_) => "chat",
+            Self::Doctor(_) => "doctor",
             Self::Bench(_) => "bench",
+            Self::Simulate(_) => "simulate",
         }
     }
 
@@ -518,22 +578,25 @@ impl Command {
             Self::Router(router) => Some(&router.common),
             Self::PrefillWorker(worker) => Some(&worker.common),
             Self::DecodeWorker(decode) => Some(&decode.worker.common),
-            Self::Chat(_) | Self::Bench(_) => None,
+            Self::Chat(_) | Self::Doctor(_) | Self::Bench(_) | Self::Simulate(_) => None,
         }
     }
 
     fn config(&self) -> Option<&PathBuf> {
-        self.common().and_then(|common| common.config.as_ref())
+        match self {
+            Self::Doctor(doctor) => doctor.config.as_ref(),
+            _ => self.common().and_then(|common| common.config.as_ref()),
+        }
     }
 
     /// Names the library tables that the file may hold.
     fn tables(&self) -> &'static [&'static str] {
         match self {
-            Self::Up(_) => &["router", "prefill-worker", "decode-worker", "engine"],
+            Self::Up(_) | Self::Doctor(_) => &["router", "prefill-worker", "decode-worker", "engine"],
             Self::Router(_) => &["router"],
             Self::PrefillWorker(_) => &["prefill-worker", "engine"],
             Self::DecodeWorker(_) => &["decode-worker", "engine"],
-            Self::Chat(_) | Self::Bench(_) => &[],
+            Self::Chat(_) | Self::Bench(_) | Self::Simulate(_) => &[],
         }
     }
 }

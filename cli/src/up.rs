@@ -4,7 +4,9 @@
 //! cores are shared out among the workers.
 
 use crate::{
-    config, listen, model,
+    config,
+    engine::Kind,
+    listen, model,
     model::Located,
     settings::{Bytes, Tables, Up},
     speculation::{self, Guesser},
@@ -12,7 +14,7 @@ use crate::{
 };
 use anyhow::{Context, bail};
 use cluster::{Directory, MemoryDirectory};
-use engine::{Engine, Model};
+use engine::Model;
 use kv_cache::PageLayout;
 use kv_transfer::TransportKind;
 use std::{
@@ -61,6 +63,7 @@ pub(crate) async fn run(up: &Up, tables: &Tables, shutdown: CancellationToken) -
 /// Every part's settings, checked.
 #[derive(Clone, Debug)]
 struct Plan {
+    kind: Kind,
     engine: engine::Config,
     prefill: Vec<prefill_worker::Config>,
     decode: Vec<decode_worker::Config>,
@@ -80,6 +83,7 @@ impl Plan {
         prefill.iter().try_for_each(|config| config::check_links("prefill-worker", false, &config.transfer))?;
         decode.iter().try_for_each(|config| config::check_links("decode-worker", false, &config.transfer))?;
         Ok(Self {
+            kind: Kind::read(&up.compute.engine)?,
             engine,
             prefill,
             decode,
@@ -119,8 +123,7 @@ impl Cluster {
         };
         let mut layout = None;
         let mut engine = || {
-            let engine =
-                Engine::new(model.clone(), &plan.engine).context("reserve memory for a worker (--kv-memory)")?;
+            let engine = plan.kind.engine(model.clone(), &plan.engine)?;
             layout = Some(engine.memory().layout().clone());
             anyhow::Ok(engine)
         };
@@ -200,12 +203,11 @@ impl Welcome<'_> {
         let url = format!("{scheme}://{}", listen::reachable(self.address));
         let (info, name) = (self.model.info(), &self.located.name);
         let program = std::env::args().next().unwrap_or_else(|| "baton".into());
-        let threads = self.plan.engine.threads.unwrap_or(1);
         format!(
             r#"Baton is ready on {url} after {took:.2} s
 
   model    {name}: {architecture}, {parameters} parameters, {dtype}, {weights} in memory
-  workers  {prefill} prefill + {decode} decode, {threads} {unit} each
+  workers  {prefill} prefill + {decode} decode, {computing}
   pages    {pages} of {tokens} tokens per worker ({kv}, {kv_dtype}), handed off {transport}
 
 Ask it something:
@@ -221,11 +223,11 @@ Ctrl-C drains and stops."#,
             weights = Bytes(info.weight_bytes),
             prefill = self.plan.prefill.len(),
             decode = self.plan.decode.len(),
-            unit = if threads == 1 { "thread" } else { "threads" },
+            computing = self.plan.kind.describe(self.plan.engine.threads.unwrap_or(1)),
             pages = self.layout.pages,
             tokens = self.layout.page_tokens,
             kv_dtype = self.layout.dtype,
-            kv = Bytes(self.plan.engine.kv_bytes),
+            kv = Bytes(self.layout.pool_bytes() as u64),
             transport = self.transport(),
             chat = if self.address.port() == 8000 { String::new() } else { format!(" --url {url}") },
         )
@@ -234,6 +236,7 @@ Ctrl-C drains and stops."#,
     fn transport(&self) -> &'static str {
         match self.plan.prefill.iter().find_map(|worker| worker.transfer.require) {
             Some(TransportKind::Tcp) => "over loopback (tcp)",
+            Some(TransportKind::Ucx) => "by UCX (ucx)",
             Some(TransportKind::Shm) => "through shared memory (shm)",
             Some(TransportKind::Memory) | None => "within this process (memory)",
         }

@@ -1,13 +1,14 @@
 //! `baton prefill-worker` and `baton decode-worker`.
 
 use crate::{
-    config, listen, model,
+    config,
+    engine::Kind,
+    listen, model,
     settings::{Speculation, Tables, Worker},
     speculation::{self, Guesser},
 };
 use anyhow::Context;
 use cluster::Directory;
-use engine::Engine;
 use std::{sync::Arc, time::Duration};
 use telemetry::Health;
 use tokio_util::sync::CancellationToken;
@@ -33,6 +34,7 @@ pub(crate) async fn run(
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     let located = model::locate(&worker.model)?;
+    let kind = Kind::read(&worker.compute.engine)?;
     let engine_config = config::worker_engine(worker, tables)?;
     let start = Start::new(role, worker, tables, &located)?;
     let directory: Arc<dyn Directory> = Arc::new(config::directory(&worker.membership)?);
@@ -50,7 +52,7 @@ pub(crate) async fn run(
             Role::Decode(choice) => speculation::load(choice, &located).await?,
         };
         let engine = tokio::task::spawn_blocking(move || {
-            let engine = Engine::new(model, &engine_config).context("reserve memory (--kv-memory)")?;
+            let engine = kind.engine(model, &engine_config)?;
             let speculator = guesser.speculator(&engine)?;
             anyhow::Ok((engine, speculator))
         });

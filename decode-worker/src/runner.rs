@@ -6,14 +6,15 @@
 
 use crate::reservation::{self, Action, Awaited, Reservations};
 use attach::{
-    Command, End, Input, Leg, LegId, Legs, Load, Meters, Parts, Routers, StepTokens, Stepper, StreamId, Submission,
+    Command, End, Input, Leg, LegId, Legs, Load, Meters, Parts, Prefixes, Routers, StepTokens, Stepper, StreamId,
+    Submission,
 };
 use engine::{
     scheduler::{Drawn, Embedded, Ended, Fault, Finish, Plan, Request, SequenceId, Usage},
     speculation::Speculator,
 };
 use kv_cache::CacheDelta;
-use kv_transfer::{Event, HandoffId};
+use kv_transfer::{Event, Fetch, HandoffId};
 use std::{
     collections::HashMap,
     time::{Duration, Instant},
@@ -30,6 +31,7 @@ pub(crate) struct Runner {
     legs: Legs<Part>,
     sequences: HashMap<SequenceId, LegId>,
     reservations: Reservations,
+    prefixes: Prefixes,
     routers: Routers,
     meters: Meters,
 }
@@ -103,6 +105,7 @@ impl Runner {
             legs: Legs::default(),
             sequences: HashMap::new(),
             reservations: Reservations::new(reservations),
+            prefixes: Prefixes::default(),
             routers: Routers::default(),
             meters: Meters::new(&parts),
             parts,
@@ -157,10 +160,11 @@ impl Runner {
     }
 
     fn submit(&mut self, submission: Submission) {
-        let Submission { id, request, traceparent, received, deadline, sequence, leg } = submission;
+        let Submission { id, request, traceparent, received, deadline, sequence, leg, fetch } = submission;
         if self.legs.get(id).is_some() {
             return self.expel(id);
         }
+        self.routers.received(id);
         if self.draining() {
             let refusal = End::Refused(format!("{} is draining", self.parts.worker));
             return self.routers.ended(id, refusal, Usage::default());
@@ -170,7 +174,7 @@ impl Runner {
         telemetry::set_parent(&span, &traceparent);
         let deadline = deadline.map(|deadline| arrived + deadline);
         match leg {
-            Leg::Local | Leg::Embed(_) => self.submit_local(id, sequence, arrived, deadline, span),
+            Leg::Local | Leg::Embed(_) => self.submit_local(id, sequence, fetch, arrived, deadline, span),
             Leg::Decode { handoff, worker, .. } => {
                 let handoff = HandoffId(handoff);
                 let part = Part { at: At::Reserved(handoff), span };
@@ -187,9 +191,21 @@ impl Runner {
         }
     }
 
-    fn submit_local(&mut self, id: LegId, request: Request, arrived: Duration, deadline: Option<Duration>, span: Span) {
+    fn submit_local(
+        &mut self,
+        id: LegId,
+        request: Request,
+        fetch: Option<Fetch>,
+        arrived: Duration,
+        deadline: Option<Duration>,
+        span: Span,
+    ) {
         match self.parts.scheduler.submit(request, arrived) {
             Ok(sequence) => {
+                if let Some(fetch) = fetch {
+                    let Parts { scheduler, transfer, .. } = &mut self.parts;
+                    self.prefixes.fetch(fetch, sequence, scheduler, transfer);
+                }
                 self.sequences.insert(sequence, id);
                 let part = Part { at: At::Sequence(sequence), span };
                 self.legs.insert(id, part, deadline).expect("callers looked it up");
@@ -224,7 +240,9 @@ impl Runner {
 
     fn event(&mut self, event: Event) {
         let now = self.now();
-        let Self { parts: Parts { scheduler, .. }, reservations, .. } = self;
+        let Self { parts: Parts { scheduler, transfer, engine, .. }, reservations, .. } = self;
+        let layers = engine.memory().layout().layers;
+        let Some(event) = self.prefixes.take(event, layers, scheduler, transfer) else { return };
         match event {
             Event::Begun { handoff, from, tokens } => {
                 reservations.begun(handoff, from, tokens as usize, now, scheduler);
@@ -232,12 +250,7 @@ impl Runner {
             Event::Landed { handoff, commit } => reservations.landed(handoff, commit.first_token, scheduler),
             Event::Lost { handoff, reason } => reservations.lost(handoff, reason, scheduler),
             Event::Quiet { handoff } => reservations.quiet(handoff, scheduler),
-            Event::Asked { handoff, by, .. } => {
-                // Until the router places a request by what its peers hold (`Transfer::fetch`), nobody has reason to ask.
-                tracing::warn!(handoff = handoff.0, by = by.worker, "a prefix was asked for");
-                self.parts.transfer.refuse(handoff, format!("{} hands no prefixes over", self.parts.worker));
-            }
-            Event::SourceDone { handoff, .. } => {
+            Event::Asked { handoff, .. } | Event::SourceDone { handoff, .. } => {
                 tracing::warn!(handoff = handoff.0, "news of a hand-off that this worker never began");
             }
         }
@@ -266,6 +279,7 @@ impl Runner {
     /// Carries out `plan`, the making of which, drafts included, began at `began`.
     fn step(&mut self, plan: Plan, began: Instant) {
         let (prompt, drafts, tokens) = (plan.prompt_tokens(), plan.draft_tokens(), plan.tokens());
+        let work = plan.work();
         let now = self.now();
         let Self { parts: Parts { engine, scheduler, .. }, epoch, meters, .. } = self;
         for &sequence in plan.started() {
@@ -277,7 +291,7 @@ impl Runner {
         let accepted = computed.verified.iter().map(|verified| verified.accepted).sum();
         let (guessed, drawn) = (computed.verified.len(), computed.drawn.len());
         let single = tokens - prompt - drafts;
-        meters.step(StepTokens { prompt, single, drafts, guessed, accepted, drawn }, began.elapsed());
+        meters.step(&work, StepTokens { prompt, single, drafts, guessed, accepted, drawn }, began.elapsed());
         if let Some(speculator) = &mut self.speculator {
             speculator.observe(&computed, tokens, prompt, started.elapsed());
         }
@@ -327,6 +341,7 @@ impl Runner {
             }
             At::Sequence(sequence) => {
                 self.sequences.remove(&sequence);
+                self.prefixes.cancel(sequence, &self.parts.transfer);
                 if let Some(ended) = self.parts.scheduler.cancel(sequence, self.epoch.elapsed()) {
                     usage = ended.usage;
                 }
@@ -348,7 +363,7 @@ impl Runner {
         let load = Load {
             handoffs: self.reservations.in_flight(),
             draining: self.draining(),
-            ..self.meters.load(&self.parts.scheduler)
+            ..self.meters.load(&self.parts.scheduler, self.legs.len())
         };
         let delta = self.parts.scheduler.take_delta();
         self.routers.flush(Instant::now(), delta, self.parts.scheduler.pool(), &load);

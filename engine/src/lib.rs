@@ -22,6 +22,7 @@ mod sampling;
 pub mod scheduler;
 pub mod speculation;
 mod step;
+mod timed;
 mod tokens;
 
 pub use config::Config;

@@ -29,7 +29,7 @@ mod tests;
 
 pub use compute::{Computed, Fault};
 pub use history::History;
-pub use landing::{Landing, NoRoom};
+pub use landing::{Landing, NoRoom, Prefix};
 pub use plan::{Chunk, Plan};
 pub use sequence::{Drawn, Embedded, Ended, Finish, Hold, Reported, Request, SequenceId, Stop, Until, Usage, Verified};
 
@@ -37,6 +37,7 @@ use crate::{Error, Row, Sample, Stuck, Yield};
 use kv_cache::{CacheDelta, PageId, PagePool, TokenId};
 use sequence::Sequence;
 use std::{collections::BTreeMap, time::Duration};
+use timing::Work;
 
 /// What a [`Scheduler`] may spend.
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +85,8 @@ pub struct Backlog {
     pub waiting: usize,
     /// Tokens known and not computed, over both.
     pub tokens: usize,
+    /// What is left of their prompts; what is cached, or a sibling computes before them, is not counted.
+    pub prompts: Work,
 }
 
 /// A sequence whose next step computes a single token.
@@ -165,7 +168,8 @@ impl Scheduler {
             return Err(Refusal::Full { waiting: self.waiting.len() });
         }
         let id = self.ticket(request.priority);
-        self.waiting.insert(id, Sequence::new(request, now));
+        let expected = self.expected_tokens(&request);
+        self.waiting.insert(id, Sequence::new(request, now, expected));
         Ok(id)
     }
 
@@ -178,10 +182,7 @@ impl Scheduler {
         let mut plan = std::mem::take(&mut self.spare_plan);
         self.plan_single_tokens(&mut plan, now);
         self.plan_drafts(&mut plan);
-        self.plan_chunks(&mut plan);
-        if plan.preempted.is_empty() {
-            self.admit(&mut plan, now);
-        }
+        self.plan_prompts(&mut plan, now);
         self.stepping = !plan.is_empty();
         plan
     }
@@ -291,13 +292,22 @@ impl Scheduler {
 
     /// Returns how much there is to do.
     pub fn backlog(&self) -> Backlog {
-        let tokens = self.running.values().chain(self.waiting.values()).map(Sequence::remaining).sum();
-        Backlog { running: self.running.len(), waiting: self.waiting.len(), tokens }
+        let (mut tokens, mut prompts) = (0, Work::default());
+        for sequence in self.running.values().chain(self.waiting.values()) {
+            tokens += sequence.remaining();
+            sequence.add_backlog(&mut prompts);
+        }
+        Backlog { running: self.running.len(), waiting: self.waiting.len(), tokens, prompts }
     }
 
     /// Returns the longest sequence, prompt and output together.
     pub fn max_len(&self) -> usize {
         self.max_len
+    }
+
+    /// Returns the tokens in a page.
+    pub fn page_tokens(&self) -> usize {
+        self.page_tokens
     }
 
     /// Returns the most sequences in one step.
@@ -366,18 +376,22 @@ impl Scheduler {
         plan.preempted.push(id);
     }
 
-    /// Goes on with the prompts of the batch.
-    fn plan_chunks(&mut self, plan: &mut Plan) {
-        for (&id, sequence) in &self.running {
-            let start = sequence.computed;
-            if sequence.remaining() > 1 {
-                let tokens = self.chunk(start, sequence.remaining(), plan);
-                if tokens > 0 {
-                    let sample = sequence.draws() && tokens == sequence.remaining();
-                    plan.push(Chunk { id, start, tokens, drafts: 0, sample });
-                }
+    /// Gives the rest of the budget to prompts, those of the batch and those of the line, in the order of their ids: who is more
+    /// urgent passes a long prompt that is under way.
+    fn plan_prompts(&mut self, plan: &mut Plan, now: Duration) {
+        let prompts = self.running.iter().filter(|(_, sequence)| sequence.remaining() > 1);
+        let prompts: Vec<SequenceId> = prompts.map(|(id, _)| *id).collect();
+        for id in prompts {
+            self.admit(plan, Some(id), now);
+            let sequence = &self.running[&id];
+            let (start, remaining) = (sequence.computed, sequence.remaining());
+            let tokens = self.chunk(start, remaining, plan);
+            if tokens > 0 {
+                let sample = sequence.draws() && tokens == remaining;
+                plan.push(Chunk { id, start, tokens, drafts: 0, sample });
             }
         }
+        self.admit(plan, None, now);
     }
 
     /// Returns how much of `remaining` tokens from `start` on the rest of the budget allows: all, or up to the end of a page.
@@ -390,14 +404,16 @@ impl Scheduler {
         end.saturating_sub(start)
     }
 
-    /// Admits from the head of the line while there is budget, a place and pages. The head is never passed: whoever is
-    /// first and large would otherwise wait for ever.
-    fn admit(&mut self, plan: &mut Plan, now: Duration) {
+    /// Admits from the head of the line, as far as it is `before` somebody, while there is budget, a place and pages. The head is
+    /// never passed: whoever is first and large would otherwise wait for ever. Nobody is admitted in a step that took pages away.
+    fn admit(&mut self, plan: &mut Plan, before: Option<SequenceId>, now: Duration) {
         while plan.tokens < self.token_budget
+            && plan.preempted.is_empty()
             && self.occupied() < self.max_sequences
-            && let Some(entry) = self.waiting.first_entry()
+            && let Some((&id, _)) = self.head()
+            && before.is_none_or(|before| id < before)
         {
-            let (id, mut sequence) = entry.remove_entry();
+            let mut sequence = self.waiting.remove(&id).expect("it is the head of the line");
             let history = &sequence.request.history;
             let (known, needed) = (history.len(), history.pages_for(history.len()));
             let mut pages = self.pool.reuse(sequence.reusable());
@@ -419,9 +435,24 @@ impl Scheduler {
         }
     }
 
+    /// Returns who is first in the line, but for those whose prefix is on its way.
+    fn head(&self) -> Option<(&SequenceId, &Sequence)> {
+        self.waiting.iter().find(|(_, sequence)| !sequence.awaiting)
+    }
+
     /// Returns how many places of the batch are taken.
     fn occupied(&self) -> usize {
         self.running.len() + self.landings
+    }
+
+    /// Returns how many tokens of a fresh sequence need no computing: they are cached, or will be when its turn comes.
+    fn expected_tokens(&self, request: &Request) -> usize {
+        if request.prompt_logprobs.is_some() {
+            return 0;
+        }
+        let others = self.running.values().chain(self.waiting.values());
+        let shared = others.map(|sequence| sequence.request.history.common_pages(&request.history)).max();
+        self.pool.matching(request.history.reusable()).max(shared.unwrap_or(0)) * self.page_tokens
     }
 
     /// Returns the pages that an admission leaves over: one for each sequence that may soon need one.

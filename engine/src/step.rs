@@ -12,12 +12,15 @@ use crate::{
     },
     reuse::reuse,
     sampling::{self, Scratch},
+    timed::{self, Timed},
 };
 use kv_cache::{KvDtype, PageId, PageLayout};
 use std::{
     ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
 };
+use timing::Profile;
 
 /// What one sequence computes in a step.
 #[derive(Clone, Copy, Debug, Default)]
@@ -105,6 +108,8 @@ pub struct Engine {
     fingerprint: String,
     memory: Arc<KvMemory>,
     cpu: Cpu,
+    /// Present when nothing is computed.
+    timed: Option<Timed>,
     limits: Limits,
     /// Tokens of the step at hand, flat.
     tokens: Vec<TokenId>,
@@ -162,9 +167,34 @@ impl Engine {
         Self::with_kernels(model, config, Kernels::detect())
     }
 
+    /// Makes an engine that computes nothing: its steps take as long as `profile` says, its tokens are made up from those before
+    /// them, and its pages, as many as the profile has room for, hold next to nothing. `model` lends its vocabulary, its number of
+    /// layers and the tokens that end a sequence; `kv_bytes` and `threads` mean nothing, and `max_model_len` may be more than the
+    /// checkpoint was made for.
+    ///
+    /// # Errors
+    /// As [`Engine::new`].
+    pub fn timed(model: Arc<Model>, config: &Config, profile: &Profile) -> Result<Self, Error> {
+        let config = Config { threads: Some(1), ..config.clone() };
+        check_page_tokens(&config)?;
+        let layout = timed::page_layout(profile, &config, model.decoder.layers() as u32);
+        let timed = Timed::new(profile, &model.info().eos, model.decoder.vocab_size);
+        Self::build(model, &config, Kernels::detect(), layout, Some(timed))
+    }
+
     pub(crate) fn with_kernels(model: Arc<Model>, config: &Config, kernels: &'static Kernels) -> Result<Self, Error> {
         let layout = page_layout(&model, config)?;
-        let limits = Limits::new(&model, config, &layout)?;
+        Self::build(model, config, kernels, layout, None)
+    }
+
+    fn build(
+        model: Arc<Model>,
+        config: &Config,
+        kernels: &'static Kernels,
+        layout: PageLayout,
+        timed: Option<Timed>,
+    ) -> Result<Self, Error> {
+        let limits = Limits::new(&model, config, &layout, timed.is_some())?;
         let threads = match config.threads {
             Some(0) => return Err(Error::setting("threads", "0 threads compute nothing")),
             Some(threads) => threads,
@@ -175,7 +205,13 @@ impl Engine {
         let context = config.max_model_len.map_or(model.decoder.max_position, |len| len as usize);
         let (tokens, logits) = (limits.token_budget, limits.logits_rows());
         let cpu = Cpu::new(kernels, &model.decoder, format, threads, tokens, logits, context)?;
-        let fingerprint = fingerprint(&model, context);
+        let fingerprint = match timed {
+            // Pages that hold nothing are nobody else's.
+            Some(_) => {
+                blake3::hash(format!("timed {}", fingerprint(&model, context)).as_bytes()).to_hex()[..32].to_owned()
+            }
+            None => fingerprint(&model, context),
+        };
         let memory = Arc::new(KvMemory::new(layout)?);
         tracing::info!(
             isa = cpu.isa(),
@@ -195,6 +231,7 @@ impl Engine {
             fingerprint,
             memory,
             cpu,
+            timed,
             limits,
             tokens,
             spans: Vec::new(),
@@ -250,12 +287,16 @@ impl Engine {
     /// [`Error::Row`] names the row at fault; nothing is computed then.
     pub fn step(&mut self, rows: &[Row<'_>], on_layer: &mut dyn FnMut(u32)) -> Result<&mut [Yield], Error> {
         self.limits.check(rows)?;
-        self.check_adapters(rows)?;
+        self.check_kind(rows)?;
         self.claim_pages(rows)?;
-        let _stay = self.cpu.stay();
+        let began = Instant::now();
+        let _stay = self.timed.is_none().then(|| self.cpu.stay());
         let (mut spans, mut kept) = (reuse(std::mem::take(&mut self.spans)), reuse(std::mem::take(&mut self.kept)));
         self.list(rows, &mut spans, &mut kept);
-        self.forward(&spans, &kept, on_layer);
+        match &self.timed {
+            Some(timed) => timed.wait(began, timed.step(rows), self.memory.layout().layers, on_layer),
+            None => self.forward(&spans, &kept, on_layer),
+        }
         (self.spans, self.kept) = (reuse(spans), reuse(kept));
         self.clear_yields(rows.len());
         self.take_hidden(rows);
@@ -298,11 +339,17 @@ impl Engine {
         ExpertTraffic { all: self.model.weights.expert_bytes(), chosen, read }
     }
 
-    fn check_adapters(&self, rows: &[Row<'_>]) -> Result<(), Error> {
+    /// Says which row asks for what this engine has not.
+    fn check_kind(&self, rows: &[Row<'_>]) -> Result<(), Error> {
         for (index, row) in rows.iter().enumerate() {
             if let Some(adapter) = row.adapter.filter(|adapter| !adapter.is_for(&self.model)) {
                 let id = adapter.id();
                 return Err(Error::Row(format!("row {index}: adapter {id} was read for another model")));
+            }
+            if self.timed.is_some() && row.pooling.is_some() {
+                return Err(Error::Row(format!(
+                    "row {index}: a timed engine has no hidden states to make embeddings of"
+                )));
             }
         }
         Ok(())
@@ -429,6 +476,19 @@ impl Engine {
             self.drawn.resize_with(places.len(), Mutex::default);
         }
         let drawn = &self.drawn;
+        if let Some(timed) = &mut self.timed {
+            self.logits_kept = false;
+            for (place, drawn) in places.iter().zip(drawn) {
+                let row = &rows[place.row];
+                let (position, token) = (row.start + place.token, row.tokens[place.token]);
+                *lock(drawn) = Some(if row.is_plain(place.token) {
+                    Ok(Sampled { token: timed.most_likely(position, token), logprobs: None })
+                } else {
+                    row.draw(place.token, timed.logits(position, token), &mut lock(&scratch[0]))
+                });
+            }
+            return;
+        }
         for first in (0..places.len()).step_by(at_once) {
             let slice = first..places.len().min(first + at_once);
             let plain = |place: &Place| rows[place.row].is_plain(place.token);
@@ -550,7 +610,8 @@ impl Row<'_> {
 }
 
 impl Limits {
-    fn new(model: &Model, config: &Config, layout: &PageLayout) -> Result<Self, Error> {
+    /// A `timed` engine may be told to take longer sequences than the checkpoint was made for.
+    fn new(model: &Model, config: &Config, layout: &PageLayout, timed: bool) -> Result<Self, Error> {
         for (field, value) in [("token_budget", config.token_budget), ("max_sequences", config.max_sequences)] {
             if value == 0 {
                 return Err(Error::setting(field, "0 leaves nothing to compute"));
@@ -560,7 +621,7 @@ impl Limits {
         let room = layout.pages as usize * layout.page_tokens as usize;
         let max_model_len = match config.max_model_len.map(|len| len as usize) {
             Some(0) => return Err(Error::setting("max_model_len", "0 leaves no room for a token")),
-            Some(len) if len > longest => {
+            Some(len) if len > longest && !timed => {
                 let problem = format!("{len} tokens are more than the checkpoint was made for, {longest}");
                 return Err(Error::setting("max_model_len", problem));
             }
@@ -655,10 +716,7 @@ fn fingerprint(model: &Model, context: usize) -> String {
 /// Returns the shape of the pool that `config` asks for.
 pub(crate) fn page_layout(model: &Model, config: &Config) -> Result<PageLayout, Error> {
     let decoder = &model.decoder;
-    if config.page_tokens == 0 || config.page_tokens > 1024 {
-        let problem = format!("{} is not between 1 and 1024", config.page_tokens);
-        return Err(Error::setting("page_tokens", problem));
-    }
+    check_page_tokens(config)?;
     let dtype = config.kv_dtype.unwrap_or(match model.weights.stored {
         ElementType::F32 => KvDtype::F32,
         ElementType::F16 => KvDtype::F16,
@@ -681,6 +739,13 @@ pub(crate) fn page_layout(model: &Model, config: &Config) -> Result<PageLayout, 
     }
     layout.pages = pages.min(u64::from(u32::MAX)) as u32;
     Ok(layout)
+}
+
+fn check_page_tokens(config: &Config) -> Result<(), Error> {
+    match config.page_tokens {
+        1..=1024 => Ok(()),
+        other => Err(Error::setting("page_tokens", format!("{other} is not between 1 and 1024"))),
+    }
 }
 
 // A worker's thread owns its engine and may be started by another.

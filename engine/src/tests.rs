@@ -14,6 +14,7 @@ mod hostile;
 mod invariance;
 mod limits;
 mod quantized;
+mod timed;
 
 use crate::{
     Adapter, Config, Engine, Logprobs, Model, PromptLogprobs, Row, Sample, Sampled, Sampling, TokenId,

@@ -11,7 +11,8 @@ use crate::{
 };
 
 /// Every transport, most wanted first.
-const TRANSPORTS: [TransportKind; 3] = [TransportKind::Memory, TransportKind::Shm, TransportKind::Tcp];
+const TRANSPORTS: [TransportKind; 4] =
+    [TransportKind::Memory, TransportKind::Shm, TransportKind::Ucx, TransportKind::Tcp];
 
 /// What this worker brings to a handshake.
 #[derive(Clone, Debug)]
@@ -43,9 +44,19 @@ pub(crate) struct Agreed {
 }
 
 impl Offer {
-    /// Offers what `config` allows.
-    pub(crate) fn new(config: &Config, identity: Identity, process: u64, shares: Result<String, String>) -> Self {
-        let transports = config.require.map_or(TRANSPORTS.to_vec(), |only| vec![only]);
+    /// Offers what `config` allows. `with_ucx`: UCX is worth while, and not only to be used where it is required.
+    pub(crate) fn new(
+        config: &Config,
+        identity: Identity,
+        process: u64,
+        shares: Result<String, String>,
+        with_ucx: bool,
+    ) -> Self {
+        let offered = |kind: &TransportKind| match config.require {
+            Some(only) => *kind == only,
+            None => *kind != TransportKind::Ucx || with_ucx,
+        };
+        let transports = TRANSPORTS.into_iter().filter(offered).collect();
         let digest = match config.verify {
             // TLS has authenticated what arrives.
             Verify::Auto if config.tls.is_some() => Vec::new(),
@@ -55,6 +66,12 @@ impl Offer {
         };
         let (lossy, ping_ms) = (config.lossy_kv, config.ping_interval_ms.max(1));
         Self { identity, process, shares, transports, digest, lossy, ping_ms }
+    }
+
+    /// The same without `kind`, unless that leaves nothing.
+    pub(crate) fn without(&self, kind: TransportKind) -> Option<Self> {
+        let transports: Vec<_> = self.transports.iter().copied().filter(|one| *one != kind).collect();
+        (!transports.is_empty()).then(|| Self { transports, ..self.clone() })
     }
 
     /// Says whether links may use `kind`.
@@ -96,7 +113,7 @@ impl Offer {
                 (None, TransportKind::Memory) if shared_process => None,
                 (None, TransportKind::Memory) => continue, // The message says so anyway.
                 (None, TransportKind::Shm) => self.apart(hello.shm.as_ref()).err(),
-                (None, TransportKind::Tcp) => None,
+                (None, TransportKind::Ucx | TransportKind::Tcp) => None,
             };
             match problem {
                 Some(problem) => problems += &format!("; {kind:?}: {problem}"),
@@ -163,7 +180,7 @@ mod tests {
     fn offer(worker: &str, change: impl FnOnce(&mut Config, &mut Identity)) -> Offer {
         let (mut config, mut identity) = (Config::default(), identity(worker, 4));
         change(&mut config, &mut identity);
-        Offer::new(&config, identity, 1, Ok("here".into()))
+        Offer::new(&config, identity, 1, Ok("here".into()), false)
     }
 
     fn peer(incarnation: u64) -> Peer {
@@ -279,6 +296,7 @@ mod tests {
             identity: identity(worker, 4),
             landings: 0,
             transport,
+            ucx: None,
             digest: false,
             token: 0,
             ping_ms: 400,

@@ -13,7 +13,9 @@
 //! into pages per data connection, at most one control frame (4 MiB) being read, and descriptors of the blocks still to go. A
 //! link over `shm` has no data connections; at its source, the map of the target's pool has page tables of a 512th of the
 //! pool's size (the pages themselves are the target's, and counted once). With TLS each connection holds up to 64 KiB that are
-//! encrypted and have not left, and up to two records (2 x 18 KiB) that came and were not read.
+//! encrypted and have not left, and up to two records (2 x 18 KiB) that came and were not read. A link over `ucx` takes what UCX takes for
+//! a worker at either end: below 1 MiB of its own and 4 MiB of shared memory over its `posix` and `tcp`; over RDMA, where it posts
+//! receive buffers, more.
 
 mod auth;
 mod convert;
@@ -54,6 +56,7 @@ mod transport;
 #[cfg(fuzzing)]
 pub use fuzz::frames as fuzz_frames;
 pub use transfer::{Overlapped, Transfer};
+pub use transport::ucx::{Survey, UcxConfig, UcxMemory, survey};
 
 use kv_cache::{PageHash, PageId, PageLayout, TokenId};
 use serde::{Deserialize, Serialize};
@@ -168,6 +171,8 @@ pub struct Config {
     pub tls: Option<TlsConfig>,
     /// TCP connections per link.
     pub tcp_streams: usize,
+    /// How UCX is found and what it may use.
+    pub ucx: UcxConfig,
     /// Longest a hand-off may wait for `Open`, in milliseconds.
     pub open_timeout_ms: u64,
     /// Longest a hand-off may go without progress once opened, in milliseconds. Progress is a push, a block that moves, or an
@@ -189,6 +194,7 @@ impl Default for Config {
             cluster_token_file: None,
             tls: None,
             tcp_streams: 2,
+            ucx: UcxConfig::default(),
             open_timeout_ms: 10_000,
             progress_timeout_ms: 5_000,
             ping_interval_ms: 400,
@@ -241,6 +247,8 @@ pub enum TransportKind {
     Memory,
     /// Two processes of one host: the source writes into the target's pages.
     Shm,
+    /// What UCX finds between two machines, RDMA above all: the source writes into the target's pages.
+    Ucx,
     /// Any two machines.
     Tcp,
 }
@@ -355,6 +363,9 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// Transport `ucx` is required and cannot be had.
+    #[error("transport ucx: {0}")]
+    Ucx(String),
     /// The cluster's token cannot be used.
     #[error("cluster_token_file {}: {reason}", file.display())]
     ClusterToken {

@@ -34,7 +34,7 @@ pub(crate) const MOST_MESSAGES: usize = 16 << 10;
 /// Longest silence that a peer can ask for by announcing rare pings.
 const LONGEST_SILENCE: Duration = Duration::from_secs(10);
 /// Longest greeting: there is nothing to read from a peer that is not one of ours.
-const LONGEST_GREETING: usize = 16 << 10;
+const LONGEST_GREETING: usize = 32 << 10;
 
 /// Ends a link, for a reason; the first one stands. Cloning shares it.
 #[derive(Clone, Debug, Default)]

@@ -10,7 +10,7 @@ use crate::{
     handshake::{self, Agreed, Offer},
     landing::Landings,
     link::{self, Access, Arrival, HANDSHAKE_LIMIT, LinkStop, MOST_MESSAGES, NoLink, Pings, Role, Up},
-    message::{Greeting, Hello, Join, Message, Welcome},
+    message::{Greeting, Hello, Invitation, Join, Message, Welcome},
     metrics,
     mover::Movers,
     pages::Pages,
@@ -21,6 +21,7 @@ use crate::{
         memory::{self, Registration},
         shm::{self, Door, Remote, Shared, Writer},
         tcp::{self, Receiver},
+        ucx::{LinkPath, Ucx, Window},
     },
 };
 use ::metrics::Counter;
@@ -59,6 +60,8 @@ pub(crate) struct Links {
     /// Our pool, where processes of this host can map it.
     shared: Option<Arc<Shared>>,
     shm_fallbacks: Counter,
+    ucx: Option<Ucx>,
+    ucx_fallbacks: Counter,
     pub(crate) movers: Movers,
     pub(crate) arrivals: mpsc::Sender<Arrival>,
     /// Owns the tasks of all links.
@@ -79,20 +82,65 @@ struct Joinable {
     joined: u32,
 }
 
+/// What a target answered, and on what.
+#[derive(Debug)]
+struct Reached {
+    stream: Socket,
+    welcome: Welcome,
+    terms: Arc<Terms>,
+    key: LinkKey,
+    remote: Option<Remote>,
+}
+
+/// What a target chose, the source of this host that writes by itself, and what it needs to do so by UCX.
+type Chosen = (Agreed, Option<Writer>, Option<Window>);
+
+/// Lets a source in by UCX. One on this host is watched, as it may map the pool.
+async fn let_in(
+    ucx: &Ucx,
+    (token, key): (u64, &LinkKey),
+    invitation: Option<&Invitation>,
+) -> Result<(Option<Writer>, Window), String> {
+    let writer = match invitation {
+        Some(invitation) if shm::is_here(invitation) => {
+            let watched = shm::watch(invitation, key).await;
+            Some(watched.map_err(|error| format!("watch the source's process: {error}"))?)
+        }
+        Some(_) => None,
+        None => return Err("the source does not name its host".to_owned()),
+    };
+    Ok((writer, ucx.accept(token).await?))
+}
+
+/// Welcomes a source. Over UCX the link is up once the source has seen bytes go there and back.
+async fn welcome_source(stream: &mut Socket, welcome: Welcome) -> io::Result<()> {
+    let by_ucx = welcome.ucx.is_some();
+    link::send(stream, &Greeting::Welcome(welcome)).await?;
+    match by_ucx {
+        false => Ok(()),
+        true => match link::receive(stream).await? {
+            Greeting::Connected => Ok(()),
+            other => Err(io::Error::other(format!("unexpected greeting {other:?}"))),
+        },
+    }
+}
+
 impl Links {
     /// Starts with none.
     pub(crate) fn new(
         config: &Config,
         (offer, access): (Offer, Access),
         landings: (Arc<Pages>, Arc<Landings>),
-        shared: Option<Arc<Shared>>,
+        (shared, ucx): (Option<Arc<Shared>>, Option<Ucx>),
         movers: Movers,
         arrivals: mpsc::Sender<Arrival>,
     ) -> Arc<Self> {
         let (pool, landings) = landings;
         Arc::new(Self {
             shm_fallbacks: metrics::fallbacks(&offer.identity.worker, TransportKind::Shm),
+            ucx_fallbacks: metrics::fallbacks(&offer.identity.worker, TransportKind::Ucx),
             shared,
+            ucx,
             offer,
             access,
             streams: config.tcp_streams.clamp(1, MOST_STREAMS),
@@ -156,13 +204,45 @@ impl Links {
         (reason, false)
     }
 
+    /// Brings a link up. When UCX is chosen and does not reach the peer after all, something else is agreed on.
     async fn bring_up(
         &self,
         peer: &Peer,
         say: mpsc::Sender<Message>,
         stop: &LinkStop,
     ) -> Result<(Socket, Welcome, Arc<Terms>, Arc<dyn Transport>), NoLink> {
-        let (stream, (welcome, terms), key, remote) = self.reach(peer).await?;
+        let reached = self.reach(peer, &self.offer).await?;
+        let (Some(ucx), Some(window)) = (&self.ucx, reached.welcome.ucx.clone()) else {
+            return self.start(peer, reached, say, stop).await;
+        };
+        let Reached { mut stream, welcome, terms, remote, .. } = reached;
+        let (digest, emulated) = (welcome.digest, self.offer.without(TransportKind::Ucx).is_none());
+        let path = LinkPath { terms: terms.clone(), digest, emulated, say: say.clone() };
+        let reason = match ucx.connect(window, path, remote, stop).await {
+            Ok(source) => {
+                link::send(&mut stream, &Greeting::Connected).await?;
+                return Ok((stream, welcome, terms, Arc::new(source)));
+            }
+            Err(reason) => reason,
+        };
+        drop(stream);
+        let Some(rest) = self.offer.without(TransportKind::Ucx) else {
+            return Err(NoLink { reason: format!("{}: ucx: {reason}", peer.worker), refused: false });
+        };
+        tracing::warn!(peer = peer.worker, reason, "UCX does not connect, something else is used");
+        self.ucx_fallbacks.increment(1);
+        let reached = self.reach(peer, &rest).await?;
+        self.start(peer, reached, say, stop).await
+    }
+
+    /// Starts the data path that the target chose, any but UCX.
+    async fn start(
+        &self,
+        peer: &Peer,
+        Reached { stream, welcome, terms, key, remote }: Reached,
+        say: mpsc::Sender<Message>,
+        stop: &LinkStop,
+    ) -> Result<(Socket, Welcome, Arc<Terms>, Arc<dyn Transport>), NoLink> {
         let transport: Arc<dyn Transport> = match welcome.transport {
             TransportKind::Memory => {
                 let (pool, token, digest) = (self.pool.clone(), welcome.token, welcome.digest);
@@ -171,12 +251,16 @@ impl Links {
                 Arc::new(memory::start(welcome.landings, &path, &self.movers, stop).ok_or_else(gone)?)
             }
             TransportKind::Shm => {
-                let same = |remote: &Remote| *remote.pages().layout() == welcome.identity.layout;
+                let same = |remote: &Remote| remote.layout() == Some(&welcome.identity.layout);
                 let problem = || format!("{}: says that its pool was passed, which it was not", peer.worker);
                 let remote = remote.filter(same).ok_or_else(|| NoLink { reason: problem(), refused: false })?;
                 let (pool, terms, digest) = (self.pool.clone(), terms.clone(), welcome.digest);
                 let path = shm::Path { pool, terms, digest, say };
                 Arc::new(shm::start(remote, &path, &self.movers, stop))
+            }
+            TransportKind::Ucx => {
+                let reason = format!("{}: chose ucx and says nothing of its pool", peer.worker);
+                return Err(NoLink { reason, refused: false });
             }
             TransportKind::Tcp => {
                 let joins =
@@ -190,19 +274,20 @@ impl Links {
     }
 
     /// Dials `peer`. While it thinks about its answer, it can pass us its pool.
-    async fn reach(&self, peer: &Peer) -> Result<(Socket, (Welcome, Arc<Terms>), LinkKey, Option<Remote>), NoLink> {
+    async fn reach(&self, peer: &Peer, offer: &Offer) -> Result<Reached, NoLink> {
         let refused =
             |error: &io::Error| tracing::warn!(%error, "targets on this host cannot be asked for their pools");
-        let door = self.offer.allows(TransportKind::Shm).then(Door::open);
+        let wanted = offer.allows(TransportKind::Shm) || offer.allows(TransportKind::Ucx);
+        let door = wanted.then(Door::open);
         let door = door.and_then(|door| door.inspect_err(refused).ok());
-        let (mut stream, key) = self.access.dial(&self.offer, peer, door.as_ref().map(Door::invitation)).await?;
-        let answered = link::answer(&mut stream, &key, (&self.offer, peer));
+        let (mut stream, key) = self.access.dial(offer, peer, door.as_ref().map(Door::invitation)).await?;
+        let answered = link::answer(&mut stream, &key, (offer, peer));
         let Some(door) = door else {
-            let answer = answered.await?;
-            return Ok((stream, answer, key, None));
+            let (welcome, terms) = answered.await?;
+            return Ok(Reached { stream, welcome, terms, key, remote: None });
         };
         let mut remote = None;
-        let answer = {
+        let (welcome, terms) = {
             tokio::pin!(answered);
             loop {
                 // Neither is resumed after the answer has come: cancel safety is not asked of them.
@@ -212,7 +297,7 @@ impl Links {
                 }
             }
         };
-        Ok((stream, answer, key, remote))
+        Ok(Reached { stream, welcome, terms, key, remote })
     }
 
     /// Accepts connections until `stop`.
@@ -294,11 +379,12 @@ impl Links {
     }
 
     async fn answer(&self, mut stream: Socket, hello: Hello, key: LinkKey, places: &Arc<Semaphore>) {
+        let token = rand::random();
         let answer = match places.clone().try_acquire_owned() {
-            Ok(place) => self.choose(&hello, &key).await.map(|chosen| (Arc::new(place), chosen)),
+            Ok(place) => self.choose(&hello, (token, &key)).await.map(|chosen| (Arc::new(place), chosen)),
             Err(_) => Err(format!("{MOST_LINKS} links are open")),
         };
-        let (place, (Agreed { transport, digest, terms }, writer)) = match answer {
+        let (place, (Agreed { transport, digest, terms }, writer, window)) = match answer {
             Ok(answer) => answer,
             Err(reason) => {
                 tracing::warn!(peer = hello.identity.worker, reason, "link refused");
@@ -307,12 +393,12 @@ impl Links {
                 return;
             }
         };
-        let token = rand::random();
         let welcome = Welcome {
             proof: key.prove(Claim::Target),
             identity: self.offer.identity.clone(),
             landings: self.registration.number(),
             transport,
+            ucx: window,
             digest,
             token,
             ping_ms: self.offer.ping_ms,
@@ -324,45 +410,68 @@ impl Links {
         let (stop, terms) = (LinkStop::default(), Arc::new(terms));
         let joinable = Joinable { stop: stop.clone(), terms: terms.clone(), key, transport, digest, joined: 0 };
         self.joinable().insert(token, joinable);
-        if let Some(writer) = writer {
-            self.watch(writer, token, stop.clone(), place.clone());
+        let ucx = self.ucx.as_ref().filter(|_| welcome.ucx.is_some());
+        let released = CancellationToken::new();
+        if writer.is_some() || ucx.is_some() {
+            let released = ucx.map(|_| released.clone());
+            self.watch((writer, released), token, stop.clone(), place.clone());
         }
-        if let Ok(Ok(())) = timeout(HANDSHAKE_LIMIT, link::send(&mut stream, &Greeting::Welcome(welcome))).await {
+        if let Ok(Ok(())) = timeout(HANDSHAKE_LIMIT, welcome_source(&mut stream, welcome)).await {
             self.run_accepted(stream, &hello, (token, transport, terms), &stop).await;
         }
         self.joinable().remove(&token);
+        if let Some(ucx) = ucx {
+            ucx.release(token).await;
+            released.cancel();
+        }
     }
 
-    /// Chooses how bytes will move, and makes sure that they can.
-    async fn choose(&self, hello: &Hello, key: &LinkKey) -> Result<(Agreed, Option<Writer>), String> {
+    /// Chooses how bytes will move over the link with `token`, and makes sure that they can.
+    async fn choose(&self, hello: &Hello, (token, key): (u64, &LinkKey)) -> Result<Chosen, String> {
         let mut failed = Vec::new();
         loop {
             let agreed = self.offer.answer(hello, &failed)?;
             let kind = agreed.transport;
-            let (TransportKind::Shm, Some(shared), Some(invitation)) = (kind, &self.shared, &hello.shm) else {
-                return Ok((agreed, None));
-            };
-            match shared.pass(invitation, key).await {
-                Ok(writer) => return Ok((agreed, Some(writer))),
-                Err(error) => {
-                    let peer = &hello.identity.worker;
-                    tracing::warn!(peer, %error, "the pool cannot be passed over shared memory, something else is used");
-                    self.shm_fallbacks.increment(1);
-                    failed.push((kind, error.to_string()));
+            let (error, fallbacks) = match (kind, &self.shared, &self.ucx, &hello.shm) {
+                (TransportKind::Shm, Some(shared), _, Some(invitation)) => match shared.pass(invitation, key).await {
+                    Ok(writer) => return Ok((agreed, Some(writer), None)),
+                    Err(error) => (error.to_string(), &self.shm_fallbacks),
+                },
+                (TransportKind::Ucx, _, Some(ucx), invitation) => {
+                    match let_in(ucx, (token, key), invitation.as_ref()).await {
+                        Ok((writer, window)) => return Ok((agreed, writer, Some(window))),
+                        Err(error) => (error, &self.ucx_fallbacks),
+                    }
                 }
-            }
+                _ => return Ok((agreed, None, None)),
+            };
+            let peer = &hello.identity.worker;
+            tracing::warn!(peer, wanted = ?kind, error, "the source cannot be let in, something else is used");
+            fallbacks.increment(1);
+            failed.push((kind, error));
         }
     }
 
-    /// Lets `writer` write into landings of the link with `token`, and watches for the proof that it no longer can. Until then
-    /// it takes up a place among the links, also when the link is long gone.
-    fn watch(&self, writer: Writer, token: u64, stop: LinkStop, place: Arc<OwnedSemaphorePermit>) {
+    /// Lets a source write into landings of the link with `token`, and watches for the proof that it no longer can: a `writer` of
+    /// this host is gone, and what it wrote through by UCX is `released`. Until then it takes up a place among the links, also when
+    /// the link is long gone.
+    fn watch(
+        &self,
+        (writer, released): (Option<Writer>, Option<CancellationToken>),
+        token: u64,
+        stop: LinkStop,
+        place: Arc<OwnedSemaphorePermit>,
+    ) {
         self.landings.writer_joined(token);
         let landings = self.landings.clone();
         self.tasks.spawn(async move {
-            let proof = writer.gone().await;
+            if let Some(writer) = writer {
+                stop.stop(writer.gone().await);
+            }
+            if let Some(released) = released {
+                released.cancelled().await;
+            }
             landings.writer_gone(token);
-            stop.stop(proof);
             drop(place);
         });
     }
@@ -372,7 +481,7 @@ impl Links {
         let Some((kind, digest)) = self.joinable().get(&token).map(|link| (link.transport, link.digest)) else {
             return;
         };
-        if kind != TransportKind::Shm || !digest {
+        if !digest || !matches!(kind, TransportKind::Shm | TransportKind::Ucx) {
             // Without digest this is a matter of microseconds; over another transport the landing refuses it.
             return shm::written(&self.landings, token, frame, false);
         }
@@ -430,30 +539,62 @@ mod tests {
         let host = shared.host().to_owned();
         let pool = Arc::new(Pages::map(&file, identity.layout.clone()).expect("map"));
         let landings = Arc::new(Landings::new(pool.clone(), Arc::new(Inbox::default())));
-        let source = Offer::new(&Config::default(), crate::testing::identity("prefill-0", 6), 2, Ok(host.clone()));
+        let source =
+            Offer::new(&Config::default(), crate::testing::identity("prefill-0", 6), 2, Ok(host.clone()), false);
         let peer = Peer { worker: "decode-0".into(), incarnation: 1_000, link: String::new() };
         let hello = source.hello(
             &peer,
             ([7; 32], false),
             Some(Invitation { host: host.clone(), socket: "baton-kv-nobody".into() }),
         );
-        let offer = Offer::new(config, identity, 1, Ok(host));
+        let offer = Offer::new(config, identity, 1, Ok(host), false);
         let (arrivals, _) = mpsc::channel(1);
         let movers = Movers::start(1).expect("threads");
         let access = Access::new(&Config::default()).expect("no files");
-        (Links::new(config, (offer, access), (pool, landings), Some(shared), movers, arrivals), hello)
+        (Links::new(config, (offer, access), (pool, landings), (Some(shared), None), movers, arrivals), hello)
     }
 
     #[tokio::test]
     async fn a_pool_that_cannot_be_passed_is_not_waited_for() {
         let (links, hello) = target(&Config::default());
-        let (agreed, writer) = links.choose(&hello, key()).await.expect("something else");
+        let (agreed, writer, _) = links.choose(&hello, (1, key())).await.expect("something else");
         assert_eq!((agreed.transport, agreed.digest, writer.is_none()), (TransportKind::Tcp, true, true));
 
         let (links, hello) = target(&Config { require: Some(TransportKind::Shm), ..Config::default() });
-        let refusal = links.choose(&hello, key()).await.expect_err("nothing else will do");
+        let refusal = links.choose(&hello, (1, key())).await.expect_err("nothing else will do");
         let expected = "transport: yours [Memory, Shm, Tcp], ours [Shm], in different processes; Shm: Connection refused (os error 111)";
         assert_eq!(refusal, expected);
+    }
+
+    /// A worker with UCX that thinks it worth while, on a host of its own.
+    async fn with_ucx(worker: &str, number: u64, config: &Config) -> Arc<Links> {
+        let identity = identity(worker, 6);
+        let file = sealed_pool(&identity.layout);
+        let pool = Arc::new(Pages::map(&file, identity.layout.clone()).expect("map"));
+        let landings = Arc::new(Landings::new(pool.clone(), Arc::new(Inbox::default())));
+        let ucx = Ucx::start(&config.ucx, pool.clone(), &file).await.expect("UCX starts");
+        let offer = Offer::new(config, identity, number, Ok(format!("host {number}")), true);
+        let (access, movers) = (Access::new(config).expect("no files"), Movers::start(1).expect("threads"));
+        let (arrivals, _) = mpsc::channel(1);
+        Links::new(config, (offer, access), (pool, landings), (None, Some(ucx)), movers, arrivals)
+    }
+
+    #[tokio::test]
+    async fn ucx_without_rdma_gives_way_to_tcp() {
+        let Some(ucx) = crate::transport::ucx::tests::config("tcp") else { return };
+        let config = Config { ucx, ..Config::default() };
+        let (source, target) = (with_ucx("prefill-0", 1, &config).await, with_ucx("decode-0", 2, &config).await);
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
+        let link = listener.local_addr().expect("bound").to_string();
+        let stop = CancellationToken::new();
+        let accepting = tokio::spawn(target.clone().accept(listener, stop.clone()));
+        let peer = Peer { worker: "decode-0".into(), incarnation: 1_000, link };
+        let (say, _messages) = mpsc::channel(1);
+        let up = timeout(Duration::from_secs(20), source.bring_up(&peer, say, &LinkStop::default())).await;
+        let (_stream, welcome, ..) = up.expect("in time").map_err(|no_link| no_link.reason).expect("a link");
+        assert_eq!(welcome.transport, TransportKind::Tcp);
+        stop.cancel();
+        accepting.await.expect("ends");
     }
 
     #[tokio::test]
@@ -461,8 +602,8 @@ mod tests {
         let (links, mut hello) = target(&Config::default());
         let door = Door::open().expect("door");
         hello.shm = Some(door.invitation());
-        let (chosen, _remote) = tokio::join!(links.choose(&hello, key()), door.receive(key()));
-        let (agreed, writer) = chosen.expect("shared");
+        let (chosen, _remote) = tokio::join!(links.choose(&hello, (1, key())), door.receive(key()));
+        let (agreed, writer, _) = chosen.expect("shared");
         assert_eq!((agreed.transport, agreed.digest, writer.is_some()), (TransportKind::Shm, false, true));
     }
 }

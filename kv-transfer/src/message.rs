@@ -9,6 +9,7 @@ use crate::{
     auth::{Nonce, Proof},
     digest::Digest,
     plan::Piece,
+    transport::ucx::Window,
 };
 use kv_cache::{PageHash, PageId};
 use serde::{Deserialize, Serialize};
@@ -74,6 +75,8 @@ pub(crate) enum Greeting {
     Welcome(Welcome),
     /// The target's answer: no link, and why.
     Reject { reason: String },
+    /// From the source, of a link over UCX: bytes have gone to the target's worker and back.
+    Connected,
     /// From the source, on a further connection.
     Join(Join),
     /// Starts like a greeting of ours but speaks another version.
@@ -133,6 +136,8 @@ pub(crate) struct Welcome {
     pub(crate) landings: u64,
     /// How bytes will move.
     pub(crate) transport: TransportKind,
+    /// Where the source writes them, over UCX.
+    pub(crate) ucx: Option<Window>,
     /// Whether contents are digested.
     pub(crate) digest: bool,
     /// Names the link to its further connections.
@@ -284,6 +289,7 @@ impl Greeting {
             }
             Greeting::Challenge(nonce) => greeting(out, 20, PROTOCOL, nonce),
             Greeting::Proof(proof) => greeting(out, 21, PROTOCOL, &proof.0),
+            Greeting::Connected => greeting(out, 22, PROTOCOL, &[]),
             Greeting::Foreign { protocol } => greeting(out, 16, *protocol, &[]),
         });
     }
@@ -303,7 +309,7 @@ impl Greeting {
             16 => from_json(fields.0).map(Greeting::Hello),
             17 => from_json(fields.0).map(Greeting::Welcome),
             18 => Ok(Greeting::Reject { reason: fields.reason() }),
-            19..=21 => {
+            19..=22 => {
                 let greeting = match tag {
                     19 => Greeting::Join(Join {
                         token: fields.u64()?,
@@ -311,7 +317,8 @@ impl Greeting {
                         proof: Proof(fields.array()?),
                     }),
                     20 => Greeting::Challenge(fields.array()?),
-                    _ => Greeting::Proof(Proof(fields.array()?)),
+                    21 => Greeting::Proof(Proof(fields.array()?)),
+                    _ => Greeting::Connected,
                 };
                 fields.end().map(|()| greeting)
             }
@@ -514,6 +521,7 @@ mod tests {
             identity: identity("decode-1", 4),
             landings: 3,
             transport: TransportKind::Tcp,
+            ucx: Some(Window { address: vec![1, 2], key: vec![3], base: 4 }),
             digest: true,
             token: u64::MAX,
             ping_ms: 400,
@@ -522,7 +530,7 @@ mod tests {
         let join = Greeting::Join(Join { token: 5, number: 6, proof: Proof([7; 32]) });
         let proof = Greeting::Proof(Proof([6; 32]));
         let (hello, welcome) = (Greeting::Hello(hello), Greeting::Welcome(welcome));
-        for greeting in [hello, Greeting::Challenge([5; 32]), proof, welcome, reject, join] {
+        for greeting in [hello, Greeting::Challenge([5; 32]), proof, welcome, reject, join, Greeting::Connected] {
             assert_eq!(greet(&greeting), Ok(greeting.clone()));
         }
     }

@@ -27,8 +27,12 @@ impl std::fmt::Debug for Metrics {
 }
 
 const SIDES: [(Side, &str); 2] = [(Side::Source, "source"), (Side::Target, "target")];
-const KINDS: [(TransportKind, &str); 3] =
-    [(TransportKind::Memory, "memory"), (TransportKind::Shm, "shm"), (TransportKind::Tcp, "tcp")];
+const KINDS: [(TransportKind, &str); 4] = [
+    (TransportKind::Memory, "memory"),
+    (TransportKind::Shm, "shm"),
+    (TransportKind::Ucx, "ucx"),
+    (TransportKind::Tcp, "tcp"),
+];
 const ENDS: [(End, &str); 4] =
     [(End::Landed, "landed"), (End::Refused, "refused"), (End::Aborted, "aborted"), (End::Expired, "expired")];
 

@@ -92,6 +92,11 @@ impl Pages {
         Ok((base.cast(), (start, reserved)))
     }
 
+    /// Returns where the pool begins, for those who register its memory.
+    pub(crate) fn base(&self) -> *mut u8 {
+        self.base
+    }
+
     /// Returns the shape of the pool.
     pub(crate) fn layout(&self) -> &PageLayout {
         &self.layout

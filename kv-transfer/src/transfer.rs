@@ -15,7 +15,7 @@ use crate::{
     ranks::Ranks,
     source::Limits,
     speed::Speed,
-    transport::{memory, shm::Shared},
+    transport::{memory, shm::Shared, ucx::Ucx},
 };
 use kv_cache::PageId;
 use std::{fs::File, net::SocketAddr, ops::Range, sync::Arc, time::Duration};
@@ -94,8 +94,11 @@ impl Transfer {
         let (arrivals, arrived) = mpsc::channel(MOST_ARRIVALS);
         let shared = Shared::of(pages, &identity.layout);
         let shares = shared.as_ref().map(|shared| shared.host().to_owned()).map_err(ToString::to_string);
-        let offer = Offer::new(&config, identity.clone(), memory::process(), shares);
-        let links = Links::new(&config, (offer, access), (pool, landings.clone()), shared.ok(), movers, arrivals);
+        let ucx = start_ucx(&config, &pool, pages).await?;
+        let with_ucx = ucx.as_ref().is_some_and(Ucx::is_worthwhile);
+        let offer = Offer::new(&config, identity.clone(), memory::process(), shares, with_ucx);
+        let pools = (pool, landings.clone());
+        let links = Links::new(&config, (offer, access), pools, (shared.ok(), ucx), movers, arrivals);
         let accepting = CancellationToken::new();
         links.tasks.spawn_on(links.clone().accept(listener, accepting.clone()), &home);
 
@@ -233,6 +236,21 @@ fn advertised(advertise: Option<&str>, bound: SocketAddr) -> String {
         None => bound.to_string(),
         Some(address) if has_port(address) => address.to_owned(),
         Some(host) => format!("{host}:{}", bound.port()),
+    }
+}
+
+/// Starts UCX where it is wanted. Where it is not required, a worker does without.
+async fn start_ucx(config: &Config, pool: &Arc<Pages>, file: &File) -> Result<Option<Ucx>, Error> {
+    if !Ucx::is_wanted(config) {
+        return Ok(None);
+    }
+    match Ucx::start(&config.ucx, pool.clone(), file).await {
+        Ok(ucx) => Ok(Some(ucx)),
+        Err(reason) if config.require.is_some() => Err(Error::Ucx(reason)),
+        Err(reason) => {
+            tracing::warn!(reason, "this host has RDMA devices and UCX cannot use them; `baton doctor` says more");
+            Ok(None)
+        }
     }
 }
 

@@ -8,14 +8,16 @@
 //! |-----------|-------------------------------|-------------------------------------------------------------|
 //! | `memory`  | the source's mover, by permit | the landing is closed                                       |
 //! | `shm`     | the source, from outside      | its `Quiet` or `Commit`; the map is gone; its process is    |
+//! | `ucx`     | the source, from outside      | as `shm`, and its UCX worker at the target is destroyed     |
 //! | `tcp`     | the target's mover, by permit | the landing is closed                                       |
 //!
-//! A one-sided transport (`shm`) has everything it needs in a [`Frame`]: the pages on both sides. It tells the target of each
+//! A one-sided transport (`shm`, `ucx`) has everything it needs in a [`Frame`]: the pages on both sides. It tells the target of each
 //! frame by a `Pages` message on the control connection.
 
 pub(crate) mod memory;
 pub(crate) mod shm;
 pub(crate) mod tcp;
+pub(crate) mod ucx;
 
 use crate::{
     HandoffId,
@@ -181,10 +183,15 @@ impl JobQueue {
         }
     }
 
+    /// Takes the next frame, if there is one.
+    fn try_next(&self) -> Option<Job> {
+        self.lock().jobs.pop_front()
+    }
+
     /// Waits for the next frame. Cancel safe.
     async fn next(&self) -> Job {
         loop {
-            if let Some(job) = self.lock().jobs.pop_front() {
+            if let Some(job) = self.try_next() {
                 return job;
             }
             self.wake.notified().await;

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 use support::{
-    LAYERS, SOON, Worker, identity, only,
+    LAYERS, Over, SOON, Worker, identity, kinds_that_break, only,
     proxy::{Proxy, Way},
 };
 use tokio::time::timeout;
@@ -93,8 +93,8 @@ struct Chaos {
 }
 
 impl Chaos {
-    async fn new(kind: TransportKind, seed: u64) -> Self {
-        let config = Config { ping_interval_ms: 100, group_bytes: Some(24 << 10), ..only(kind) };
+    async fn new(over: impl Into<Over>, seed: u64) -> Self {
+        let config = Config { ping_interval_ms: 100, group_bytes: Some(24 << 10), ..only(over) };
         let source = Worker::start(config.clone(), identity("prefill-0", 48), seed).await;
         let target = Worker::start(config, identity("decode-0", 24), seed).await;
         let proxy = Proxy::start(target.transfer.address(), 512, None).await;
@@ -251,8 +251,8 @@ impl Chaos {
     }
 }
 
-async fn chaos(kind: TransportKind, seed: u64) {
-    let (landed, quiet) = timeout(Duration::from_secs(60), Chaos::new(kind, seed).await.run()).await.expect("ends");
+async fn chaos(over: impl Into<Over>, seed: u64) {
+    let (landed, quiet) = timeout(Duration::from_secs(60), Chaos::new(over, seed).await.run()).await.expect("ends");
     assert!(landed > 20 && quiet > 20, "seed {seed}: {landed} landed, {quiet} quiet: nothing was tested");
 }
 
@@ -260,6 +260,15 @@ async fn chaos(kind: TransportKind, seed: u64) {
 async fn memory_under_chaos() {
     for seed in 0..3 {
         chaos(TransportKind::Memory, seed).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ucx_under_chaos() {
+    for over in kinds_that_break().into_iter().filter(|over| over.kind() == TransportKind::Ucx) {
+        for seed in 0..3 {
+            chaos(over, seed).await;
+        }
     }
 }
 

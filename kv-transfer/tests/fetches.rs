@@ -4,7 +4,7 @@ mod support;
 
 use kv_cache::{PageHash, PageId};
 use kv_transfer::{Begin, Config, Event, Fetch, HandoffId, Outcome, Peer};
-use support::{KINDS, LAYERS, SOON, Worker, assert_same, identity, landed, only};
+use support::{LAYERS, SOON, Worker, assert_same, identity, kinds, landed, only};
 
 const H: HandoffId = HandoffId(0xFE7C);
 
@@ -42,7 +42,7 @@ async fn lost(asker: &mut Worker) -> String {
 
 #[tokio::test]
 async fn what_is_asked_for_lands() {
-    for kind in KINDS {
+    for kind in kinds() {
         let (mut asker, mut holder) = pair(only(kind)).await;
         let (pages, landing) = ([5, 9, 1, 2].map(PageId), [30, 31, 7, 8].map(PageId));
         let (there, here) = (holder.contents(), asker.contents());
@@ -66,7 +66,7 @@ async fn what_is_asked_for_lands() {
 
 #[tokio::test]
 async fn a_refusal_a_dead_peer_and_silence_are_losses() {
-    for kind in KINDS {
+    for kind in kinds() {
         let (mut asker, mut holder) = pair(Config { open_timeout_ms: 300, ..only(kind) }).await;
         fetch(&asker, holder.peer(), 2);
         asked(&mut holder, 2).await;
@@ -98,7 +98,7 @@ async fn a_refusal_a_dead_peer_and_silence_are_losses() {
 
 #[tokio::test]
 async fn what_is_called_off_does_not_begin() {
-    for kind in KINDS {
+    for kind in kinds() {
         let (asker, mut holder) = pair(only(kind)).await;
         fetch(&asker, holder.peer(), 2);
         let by = asked(&mut holder, 2).await;

@@ -5,7 +5,7 @@ mod support;
 use kv_cache::{KvDtype, PageId, PageLayout};
 use kv_transfer::{Begin, Commit, Config, Event, HandoffId, Identity, Outcome, Rank, TransportKind};
 use std::ops::Range;
-use support::{KINDS, LAYERS, SOON, Worker, assert_same, identity, only, some_pages};
+use support::{LAYERS, Over, SOON, Worker, assert_same, identity, kinds, only, some_pages};
 
 const H: HandoffId = HandoffId(0xBA70);
 
@@ -101,7 +101,7 @@ fn assert_landed(
 
 /// Starts the ranks, hands a sequence over between all of them, and compares what landed. Nothing else in the pools of the target
 /// changes. `have`: pages that are there.
-async fn hand_over(kind: TransportKind, sources: Vec<Identity>, targets: Vec<Identity>, have: u32, most_error: f32) {
+async fn hand_over(kind: Over, sources: Vec<Identity>, targets: Vec<Identity>, have: u32, most_error: f32) {
     const TOKENS: u32 = 75;
     let config = Config { lossy_kv: most_error > 0.0, ..only(kind) };
     let mut started = Vec::new();
@@ -164,7 +164,7 @@ fn begin(source: &Worker, targets: &[Worker], tokens: u32, pages: &[PageId]) {
 
 #[tokio::test]
 async fn pages_of_different_length() {
-    for kind in KINDS {
+    for kind in kinds() {
         for (ours, theirs, have) in [(16, 32, 0), (16, 32, 1), (32, 16, 0), (32, 16, 3), (16, 24, 1), (8, 32, 3)] {
             let source = worker("prefill-0", |layout| layout.page_tokens = ours, Rank::default());
             let target = worker("decode-0", |layout| layout.page_tokens = theirs, Rank::default());
@@ -185,7 +185,7 @@ fn ranks(name: &str, of: u32, change: impl Fn(&mut PageLayout)) -> Vec<Identity>
 
 #[tokio::test]
 async fn ranks_of_different_degree() {
-    for kind in KINDS {
+    for kind in kinds() {
         for (sources, targets) in [(1, 2), (2, 1), (4, 2), (2, 4), (2, 2), (8, 2), (2, 8)] {
             hand_over(kind, ranks("prefill", sources, |_| {}), ranks("decode", targets, |_| {}), 0, 0.0).await;
         }
@@ -194,7 +194,7 @@ async fn ranks_of_different_degree() {
 
 #[tokio::test]
 async fn everything_differs_at_once() {
-    for kind in KINDS {
+    for kind in kinds() {
         let sources = ranks("prefill", 4, |layout| layout.page_tokens = 8);
         let targets = ranks("decode", 2, |layout| (layout.page_tokens, layout.dtype) = (32, KvDtype::F32));
         hand_over(kind, sources, targets, 1, 0.0).await;
@@ -204,7 +204,7 @@ async fn everything_differs_at_once() {
 #[tokio::test]
 async fn elements_are_converted() {
     use KvDtype::{Bf16, F32, Int8};
-    for kind in KINDS {
+    for kind in kinds() {
         // Numbers are below 2 (and 127 steps of int8's scales below 16): half a step of the target's type.
         for (ours, theirs, error) in
             [(Bf16, F32, 0.0), (Int8, F32, 0.0), (F32, Bf16, 0.005), (Bf16, Int8, 0.008), (Int8, Bf16, 0.01)]
@@ -246,7 +246,7 @@ async fn all_ranks(config: Config, sources: u32, targets: u32) -> (Vec<Worker>, 
 
 #[tokio::test]
 async fn a_rank_that_gives_up_takes_the_others_with_it() {
-    for kind in KINDS {
+    for kind in kinds() {
         let (mut sources, mut targets) = all_ranks(only(kind), 4, 2).await;
         let pages: Vec<PageId> = (3..9).map(PageId).collect();
         for source in &sources {
@@ -283,7 +283,7 @@ async fn a_rank_that_gives_up_takes_the_others_with_it() {
 
 #[tokio::test]
 async fn a_rank_that_never_begins_is_waited_for_no_longer_than_any() {
-    for kind in KINDS {
+    for kind in kinds() {
         let config = Config { open_timeout_ms: 300, ..only(kind) };
         let (mut sources, mut targets) = all_ranks(config, 2, 1).await;
         let pages: Vec<PageId> = (3..9).map(PageId).collect();
@@ -303,7 +303,7 @@ async fn a_rank_that_never_begins_is_waited_for_no_longer_than_any() {
 
 #[tokio::test]
 async fn a_target_rank_that_refuses_ends_it_for_its_sources() {
-    for kind in KINDS {
+    for kind in kinds() {
         let (mut sources, mut targets) = all_ranks(only(kind), 1, 2).await;
         let pages: Vec<PageId> = (3..9).map(PageId).collect();
         begin(&sources[0], &targets, 96, &pages);

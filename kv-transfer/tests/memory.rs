@@ -5,7 +5,7 @@ mod support;
 use kv_cache::PageId;
 use kv_transfer::{Config, Event, HandoffId, Outcome, TransportKind};
 use support::{
-    Worker, identity, only,
+    Worker, identity, kinds, only,
     tls::{Files, authority},
 };
 
@@ -39,8 +39,8 @@ async fn hand_over(source: &mut Worker, target: &mut Worker, handoff: u64) {
 async fn a_link_takes_no_more_memory_than_it_says() {
     let (files, authority) = (Files::new(), authority());
     let tls = files.worker("worker", &authority, "127.0.0.1");
-    let kinds = [TransportKind::Memory, TransportKind::Shm, TransportKind::Tcp].map(|kind| (kind, None));
-    for (kind, tls) in kinds.into_iter().chain([(TransportKind::Tcp, Some(tls))]) {
+    let kinds = kinds().into_iter().map(|kind| (kind, None));
+    for (kind, tls) in kinds.chain([(TransportKind::Tcp.into(), Some(tls))]) {
         let config = Config { group_bytes: Some(4 << 20), tls, ..only(kind) };
         let mut source = Worker::start(config.clone(), identity("prefill-0", PAGES), 1).await;
         let mut target = Worker::start(config, identity("decode-0", PAGES), 2).await;

@@ -6,7 +6,7 @@
 mod support;
 
 use kv_cache::PageId;
-use kv_transfer::{Config, Event, HandoffId, Outcome, Peer, TransportKind};
+use kv_transfer::{Config, Event, HandoffId, Outcome, Peer};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use rustix::process::{Pid, Signal, kill_process};
 use std::{
@@ -16,11 +16,9 @@ use std::{
     process::{self, Command, Stdio},
     time::{Duration, Instant},
 };
-use support::{LAYERS, SOON, Worker, identity, only};
+use support::{LAYERS, Over, SOON, Worker, identity, kinds_that_break, only};
 use tokio::time::{sleep, timeout};
 
-/// Transports that join two processes.
-const KINDS: [TransportKind; 2] = [TransportKind::Shm, TransportKind::Tcp];
 /// Pages of one hand-off: 3 MiB, a good part of a millisecond under way.
 const COUNT: usize = 64;
 /// Hand-offs that a source keeps going at once.
@@ -37,7 +35,12 @@ const ROLE: &str = "BATON_TEST_ROLE";
 const KIND: &str = "BATON_TEST_KIND";
 const TARGET: &str = "BATON_TEST_TARGET";
 
-fn config(kind: TransportKind) -> Config {
+/// Transports that join two processes.
+fn between_processes() -> impl Iterator<Item = Over> {
+    kinds_that_break().into_iter().filter(|kind| *kind != Over::Memory)
+}
+
+fn config(kind: Over) -> Config {
     Config { group_bytes: Some(1 << 20), ..only(kind) }
 }
 
@@ -62,7 +65,7 @@ struct Target {
 }
 
 impl Target {
-    async fn start(kind: TransportKind) -> Self {
+    async fn start(kind: Over) -> Self {
         let pages = COUNT as u32 * (AT_ONCE as u32 + 1);
         let worker = Worker::start(config(kind), identity("decode-0", pages), 2).await;
         let free: Vec<PageId> = (0..pages).map(PageId).collect();
@@ -171,7 +174,7 @@ struct Source {
 }
 
 impl Source {
-    async fn start(kind: TransportKind, link: String) -> Self {
+    async fn start(kind: Over, link: String) -> Self {
         let worker = Worker::start(config(kind), identity("prefill-0", COUNT as u32 * AT_ONCE as u32), 1).await;
         let target = Peer { worker: "decode-0".into(), incarnation: 1_000, link };
         Self { worker, target, next: u64::from(process::id()) << 32, live: 0, landed: 0 }
@@ -227,12 +230,12 @@ impl Source {
 struct Child(process::Child);
 
 impl Child {
-    fn start(role: &str, kind: TransportKind, target: &str) -> Self {
+    fn start(role: &str, kind: Over, target: &str) -> Self {
         Self::run(Command::new(env::current_exe().expect("this binary")), role, kind, target)
     }
 
     /// Starts one in whose view `/dev/shm` is full, if the system lets us make such a view.
-    fn start_without_room(role: &str, kind: TransportKind) -> Option<Self> {
+    fn start_without_room(role: &str, kind: Over) -> Option<Self> {
         let view = ["--user", "--map-root-user", "--mount"];
         let fill = "mount -t tmpfs -o size=64k none /dev/shm && ! head -c 1M /dev/zero > /dev/shm/full 2>/dev/null";
         let possible = Command::new("unshare").args(view).args(["sh", "-c", fill]).status();
@@ -245,7 +248,7 @@ impl Child {
         Some(Self::run(command, role, kind, ""))
     }
 
-    fn run(mut command: Command, role: &str, kind: TransportKind, target: &str) -> Self {
+    fn run(mut command: Command, role: &str, kind: Over, target: &str) -> Self {
         command.args(["--exact", "other_process", "--nocapture", "--test-threads=1"]);
         command.env(ROLE, role).env(KIND, format!("{kind:?}")).env(TARGET, target);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -289,7 +292,7 @@ async fn other_process() {
         let _ = std::io::stdin().read(&mut [0]);
         process::exit(0);
     });
-    let kind = KINDS.into_iter().find(|known| format!("{known:?}") == kind).expect("a kind");
+    let kind = between_processes().find(|known| format!("{known:?}") == kind).expect("a kind");
     match role.as_str() {
         "source" => {
             let mut source = Source::start(kind, env::var(TARGET).expect("a target")).await;
@@ -311,7 +314,7 @@ async fn other_process() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_source_strands_no_page_and_spoils_none() {
-    for kind in KINDS {
+    for kind in between_processes() {
         let mut target = Target::start(kind).await;
         let mut caught = 0;
         for seed in 0..KILLS {
@@ -331,7 +334,7 @@ async fn a_killed_source_strands_no_page_and_spoils_none() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_target_holds_no_source_up() {
-    for kind in KINDS {
+    for kind in between_processes() {
         for seed in 0..KILLS {
             let mut child = Child::start("target", kind, "");
             let mut source = Source::start(kind, child.says("listens at ")).await;
@@ -350,7 +353,7 @@ async fn a_killed_target_holds_no_source_up() {
 /// nothing it writes when it goes on can land in a page that was given back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stopped_source_writes_into_no_page_that_was_given_back() {
-    for kind in KINDS {
+    for kind in between_processes() {
         let mut target = Target::start(kind).await;
         let child = Child::start("source", kind, &target.worker.transfer.address());
         let mut rng = StdRng::seed_from_u64(7);
@@ -358,11 +361,7 @@ async fn a_stopped_source_writes_into_no_page_that_was_given_back() {
         let lost = target.lost;
         target.serve_for(STOP).await;
         assert!(target.lost > lost, "{kind:?}: what was under way is lost");
-        assert_eq!(
-            !target.open.is_empty(),
-            kind == TransportKind::Shm,
-            "{kind:?}: quarantined while there is no proof"
-        );
+        assert_eq!(!target.open.is_empty(), kind != Over::Tcp, "{kind:?}: quarantined while there is no proof");
         target.check_poison();
         let quarantined: Vec<HandoffId> = target.open.keys().copied().collect();
         child.signal(Signal::CONT);
@@ -380,8 +379,8 @@ async fn a_stopped_source_writes_into_no_page_that_was_given_back() {
 /// As above, but it is killed before it goes on: the end of its process is proof enough.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stopped_source_that_is_killed_gives_everything_back() {
-    let mut target = Target::start(TransportKind::Shm).await;
-    let child = Child::start("source", TransportKind::Shm, &target.worker.transfer.address());
+    let mut target = Target::start(Over::Shm).await;
+    let child = Child::start("source", Over::Shm, &target.worker.transfer.address());
     let mut rng = StdRng::seed_from_u64(8);
     target.stop(&child, &mut rng).await;
     let lost = target.lost;
@@ -396,7 +395,7 @@ async fn a_stopped_source_that_is_killed_gives_everything_back() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stopped_target_holds_no_source_up() {
-    for kind in KINDS {
+    for kind in between_processes() {
         let mut child = Child::start("target", kind, "");
         let mut source = Source::start(kind, child.says("listens at ")).await;
         let mut rng = StdRng::seed_from_u64(9);
@@ -416,9 +415,9 @@ async fn a_stopped_target_holds_no_source_up() {
 /// Pools are no files of `/dev/shm`, of which containers have little.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_shared_memory_disk_does_not_matter() {
-    let Some(mut child) = Child::start_without_room("target", TransportKind::Shm) else {
+    let Some(mut child) = Child::start_without_room("target", Over::Shm) else {
         return eprintln!("skipped: no mount namespace to be had");
     };
-    let mut source = Source::start(TransportKind::Shm, child.says("listens at ")).await;
+    let mut source = Source::start(Over::Shm, child.says("listens at ")).await;
     source.run_to_the_middle(3, &mut StdRng::seed_from_u64(1)).await;
 }

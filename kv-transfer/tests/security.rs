@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 use support::{
-    SOON, Worker, assert_same, identity, landed, only,
+    Over, SOON, Worker, assert_same, identity, kinds, landed, only,
     proxy::{Proxy, Way},
     some_pages,
     tls::{Authority, Files, authority},
@@ -23,13 +23,12 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 const H: HandoffId = HandoffId(0x5EC);
-const KINDS: [TransportKind; 3] = [TransportKind::Memory, TransportKind::Shm, TransportKind::Tcp];
 
-fn with(kind: TransportKind, tls: Option<TlsConfig>) -> Config {
+fn with(kind: impl Into<Over>, tls: Option<TlsConfig>) -> Config {
     Config { tls, ..only(kind) }
 }
 
-fn with_token(kind: TransportKind, file: Option<&Path>) -> Config {
+fn with_token(kind: impl Into<Over>, file: Option<&Path>) -> Config {
     Config { cluster_token_file: file.map(Path::to_owned), ..only(kind) }
 }
 
@@ -70,7 +69,7 @@ async fn refused(source: &mut Worker, target: &Worker) -> String {
 async fn a_cluster_with_a_token_hands_over_by_every_transport() {
     let files = Files::new();
     let token = files.write("token", "correct horse battery staple\n");
-    for kind in KINDS {
+    for kind in kinds() {
         let (mut source, mut target) = pair(with_token(kind, Some(&token)), with_token(kind, Some(&token))).await;
         lands(&mut source, &mut target).await;
     }
@@ -81,7 +80,7 @@ async fn who_has_another_token_or_none_gets_no_link() {
     let files = Files::new();
     let ours = files.write("ours", "correct horse battery staple");
     let other = files.write("other", "correct horse battery stable");
-    for kind in KINDS {
+    for kind in kinds() {
         for (source, target, expected) in [
             (Some(&other), Some(&ours), "cluster token: your proof is wrong, so the tokens differ"),
             (None, Some(&ours), "cluster token: you have none, ours has one (cluster_token_file)"),
@@ -141,7 +140,7 @@ async fn write_frame(stream: &mut TcpStream, frame: &[u8]) {
 async fn every_transport_hands_over_under_tls() {
     let (files, authority) = (Files::new(), authority());
     let [source, target] = ["source", "target"].map(|name| files.worker(name, &authority, "127.0.0.1"));
-    for kind in KINDS {
+    for kind in kinds() {
         let (mut source, mut target) = pair(with(kind, Some(source.clone())), with(kind, Some(target.clone()))).await;
         lands(&mut source, &mut target).await;
     }

@@ -5,7 +5,7 @@ mod support;
 use kv_cache::PageId;
 use kv_transfer::{Commit, Config, Event, HandoffId, Outcome, TransportKind, Verify};
 use std::time::Duration;
-use support::{SOON, Worker, assert_same, identity, landed, only, some_pages};
+use support::{SOON, Worker, assert_same, identity, kinds, landed, only, some_pages};
 
 const H: HandoffId = HandoffId(0xBA70);
 
@@ -62,6 +62,16 @@ async fn shm_verifies_contents_when_asked() {
 }
 
 #[tokio::test]
+async fn ucx_moves_every_byte() {
+    for over in kinds().into_iter().filter(|over| over.kind() == TransportKind::Ucx) {
+        hand_over(only(over), 30, 0).await;
+        hand_over(Config { verify: Verify::Full, ..only(over) }, 30, 7).await;
+        hand_over(only(over), 8, 8).await;
+        hand_over(Config { group_bytes: Some(1 << 30), ..only(over) }, 9, 0).await;
+    }
+}
+
+#[tokio::test]
 async fn tcp_moves_every_byte() {
     hand_over(only(TransportKind::Tcp), 30, 0).await;
 }
@@ -93,7 +103,7 @@ async fn groups_are_as_large_as_configured() {
 /// Many hand-offs at once in both pools, over one link, each landing in its own pages.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_handoffs_share_a_link() {
-    for kind in [TransportKind::Memory, TransportKind::Shm, TransportKind::Tcp] {
+    for kind in kinds() {
         let (mut source, mut target) = pair(only(kind)).await;
         let (pages, landing) = pages_of(&source, &target, 40);
         let (source_before, target_before) = (source.contents(), target.contents());

@@ -8,7 +8,8 @@
 //! An embed leg has no hand-off: it is over when its prompt is computed.
 
 use attach::{
-    Command, End, Input, Leg, LegId, Legs, Load, Meters, Parts, Routers, StepTokens, Stepper, StreamId, Submission,
+    Command, End, Input, Leg, LegId, Legs, Load, Meters, Parts, Prefixes, Routers, StepTokens, Stepper, StreamId,
+    Submission,
 };
 use engine::{
     TokenId,
@@ -33,6 +34,7 @@ pub(crate) struct Runner {
     legs: Legs<Prompt>,
     sequences: HashMap<SequenceId, LegId>,
     handoffs: HashMap<HandoffId, Handoff>,
+    prefixes: Prefixes,
     routers: Routers,
     meters: Meters,
 }
@@ -111,6 +113,7 @@ impl Runner {
             legs: Legs::default(),
             sequences: HashMap::new(),
             handoffs: HashMap::new(),
+            prefixes: Prefixes::default(),
             routers: Routers::default(),
             meters: Meters::new(&parts),
             parts,
@@ -164,10 +167,11 @@ impl Runner {
     }
 
     fn submit(&mut self, submission: Submission) {
-        let Submission { id, request, traceparent, received, deadline, sequence, leg } = submission;
+        let Submission { id, request, traceparent, received, deadline, sequence, leg, fetch } = submission;
         if self.legs.get(id).is_some() {
             return self.expel(id);
         }
+        self.routers.received(id);
         let arrived = received.saturating_duration_since(self.epoch);
         let destination = match self.admit(leg) {
             Ok(destination) => destination,
@@ -177,6 +181,10 @@ impl Runner {
             Ok(sequence) => sequence,
             Err(refusal) => return self.routers.ended(id, End::Refused(refusal.to_string()), Usage::default()),
         };
+        if let Some(fetch) = fetch {
+            let Parts { scheduler, transfer, .. } = &mut self.parts;
+            self.prefixes.fetch(fetch, sequence, scheduler, transfer);
+        }
         let span = tracing::info_span!("prefill", request, attempt = id.attempt, worker = self.parts.worker);
         telemetry::set_parent(&span, &traceparent);
         let prompt = Prompt { destination, sequence: Some(sequence), usage: Usage::default(), span };
@@ -228,10 +236,11 @@ impl Runner {
         plan.started().iter().for_each(|&sequence| self.begin(sequence));
         let prompt = plan.prompt_tokens();
         let single = plan.tokens() - prompt;
+        let work = plan.work();
         let started = Instant::now();
         let computed = self.compute(plan);
         let tokens = StepTokens { prompt, single, drawn: computed.drawn.len(), ..StepTokens::default() };
-        self.meters.step(tokens, started.elapsed());
+        self.meters.step(&work, tokens, started.elapsed());
         for reported in computed.reported {
             self.routers.reported(self.sequences[&reported.id], reported);
         }
@@ -318,6 +327,8 @@ impl Runner {
     // ---- hand-offs ----
 
     fn event(&mut self, event: Event) {
+        let Parts { scheduler, transfer, .. } = &mut self.parts;
+        let Some(event) = self.prefixes.take(event, self.layers, scheduler, transfer) else { return };
         match event {
             Event::SourceDone { handoff, outcome } => self.source_done(handoff, outcome),
             Event::Begun { handoff, from, .. } => {
@@ -325,12 +336,10 @@ impl Runner {
                 tracing::warn!(handoff = handoff.0, from, "a hand-off came to a prefill worker");
                 self.parts.transfer.refuse(handoff, reason);
             }
-            Event::Asked { handoff, by, .. } => {
-                // Until the router places a request by what its peers hold (`Transfer::fetch`), nobody has reason to ask.
-                tracing::warn!(handoff = handoff.0, by = by.worker, "a prefix was asked for");
-                self.parts.transfer.refuse(handoff, format!("{} hands no prefixes over", self.parts.worker));
-            }
-            Event::Landed { handoff, .. } | Event::Lost { handoff, .. } | Event::Quiet { handoff } => {
+            Event::Asked { handoff, .. }
+            | Event::Landed { handoff, .. }
+            | Event::Lost { handoff, .. }
+            | Event::Quiet { handoff } => {
                 tracing::warn!(handoff = handoff.0, "news of a landing that this worker never opened");
             }
         }
@@ -362,6 +371,7 @@ impl Runner {
         let mut usage = prompt.usage;
         if let Some(sequence) = prompt.sequence {
             self.sequences.remove(&sequence);
+            self.prefixes.cancel(sequence, &self.parts.transfer);
             if let Some(ended) = self.parts.scheduler.cancel(sequence, self.epoch.elapsed()) {
                 usage = ended.usage;
                 self.hold(prompt.handoff(), ended.hold);
@@ -384,7 +394,7 @@ impl Runner {
             handoffs: self.handoffs.len(),
             link_bytes_per_s: self.parts.transfer.link_bytes_per_s(),
             draining: self.draining(),
-            ..self.meters.load(&self.parts.scheduler)
+            ..self.meters.load(&self.parts.scheduler, self.legs.len())
         };
         let delta = self.parts.scheduler.take_delta();
         self.routers.flush(Instant::now(), delta, self.parts.scheduler.pool(), &load);

@@ -8,4 +8,4 @@
 tonic::include_proto!("baton.v1");
 
 /// Version of this protocol; both ends refuse another one, naming both.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;

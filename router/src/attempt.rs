@@ -5,8 +5,8 @@
 
 use crate::{
     fleet::{
-        Fleet, Path, Target, events,
-        leg::{End, Ended, LegEvent, LegRole, Said, Submission, Token},
+        Computing, Fleet, Path, Target, events,
+        leg::{End, Ended, Fetch, LegEvent, LegRole, Said, Submission, Token},
         session::LegGuard,
     },
     recovery::{Failure, FailureKind, Part},
@@ -35,6 +35,8 @@ pub(crate) struct Attempt {
     cached_tokens: Option<u32>,
     /// How long the prompt waited and was computed, once that is known.
     prompt_times: Option<[Duration; 2]>,
+    /// Until the prompt is computed.
+    computing: Option<Computing>,
 }
 
 #[derive(Debug)]
@@ -68,7 +70,7 @@ impl Attempt {
     /// Submits all legs at once. `submission` is the same for each but for its number and, where tokens are to be drawn, its role; the first token wanted is `next`.
     pub(crate) fn start(
         fleet: &Fleet,
-        path: &Path,
+        path: Path,
         submission: &Submission,
         next: u32,
         handoff: u64,
@@ -76,6 +78,13 @@ impl Attempt {
     ) -> Result<Self, Failure> {
         let (sender, events) = events::channel(buffer);
         let decode = &path.decode;
+        let fetch = path.fetch.as_ref().map(|(holder, pages)| Fetch {
+            handoff: !handoff,
+            worker: holder.worker.id.clone(),
+            incarnation: holder.incarnation,
+            link: holder.link.clone(),
+            pages: *pages,
+        });
         let parts: Vec<(Part, &Target, LegRole)> = match &path.prefill {
             // Nobody decodes: whoever would compute the prompt does, and that is all.
             prefill if let LegRole::Embed(_) = submission.role => {
@@ -105,9 +114,11 @@ impl Attempt {
             let mut submission = Submission { attempt: fleet.next_attempt(), role, ..submission.clone() };
             if part == Part::Decode {
                 submission.prompt_logprobs = None;
+            } else {
+                submission.fetch.clone_from(&fetch);
             }
             let worker = target.worker.id.clone();
-            match target.session.submit(submission, target.missing_tokens, &sender) {
+            match target.session.submit(submission, target.asks, &sender) {
                 Ok(guard) => legs.push(Leg { guard, part, worker, spoke: false, ended: false }),
                 // The other leg, if it is under way, is called off as its guard drops.
                 Err(unsent) => {
@@ -134,6 +145,7 @@ impl Attempt {
             suspected: None,
             cached_tokens: None,
             prompt_times: None,
+            computing: Some(path.computing),
         })
     }
 
@@ -179,6 +191,11 @@ impl Attempt {
         self.spoke
     }
 
+    /// Whether one has come from whoever decodes.
+    pub(crate) fn has_decoded(&self) -> bool {
+        self.legs.iter().any(|leg| leg.part != Part::Prefill && leg.spoke)
+    }
+
     /// Returns the prompt tokens taken from a prefix cache, once that is known.
     pub(crate) fn cached_tokens(&self) -> Option<u32> {
         self.cached_tokens
@@ -195,6 +212,7 @@ impl Attempt {
             Said::Prompt(tokens) => self.prompt.extend(tokens.into_iter().map(|token| (token.index, token))),
             Said::Token(token) => {
                 self.spoke = true;
+                self.computing = None;
                 self.legs[at].spoke = true;
                 // An index that was given out already is an echo.
                 if token.index >= self.next {

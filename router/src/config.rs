@@ -1,6 +1,7 @@
 //! Settings of the router.
 
 use crate::server::TlsFiles;
+use placement::{Policy, Weights};
 use serde::{Deserialize, Serialize};
 use std::{path::PathBuf, time::Duration};
 
@@ -45,6 +46,8 @@ pub struct Config {
     /// Bytes that remembered tokens and page names of prompts may use. When it is full, what was neither made nor found longest is
     /// forgotten first; forgetting costs time.
     pub text_cache_bytes: usize,
+    /// Bytes that records of where requests went, and why, may use (`/v1/requests/{id}/why`); the oldest are forgotten first. 0 = none are kept.
+    pub why_bytes: usize,
     /// Threads that render templates and tokenise; 0 = half of the cores.
     pub text_threads: usize,
     /// How calls of tools are read from what the model says.
@@ -73,6 +76,7 @@ impl Default for Config {
             limits: Limits::default(),
             prefix_index_bytes: 64 << 20,
             text_cache_bytes: 32 << 20,
+            why_bytes: 4 << 20,
             text_threads: 0,
             tool_call_parser: ToolCallParser::Auto,
             reasoning_parser: ReasoningParser::Auto,
@@ -141,60 +145,6 @@ pub enum EmbeddingPooling {
     Mean,
 }
 
-/// Where prompts are computed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Policy {
-    /// Wherever the predicted cost is least.
-    #[default]
-    Auto,
-    /// Always on a prefill worker, handed off to a decode worker.
-    Remote,
-    /// Always on the decode worker itself.
-    Local,
-}
-
-/// What the cost function assumes where workers have not reported, and what it weighs against what.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Weights {
-    /// Prompt tokens per second of a worker that has not reported a speed: a small model on a laptop.
-    pub prior_prefill_tokens_per_s: f64,
-    /// Milliseconds of a decode step with one sequence, for a worker that has not reported one.
-    pub prior_decode_step_ms: f64,
-    /// Bytes per second of a link that has not reported a speed: 10 Gbit/s.
-    pub prior_link_bytes_per_s: f64,
-    /// Milliseconds a hand-off costs whatever its size: opening, committing, one more worker in the path.
-    pub handoff_ms: f64,
-    /// Part of the transfer that is not hidden behind the prefill's own compute: the last layer group.
-    pub exposed_transfer: f64,
-    /// By how much of itself one more sequence slows a decode step.
-    pub step_growth: f64,
-    /// Tokens a request is assumed to produce (its `max_tokens`, if less): turns a slower step into milliseconds.
-    pub expected_output_tokens: u32,
-    /// Sequences assumed to join a decode worker while a prompt is computed there: what keeps long prompts away from an idle
-    /// decode worker.
-    pub expected_neighbours: f64,
-    /// Costs closer than this, in milliseconds, are equal; the choice among them rotates.
-    pub tie_ms: f64,
-}
-
-impl Default for Weights {
-    fn default() -> Self {
-        Self {
-            prior_prefill_tokens_per_s: 4_000.0,
-            prior_decode_step_ms: 10.0,
-            prior_link_bytes_per_s: 1.25e9,
-            handoff_ms: 3.0,
-            exposed_transfer: 0.25,
-            step_growth: 0.05,
-            expected_output_tokens: 64,
-            expected_neighbours: 0.5,
-            tie_ms: 0.01,
-        }
-    }
-}
-
 /// How much is accepted and how long anything may take.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -205,6 +155,12 @@ pub struct Limits {
     pub max_queued: usize,
     /// Longest wait for a turn; then 503.
     pub queue_timeout_ms: u64,
+    /// Milliseconds of prompts that each worker is given ahead; what is more waits at the router. Long enough for a worker to report and
+    /// the router to answer, short enough that order can still be decided.
+    pub worker_backlog_ms: u64,
+    /// Time to the first token that a request wants which does not say so itself (`x-baton-ttft-ms`); what cannot come in time is refused.
+    /// 0 = any time will do.
+    pub ttft_objective_ms: u64,
     /// Longest wait for a path (a prefill and a decode worker) to take a request whose workers died.
     pub recovery_timeout_ms: u64,
     /// Longest wait for all workers to load or unload an adapter: a large one on a slow disk.
@@ -255,6 +211,8 @@ impl Default for Limits {
             max_concurrent: 4_096,
             max_queued: 1_024,
             queue_timeout_ms: 10_000,
+            worker_backlog_ms: 500,
+            ttft_objective_ms: 0,
             recovery_timeout_ms: 5_000,
             adapter_timeout_ms: 60_000,
             first_token_timeout_ms: 120_000,
@@ -295,6 +253,11 @@ impl Limits {
 
     pub(crate) fn queue_timeout(&self) -> Duration {
         Duration::from_millis(self.queue_timeout_ms)
+    }
+
+    /// Time to the first token that is wanted where a request does not say.
+    pub(crate) fn ttft_objective(&self) -> Option<Duration> {
+        (self.ttft_objective_ms > 0).then(|| Duration::from_millis(self.ttft_objective_ms))
     }
 
     pub(crate) fn recovery_timeout(&self) -> Duration {
@@ -342,39 +305,20 @@ impl Config {
 
     /// Checks what types cannot. The error names the field.
     pub fn validate(&self) -> Result<(), String> {
-        let positive = |field: &str, value: f64| {
-            if value > 0.0 && value.is_finite() {
-                Ok(())
-            } else {
-                Err(format!("{field}: {value} is not a positive number"))
-            }
-        };
         let at_least_one =
             |field: &str, value: u64| if value > 0 { Ok(()) } else { Err(format!("{field}: must be at least 1")) };
         if self.model_name.is_empty() {
             return Err("model_name: must not be empty".into());
         }
-        let (w, l) = (&self.weights, &self.limits);
-        positive("weights.prior_prefill_tokens_per_s", w.prior_prefill_tokens_per_s)?;
-        positive("weights.prior_decode_step_ms", w.prior_decode_step_ms)?;
-        positive("weights.prior_link_bytes_per_s", w.prior_link_bytes_per_s)?;
-        for (field, value) in [
-            ("weights.handoff_ms", w.handoff_ms),
-            ("weights.exposed_transfer", w.exposed_transfer),
-            ("weights.step_growth", w.step_growth),
-            ("weights.expected_neighbours", w.expected_neighbours),
-            ("weights.tie_ms", w.tie_ms),
-        ] {
-            if !(value >= 0.0 && value.is_finite()) {
-                return Err(format!("{field}: {value} is negative or not a number"));
-            }
-        }
+        self.weights.validate()?;
+        let l = &self.limits;
         for (field, value) in [
             ("limits.max_concurrent", l.max_concurrent as u64),
             ("limits.request_timeout_ms", l.request_timeout_ms),
             ("limits.first_token_timeout_ms", l.first_token_timeout_ms),
             ("limits.adapter_timeout_ms", l.adapter_timeout_ms),
             ("limits.stall_timeout_ms", l.stall_timeout_ms),
+            ("limits.worker_backlog_ms", l.worker_backlog_ms),
             ("limits.max_attempts", u64::from(l.max_attempts)),
             ("limits.max_choices", u64::from(l.max_choices)),
             ("limits.max_connections", l.max_connections as u64),

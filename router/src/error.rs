@@ -24,6 +24,12 @@ pub(crate) enum Error {
     /// Too much is waiting already; the client should slow down.
     #[error("{waiting} requests are waiting already; try again later")]
     Overloaded { waiting: usize },
+    /// Its first token would come later than the request wants it.
+    #[error(
+        "the first token is predicted {} ms after the request came, later than the {} ms it asks for; try again later or allow more time",
+        .predicted.as_millis(), .wanted.as_millis()
+    )]
+    TooSlow { predicted: Duration, wanted: Duration },
     /// A key has used up what it may ask for.
     #[error("{message}")]
     RateLimited { message: String, retry_after: Duration },

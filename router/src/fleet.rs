@@ -11,23 +11,27 @@ pub(crate) mod session;
 mod wire;
 
 use crate::{
-    config::{Config, Limits, Policy, Weights},
-    cost::{self, Cost, Demand},
+    breaker::Breaker,
+    config::{Config, Limits},
     metrics::Metrics,
-    placement::{self, Candidate, Choice, Kind, NoPath},
-    prefix_index::{PrefixIndex, Slot},
 };
+use admission::{Supply, Working};
 use cluster::{Directory, Member, ModelCard, Role, State, View};
 use kv_cache::PageHash;
-use session::Session;
+use placement::{
+    Candidate, Choice, Cost, Decision, Demand, Fetch, Kind, NoPath, Policy, PrefixIndex, Siblings, Slot, Weights,
+};
+use session::{Asks, Session};
 use std::{
+    collections::HashMap,
     ops::Deref,
     sync::{
-        Arc, Mutex, MutexGuard, RwLock,
-        atomic::{AtomicU64, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
+    time::Duration,
 };
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// Tokens in a page, until a worker says otherwise.
@@ -51,9 +55,13 @@ pub(crate) struct Inner {
     /// Fingerprints seen, in order of appearance: candidates carry the number.
     fingerprints: Mutex<Vec<String>>,
     index: Mutex<PrefixIndex>,
+    siblings: Mutex<Siblings>,
     next_attempt: AtomicU64,
     /// Grows when a worker comes, goes, drains or changes its adapters.
     version: watch::Sender<u64>,
+    /// Other routers in the directory, whose submissions show only in the workers' reports.
+    peers: AtomicU32,
+    started: Instant,
     metrics: Metrics,
     tasks: TaskTracker,
     shutdown: CancellationToken,
@@ -64,10 +72,13 @@ pub(crate) struct Inner {
 pub(crate) struct Worker {
     /// Member id.
     pub(crate) id: String,
+    /// Tells it from every other that this router has known.
+    serial: u64,
     kind: Kind,
     /// Where it is; its link task follows.
     member: watch::Sender<Member>,
     state: Mutex<WorkerState>,
+    breaker: Mutex<Breaker>,
     /// Cancelled when the fleet has forgotten it.
     gone: CancellationToken,
 }
@@ -99,17 +110,56 @@ pub(crate) struct Target {
     pub(crate) incarnation: u64,
     /// `host:port` of its link listener.
     pub(crate) link: String,
-    /// Tokens of the demand it has to compute.
-    pub(crate) missing_tokens: u32,
+    /// What the leg takes there.
+    pub(crate) asks: Asks,
 }
 
 /// Who takes a request.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Path {
     /// `None` when the decode worker computes the prompt itself.
     pub(crate) prefill: Option<Target>,
     pub(crate) decode: Target,
+    /// Who has a part of the prompt that whoever computes it lacks, and how many leading pages that are.
+    pub(crate) fetch: Option<(Target, u32)>,
     pub(crate) cost: Cost,
+    /// Whether whoever computes the prompt has measured how fast it is.
+    pub(crate) measured: bool,
+    /// The chosen way and the next best ones, cheapest first.
+    pub(crate) considered: Vec<Considered>,
+    /// Lets those that begin alike follow, until the prompt is computed.
+    pub(crate) computing: Computing,
+}
+
+/// A way that a request could have gone.
+#[derive(Clone, Debug)]
+pub(crate) struct Considered {
+    pub(crate) prefill: Option<Arc<Worker>>,
+    pub(crate) decode: Arc<Worker>,
+    pub(crate) chosen: bool,
+    /// Tokens of the demand, and those of them that are cached at whoever computes it, or fetched there.
+    pub(crate) tokens: u32,
+    pub(crate) cached_tokens: u32,
+    /// From whom pages would be fetched first.
+    pub(crate) fetched_from: Option<Arc<Worker>>,
+    pub(crate) cost: Cost,
+}
+
+/// A prompt that a worker will compute, for those that begin like it. Dropping it says that it is computed, or will not be.
+#[derive(Debug)]
+pub(crate) struct Computing {
+    fleet: Fleet,
+    worker: u64,
+    number: u64,
+    first: Option<PageHash>,
+}
+
+impl Drop for Computing {
+    fn drop(&mut self) {
+        if let Some(first) = self.first {
+            self.fleet.siblings().remove(self.worker, self.number, first);
+        }
+    }
 }
 
 /// A prompt as placement sees it.
@@ -122,6 +172,8 @@ pub(crate) struct Wanted<'a> {
     pub(crate) excluded: &'a [String],
     /// Id of the adapter it needs.
     pub(crate) adapter: Option<&'a str>,
+    /// Whether workers that keep failing are better than nobody.
+    pub(crate) desperate: bool,
 }
 
 impl Deref for Fleet {
@@ -150,8 +202,11 @@ impl Fleet {
             workers: RwLock::default(),
             fingerprints: Mutex::default(),
             index: Mutex::new(PrefixIndex::new(config.prefix_index_bytes)),
+            siblings: Mutex::default(),
             next_attempt: AtomicU64::new(1),
             version: watch::Sender::new(0),
+            peers: AtomicU32::new(0),
+            started: Instant::now(),
             metrics,
             tasks: TaskTracker::new(),
             shutdown: shutdown.clone(),
@@ -187,34 +242,115 @@ impl Fleet {
 
     /// Chooses who takes a request. `random` breaks ties.
     pub(crate) fn place(&self, wanted: &Wanted<'_>, random: u64) -> Result<Path, NoPath> {
+        loop {
+            let path = self.choose(wanted, random)?;
+            let now = self.now();
+            // Of a worker that kept failing one probe at a time is taken; whose was not is placed again, without it.
+            if path.workers().all(|worker| worker.breaker().begin(now)) || wanted.desperate {
+                if let Some((holder, _)) = &path.fetch {
+                    holder.session.lends(path.cost.fetch);
+                }
+                return Ok(path);
+            }
+        }
+    }
+
+    /// Says who would take a request, and binds nobody.
+    pub(crate) fn choose(&self, wanted: &Wanted<'_>, random: u64) -> Result<Path, NoPath> {
+        let now = self.now();
         let mut leading = Vec::new();
         if !wanted.pages.is_empty() {
             self.index().matches(wanted.pages, &mut leading);
         }
         let workers = self.workers();
-        let seen: Vec<Option<(Candidate, Connection)>> =
-            workers.iter().enumerate().map(|(id, worker)| worker.candidate(id, wanted, &leading)).collect();
+        let mut coming = HashMap::new();
+        self.siblings().matches(wanted.pages, |worker, pages| {
+            let most = coming.entry(worker).or_insert(pages);
+            *most = pages.max(*most);
+        });
+        let seen: Vec<Option<(Candidate, Connection)>> = workers
+            .iter()
+            .enumerate()
+            .map(|(id, worker)| worker.candidate(id, wanted, &leading, &coming, now))
+            .collect();
         let candidates: Vec<Candidate> = seen.iter().flatten().map(|(candidate, _)| candidate.clone()).collect();
-        let decision = placement::place(&wanted.demand, &candidates, self.policy, &self.weights, random)?;
+        let peers = self.peers.load(Ordering::Relaxed);
+        let placed = placement::place_beside(peers, &wanted.demand, &candidates, self.policy, &self.weights, random)?;
+        let Choice { prefill, decode, fetch } = placed.decision.choice;
         let target = |id: usize, computes: bool| {
             let (candidate, connection) = seen[id].as_ref().expect("placement chose a candidate");
-            let missing_tokens = if computes { candidate.cost.missing_tokens(&wanted.demand) } else { 0 };
-            workers[id].target(connection, missing_tokens)
+            let compute_ms = if computes { placed.decision.cost.compute } else { 0.0 };
+            let pages = candidate.cost.missing_pages(&wanted.demand);
+            workers[id].target(connection, Asks { compute_ms, pages })
         };
-        let (prefill, decode) = match decision.choice {
-            Choice::Local { decode } => (None, target(decode, true)),
-            // The decode worker receives the prompt's pages, it does not compute them.
-            Choice::Remote { prefill, decode } => (Some(target(prefill, true)), target(decode, false)),
+        let known = |id: usize| &seen[id].as_ref().expect("placement weighs candidates").0.cost;
+        let way = |other: &Decision| {
+            let Choice { prefill, decode, fetch } = other.choice;
+            let cached = known(prefill.unwrap_or(decode));
+            let pages = fetch.map_or(cached.cached_pages, |fetch| fetch.pages);
+            Considered {
+                prefill: prefill.map(|id| workers[id].clone()),
+                decode: workers[decode].clone(),
+                chosen: other.choice == placed.decision.choice,
+                tokens: wanted.demand.tokens,
+                cached_tokens: pages.saturating_mul(cached.page_tokens).min(wanted.demand.tokens),
+                fetched_from: fetch.map(|fetch| workers[fetch.holder].clone()),
+                cost: other.cost,
+            }
         };
-        Ok(Path { prefill, decode, cost: decision.cost })
+        let mut considered: Vec<Considered> =
+            std::iter::once(&placed.decision).chain(&placed.runners_up).map(way).collect();
+        considered.sort_by(|a, b| a.cost.total().total_cmp(&b.cost.total()));
+        let measured = known(prefill.unwrap_or(decode)).speed.pace.is_some();
+        let fetch = fetch.map(|Fetch { holder, pages }| (target(holder, false), pages));
+        let computing = self.computing(&workers[prefill.unwrap_or(decode)], wanted);
+        // A decode worker that is handed the prompt's pages does not compute them.
+        let decode = target(decode, prefill.is_none());
+        let prefill = prefill.map(|id| target(id, true));
+        Ok(Path { prefill, decode, fetch, cost: placed.decision.cost, measured, considered, computing })
+    }
+
+    /// Returns what the workers can be sent before all of them have enough to do.
+    pub(crate) fn supply(&self) -> Supply {
+        let now = self.now();
+        let workers = self.workers();
+        let working: Vec<Working> = workers.iter().filter_map(|worker| worker.working(now, &self.weights)).collect();
+        admission::supply(&working, self.policy, self.limits.worker_backlog_ms as f64)
+    }
+
+    /// A leg on this worker spoke.
+    pub(crate) fn succeeded(&self, worker: &Worker) {
+        let closed = worker.breaker().succeeded(self.now());
+        if closed {
+            tracing::info!(worker = %worker.id, "worker answers again: its circuit breaker closes");
+            self.metrics.breaker(&worker.id, false);
+        }
+    }
+
+    /// A leg failed for which the worker with this id is to blame.
+    pub(crate) fn failed(&self, id: &str, why: &str) {
+        let workers = self.workers();
+        let Some(worker) = workers.iter().find(|worker| worker.id == id) else { return };
+        let opened = worker.breaker().failed(self.now());
+        if let Some(pause) = opened {
+            tracing::warn!(worker = %id, ?pause, why, "worker keeps failing: its circuit breaker opens");
+            self.metrics.breaker(id, true);
+        }
+    }
+
+    /// Time since the fleet was started.
+    fn now(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// Whether a request, for the adapter with this id if there is one, could be placed now.
     pub(crate) fn has_path(&self, adapter: Option<&str>) -> bool {
         let demand = Demand { tokens: 1, max_output: 1 };
-        let wanted = Wanted { demand, pages: &[], excluded: &[], adapter };
-        let candidates: Vec<Candidate> =
-            self.workers().iter().enumerate().filter_map(|(id, w)| Some(w.candidate(id, &wanted, &[])?.0)).collect();
+        let wanted = Wanted { demand, pages: &[], excluded: &[], adapter, desperate: true };
+        let (workers, now, nothing) = (self.workers(), self.now(), HashMap::new());
+        let candidate =
+            |(id, worker): (usize, &Arc<Worker>)| Some(worker.candidate(id, &wanted, &[], &nothing, now)?.0);
+        let candidates: Vec<Candidate> = workers.iter().enumerate().filter_map(candidate).collect();
         placement::has_path(&candidates, self.policy)
     }
 
@@ -268,6 +404,20 @@ impl Fleet {
         self.workers.read().expect("no code panics while it holds the list").clone()
     }
 
+    fn siblings(&self) -> MutexGuard<'_, Siblings> {
+        self.siblings.lock().expect("no code panics while it holds the siblings")
+    }
+
+    /// Notes that `worker` will compute the prompt of `wanted`.
+    fn computing(&self, worker: &Worker, wanted: &Wanted<'_>) -> Computing {
+        let number = self.next_attempt();
+        let first = wanted.pages.first().copied();
+        if first.is_some() {
+            self.siblings().add(worker.serial, number, &wanted.pages.into());
+        }
+        Computing { fleet: self.clone(), worker: worker.serial, number, first }
+    }
+
     fn index(&self) -> MutexGuard<'_, PrefixIndex> {
         self.index.lock().expect("no code panics while it holds the index")
     }
@@ -283,6 +433,8 @@ impl Fleet {
     /// Makes the workers those of the view. One that is no longer listed stays while its stream lives.
     fn reconcile(&self, view: &View) {
         let known = self.workers();
+        let others = view.members.values().filter(|member| member.role == Role::Router && member.id != self.router);
+        self.peers.store(others.count() as u32, Ordering::Relaxed);
         for member in view.members.values() {
             let Some((kind, card)) = self.serves_us(member) else { continue };
             let fingerprint = self.fingerprint(&card.fingerprint);
@@ -290,7 +442,8 @@ impl Fleet {
                 Some(worker) => worker.update(member, card, fingerprint),
                 None => {
                     let gone = self.shutdown.child_token();
-                    self.add(Worker::new(member, kind, card.clone(), fingerprint, gone));
+                    let serial = self.next_attempt();
+                    self.add(Worker::new(member, kind, card.clone(), fingerprint, serial, gone));
                 }
             }
         }
@@ -344,8 +497,22 @@ impl Fleet {
     }
 }
 
+impl Path {
+    /// Returns those who take part.
+    fn workers(&self) -> impl Iterator<Item = &Arc<Worker>> {
+        self.prefill.iter().chain([&self.decode]).map(|target| &target.worker)
+    }
+}
+
 impl Worker {
-    fn new(member: &Member, kind: Kind, card: ModelCard, fingerprint: usize, gone: CancellationToken) -> Self {
+    fn new(
+        member: &Member,
+        kind: Kind,
+        card: ModelCard,
+        fingerprint: usize,
+        serial: u64,
+        gone: CancellationToken,
+    ) -> Self {
         let state = WorkerState {
             card,
             fingerprint,
@@ -354,8 +521,15 @@ impl Worker {
             draining: member.state == State::Draining,
             attached: None,
         };
-        let id = member.id.clone();
-        Self { id, kind, member: watch::Sender::new(member.clone()), state: Mutex::new(state), gone }
+        Self {
+            id: member.id.clone(),
+            serial,
+            kind,
+            member: watch::Sender::new(member.clone()),
+            state: Mutex::new(state),
+            breaker: Mutex::default(),
+            gone,
+        }
     }
 
     fn update(&self, member: &Member, card: &ModelCard, fingerprint: usize) {
@@ -392,27 +566,57 @@ impl Worker {
         self.state.lock().expect("no code panics while it holds a worker's state")
     }
 
+    fn breaker(&self) -> MutexGuard<'_, Breaker> {
+        // It is whole between any two of its calls.
+        self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The worker as admission sees it, if it takes requests.
+    fn working(&self, now: Duration, weights: &Weights) -> Option<Working> {
+        let state = self.state();
+        let session = &state.attached.as_ref()?.session;
+        if state.draining || session.draining() || !self.breaker().allows(now) {
+            return None;
+        }
+        Some(session.ledger(|ledger, at| Working {
+            kind: self.kind,
+            sequences: ledger.sequences(),
+            backlog_ms: ledger.backlog_ms(at),
+            free_tokens: u64::from(ledger.free_pages(state.capacity_pages)) * u64::from(state.card.page_tokens),
+            tokens_per_s: 1e6 / ledger.speed().pace.unwrap_or(weights.prior).token_us.max(1e-3),
+        }))
+    }
+
     /// The worker as placement sees it, if it is attached. `leading` is indexed by slot.
-    fn candidate(&self, id: usize, wanted: &Wanted<'_>, leading: &[u32]) -> Option<(Candidate, Connection)> {
+    fn candidate(
+        &self,
+        id: usize,
+        wanted: &Wanted<'_>,
+        leading: &[u32],
+        coming: &HashMap<u64, u32>,
+        now: Duration,
+    ) -> Option<(Candidate, Connection)> {
         let state = self.state();
         let connection = state.attached.clone()?;
-        let load = connection.session.load();
         let card = &state.card;
-        let cost = cost::Worker {
-            sequences: load.sequences,
-            queued_tokens: load.queued_tokens,
-            free_pages: load.free_pages.unwrap_or(state.capacity_pages),
+        let cost = connection.session.ledger(|ledger, now| placement::Worker {
+            sequences: ledger.sequences(),
+            backlog_ms: ledger.backlog_ms(now),
+            sending_ms: ledger.sending_ms(now),
+            free_pages: ledger.free_pages(state.capacity_pages),
+            held_pages: ledger.held_pages(),
             cached_pages: leading.get(connection.slot.index()).copied().unwrap_or(0),
+            coming_pages: coming.get(&self.serial).copied().unwrap_or(0),
             page_tokens: card.page_tokens,
             page_bytes: card.page_bytes,
-            speed: load.speed,
-        };
+            speed: ledger.speed(),
+        });
         let candidate = Candidate {
             id,
             kind: self.kind,
             fingerprint: state.fingerprint,
-            draining: state.draining || load.draining,
-            excluded: wanted.excluded.contains(&self.id),
+            draining: state.draining || connection.session.draining(),
+            excluded: wanted.excluded.contains(&self.id) || !(wanted.desperate || self.breaker().allows(now)),
             lacks_adapter: wanted.adapter.is_some_and(|id| !connection.session.has_adapter(id)),
             max_tokens: card.max_model_len,
             cost,
@@ -420,7 +624,7 @@ impl Worker {
         Some((candidate, connection))
     }
 
-    fn target(self: &Arc<Self>, connection: &Connection, missing_tokens: u32) -> Target {
+    fn target(self: &Arc<Self>, connection: &Connection, asks: Asks) -> Target {
         let member = self.member.borrow();
         Target {
             worker: self.clone(),
@@ -428,7 +632,7 @@ impl Worker {
             // A worker that had to register again is known by its newer incarnation; one that restarted says so itself.
             incarnation: connection.incarnation.max(member.incarnation),
             link: member.link.clone(),
-            missing_tokens,
+            asks,
         }
     }
 }

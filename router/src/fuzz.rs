@@ -14,7 +14,9 @@ use crate::{
         TextModel, TextPool,
         template::{ChatInput, ChatTemplate},
     },
+    why::Why,
 };
+use ::admission::Supply;
 use cluster::MemoryDirectory;
 use serde_json::{Map, json};
 use std::{path::Path, sync::Arc};
@@ -84,7 +86,8 @@ impl Bodies {
             page_names: PageNames::new(0),
             responses: Store::new(&config.limits),
             fleet,
-            admission: Admission::new(&config.limits, metrics.clone()),
+            admission: Admission::new(&config.limits, || Supply::UNKNOWN, metrics.clone()),
+            why: Why::new(0),
             metrics,
             created: 0,
             draining: CancellationToken::new(),

@@ -4,6 +4,7 @@ mod messages;
 mod responses;
 mod server;
 mod text;
+mod why;
 
 use crate::{
     door,
@@ -76,6 +77,7 @@ pub(crate) fn routes(service: Service) -> axum::Router {
         .merge(responses::routes())
         .merge(server::routes())
         .merge(text::routes())
+        .merge(why::routes())
         .fallback(|uri: Uri| async move {
             error::not_served(StatusCode::NOT_FOUND, &format!("there is nothing at {}", uri.path()))
         })
@@ -103,7 +105,7 @@ fn cors(origins: &[String]) -> CorsLayer {
         origins => AllowOrigin::list(origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok())),
     };
     let headers = AllowHeaders::mirror_request();
-    let exposed = ["x-request-id", "retry-after"].map(HeaderName::from_static);
+    let exposed = ["x-request-id", "retry-after", "x-baton-why"].map(HeaderName::from_static);
     CorsLayer::new()
         .allow_origin(allowed)
         .allow_methods([Method::GET, Method::POST, Method::DELETE])
@@ -113,7 +115,7 @@ fn cors(origins: &[String]) -> CorsLayer {
 
 async fn chat(State(service): State<Service>, headers: HeaderMap, body: Result<Bytes, BytesRejection>) -> Response {
     let router = service.router;
-    let origin = origin(&headers, Endpoint::Chat);
+    let origin = origin(&router, &headers, Endpoint::Chat);
     let mut guard = router.metrics.request(Endpoint::Chat);
     let request = match read(&router, &headers, body, ChatRequest::parse).await {
         Ok(request) => request,
@@ -122,7 +124,7 @@ async fn chat(State(service): State<Service>, headers: HeaderMap, body: Result<B
     let params = request.params.clone();
     let origin = renamed(origin, params.request_id.as_deref());
     let head = head(&router, &origin, "chatcmpl", &params.model);
-    let accepted = openai::accept(router.clone(), origin.clone(), params, guard, 1, request.into_prompt()).await;
+    let accepted = openai::accept(router.clone(), origin.clone(), params, guard, request.into_prompt()).await;
     let answered = match accepted {
         Ok(accepted) => {
             let shape = ChatShape::new(router, &head, &accepted.params, &accepted.prompts[0]);
@@ -139,7 +141,7 @@ async fn completions(
     body: Result<Bytes, BytesRejection>,
 ) -> Response {
     let router = service.router;
-    let origin = origin(&headers, Endpoint::Completions);
+    let origin = origin(&router, &headers, Endpoint::Completions);
     let mut guard = router.metrics.request(Endpoint::Completions);
     let CompletionRequest { params, prompts } = match read(&router, &headers, body, CompletionRequest::parse).await {
         Ok(request) => request,
@@ -147,8 +149,7 @@ async fn completions(
     };
     let origin = renamed(origin, params.request_id.as_deref());
     let head = head(&router, &origin, "cmpl", &params.model);
-    let count = prompts.len();
-    let accepted = openai::accept(router.clone(), origin.clone(), params, guard, count, move |_| Ok(prompts)).await;
+    let accepted = openai::accept(router.clone(), origin.clone(), params, guard, move |_| Ok(prompts)).await;
     let answered = match accepted {
         Ok(mut accepted) => {
             let mut shape = CompletionShape::new(router, &head, &accepted.params, accepted.prompts.clone());
@@ -170,7 +171,7 @@ async fn embeddings(
     body: Result<Bytes, BytesRejection>,
 ) -> Response {
     let router = service.router;
-    let origin = origin(&headers, Endpoint::Embeddings);
+    let origin = origin(&router, &headers, Endpoint::Embeddings);
     let mut guard = router.metrics.request(Endpoint::Embeddings);
     let request = match read(&router, &headers, body, EmbeddingRequest::parse).await {
         Ok(request) => request,
@@ -196,6 +197,7 @@ async fn read<T: Send + 'static>(
     parse: fn(Fields, &Router) -> Result<T, Error>,
 ) -> Result<T, Error> {
     check_content_type(headers)?;
+    why::wanted_ttft(headers)?;
     let body = body.map_err(|rejection| match rejection.status() {
         StatusCode::PAYLOAD_TOO_LARGE => Error::TooLarge { limit: router.config.limits.max_body_bytes },
         _ => Error::Invalid { message: format!("the body cannot be read: {}", rejection.body_text()), param: None },
@@ -218,7 +220,7 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), Error> {
 }
 
 /// Who asks.
-fn origin(headers: &HeaderMap, endpoint: Endpoint) -> Origin {
+fn origin(router: &Router, headers: &HeaderMap, endpoint: Endpoint) -> Origin {
     // The door has put one there.
     let request: Arc<str> = headers.get("x-request-id").and_then(|id| id.to_str().ok()).unwrap_or_default().into();
     let span = tracing::info_span!(
@@ -238,7 +240,11 @@ fn origin(headers: &HeaderMap, endpoint: Endpoint) -> Origin {
     if let Some(key) = &key {
         tracing::debug!(parent: &span, request = %request, key = key.name(), "key shown");
     }
-    Origin { request, traceparent, arrived: Instant::now(), body_bytes: length.unwrap_or(usize::MAX), key, span }
+    // What is wrong with it is said when the body is read.
+    let objective = why::wanted_ttft(headers).ok().flatten().or_else(|| router.config.limits.ttft_objective());
+    let why = why::is_asked(headers).then(|| router.why.clone());
+    let body_bytes = length.unwrap_or(usize::MAX);
+    Origin { request, traceparent, arrived: Instant::now(), body_bytes, key, objective, why, span }
 }
 
 /// A body may name a request that has no name in its headers.
@@ -281,10 +287,14 @@ fn refuse(origin: &Origin, error: &Error, guard: &mut crate::metrics::RequestGua
     response
 }
 
-/// Puts the request id on a response.
+/// Puts the request id on a response, and how the request went if that was asked for.
 fn name(origin: &Origin, response: &mut Response) {
     if let Ok(id) = HeaderValue::from_str(&origin.request) {
         response.headers_mut().insert("x-request-id", id);
+    }
+    let line = origin.why.as_ref().and_then(|why| why.line(&origin.request));
+    if let Some(line) = line.and_then(|line| HeaderValue::try_from(line).ok()) {
+        response.headers_mut().insert("x-baton-why", line);
     }
 }
 
@@ -390,12 +400,13 @@ async fn version() -> Json<Version> {
 mod tests {
     use std::collections::BTreeSet;
 
-    const SOURCES: [&str; 5] = [
+    const SOURCES: [&str; 6] = [
         include_str!("http.rs"),
         include_str!("http/messages.rs"),
         include_str!("http/responses.rs"),
         include_str!("http/server.rs"),
         include_str!("http/text.rs"),
+        include_str!("http/why.rs"),
     ];
 
     /// Every route of these files, as method and path: axum does not list them.

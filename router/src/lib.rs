@@ -8,19 +8,22 @@
 //! | `http`, `openai/` | routes, the API's shapes, server-sent events |
 //! | `messages/`, `responses/` | the other two ways to ask for a chat completion |
 //! | `server/`, `door/` | connections and TLS; ids, keys, limits of what comes in |
-//! | `admission` | how much is taken on |
+//! | `admission` | waiting for a turn |
 //! | `dialect/` | what is reasoning, text and calls of tools in what a model says |
 //! | `text/` | templates, tokens, incremental text, stop strings |
 //! | `page_names`, `recent` | names of a prompt's pages; what was worked out lately |
 //! | `prompt`, `request`, `attempt`, `recovery` | what is asked; one request's life; one try at it; what to do when a try fails |
 //! | `fleet/` | the workers: one stream each, their load, the only place with wire types |
-//! | `prefix_index`, `cost`, `placement` | who holds which prefix, what a placement costs, which one it is |
+//! | `breaker` | which workers are shunned because they keep failing |
+//! | `why/` | what became of the last requests, for those who ask |
+//!
+//! Who takes a request is decided in the crate `placement`, who goes next in the crate `admission`.
 #![forbid(unsafe_code)]
 
 mod admission;
 mod attempt;
+mod breaker;
 mod config;
-mod cost;
 mod dialect;
 mod door;
 mod error;
@@ -34,8 +37,6 @@ mod messages;
 mod metrics;
 mod openai;
 mod page_names;
-mod placement;
-mod prefix_index;
 mod prompt;
 mod recent;
 mod recovery;
@@ -43,8 +44,10 @@ mod request;
 mod responses;
 mod server;
 mod text;
+mod why;
 
-pub use config::{Config, EmbeddingPooling, Limits, Policy, ReasoningParser, ToolCallParser, Weights};
+pub use config::{Config, EmbeddingPooling, Limits, ReasoningParser, ToolCallParser};
+pub use placement::{Policy, Weights};
 pub use server::TlsFiles;
 
 use crate::{
@@ -56,6 +59,7 @@ use crate::{
     page_names::PageNames,
     request::Router,
     server::Tls,
+    why::Why,
 };
 use anyhow::Context;
 use cluster::{Capacity, Directory, LoadSummary, Member, Registration, Role, State};
@@ -103,6 +107,9 @@ pub async fn run(
         EmbeddingPooling::Last => Some(Pooling::Last),
         EmbeddingPooling::Mean => Some(Pooling::Mean),
     };
+    let supply = fleet.clone();
+    let admission = Admission::new(&config.limits, move || supply.supply(), metrics.clone());
+    let _admission = AbortOnDropHandle::new(tokio::spawn(admission.clone().follow()));
     let router = Arc::new(Router {
         model: Arc::new(model),
         dialect,
@@ -111,7 +118,8 @@ pub async fn run(
         keys,
         page_names: PageNames::new(config.text_cache_bytes / 4),
         fleet: fleet.clone(),
-        admission: Admission::new(&config.limits, metrics.clone()),
+        admission: admission.clone(),
+        why: Why::new(config.why_bytes),
         responses: Store::new(&config.limits),
         metrics,
         created: me.incarnation / 1_000_000,

@@ -4,11 +4,16 @@ mod vllm;
 
 pub(crate) use vllm::Told;
 
-use crate::{placement::Kind, request::Finish};
+use crate::request::Finish;
+use admission::Refusal;
 use metrics::{Counter, Gauge, Histogram};
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use placement::Kind;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 use vllm::Vllm;
 
@@ -66,6 +71,8 @@ struct Handles {
     /// The same number, to be read.
     open: AtomicUsize,
     queue_depth: Gauge,
+    queue_wait: Histogram,
+    refused: [Counter; 3],
     prompt_tokens: Counter,
     cached_tokens: Counter,
     output_tokens: Counter,
@@ -105,6 +112,9 @@ impl Metrics {
             in_flight: metrics::gauge!("baton_requests_in_flight"),
             open: AtomicUsize::new(0),
             queue_depth: metrics::gauge!("baton_router_queue_depth"),
+            queue_wait: metrics::histogram!("baton_router_queue_seconds"),
+            refused: ["full", "expired", "too_slow"]
+                .map(|reason| metrics::counter!("baton_router_refusals_total", "reason" => reason)),
             prompt_tokens: metrics::counter!("baton_prompt_tokens_total"),
             cached_tokens: metrics::counter!("baton_prompt_tokens_cached_total"),
             output_tokens: metrics::counter!("baton_output_tokens_total"),
@@ -137,6 +147,29 @@ impl Metrics {
 
     pub(crate) fn queued(&self, depth: usize) {
         self.inner.queue_depth.set(depth as f64);
+    }
+
+    /// A request that had to wait for its turn is out of the queue.
+    pub(crate) fn waited(&self, wait: Duration) {
+        self.inner.queue_wait.record(wait.as_secs_f64());
+    }
+
+    /// Counts a request that gets no turn.
+    pub(crate) fn refused(&self, refusal: Refusal) {
+        let reason = match refusal {
+            Refusal::Full { .. } => 0,
+            Refusal::Expired { .. } => 1,
+            Refusal::TooSlow { .. } => 2,
+        };
+        self.inner.refused[reason].increment(1);
+    }
+
+    /// The circuit breaker of a worker opened or closed.
+    pub(crate) fn breaker(&self, worker: &str, open: bool) {
+        metrics::gauge!("baton_worker_breaker_open", "worker" => worker.to_string()).set(f64::from(open));
+        if open {
+            metrics::counter!("baton_worker_breaker_openings_total", "worker" => worker.to_string()).increment(1);
+        }
     }
 
     pub(crate) fn first_token(&self, seconds: f64) {
@@ -199,6 +232,13 @@ fn describe() {
     );
     describe_gauge!("baton_requests_in_flight", "Requests being answered or waiting for their turn.");
     describe_gauge!("baton_router_queue_depth", "Requests waiting for their turn.");
+    describe_histogram!("baton_router_queue_seconds", "Waits for a turn of requests that had to wait.");
+    describe_counter!(
+        "baton_router_refusals_total",
+        "Requests that got no turn: full, expired (none came free in time), too_slow (the first token would come too late)."
+    );
+    describe_gauge!("baton_worker_breaker_open", "Whether this router shuns a worker that keeps failing.");
+    describe_counter!("baton_worker_breaker_openings_total", "Times a worker's circuit breaker opened.");
     describe_counter!("baton_prompt_tokens_total", "Prompt tokens of finished choices.");
     describe_counter!("baton_prompt_tokens_cached_total", "Of those, tokens a worker had cached.");
     describe_counter!("baton_output_tokens_total", "Output tokens of finished choices.");

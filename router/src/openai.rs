@@ -19,10 +19,12 @@ pub(crate) mod tokens;
 pub(crate) mod tools;
 
 use crate::{
+    admission::{Claim, Turn},
     error::Error,
     metrics::{Metrics, Outcome, RequestGuard},
     prompt::{Prompt, PromptSource},
     request::{Finish, Generation, Origin, Router, Step, Work},
+    why::Arrival,
 };
 use axum::{
     body::Body,
@@ -34,7 +36,6 @@ use hearing::Hearing;
 use params::Params;
 use serde::Serialize;
 use std::sync::Arc;
-use tokio::sync::OwnedSemaphorePermit;
 
 /// How one endpoint writes what was generated.
 pub(crate) trait Shape: Send + 'static {
@@ -187,30 +188,42 @@ pub(crate) struct Accepted {
     pub(crate) origin: Origin,
     pub(crate) params: Params,
     pub(crate) prompts: Vec<Arc<Prompt>>,
-    pub(crate) turn: OwnedSemaphorePermit,
+    pub(crate) turn: Turn,
     pub(crate) guard: RequestGuard,
 }
 
-/// Waits for a turn, then turns the prompts into tokens. `render` makes the sources and runs on the text threads.
+/// Turns the prompts into tokens and waits for a turn. `render` makes the sources and runs on the text threads.
 pub(crate) async fn accept(
     router: Arc<Router>,
     origin: Origin,
     mut params: Params,
     guard: RequestGuard,
-    prompts: usize,
     render: impl FnOnce(&Router) -> Result<Vec<PromptSource>, Error> + Send + 'static,
 ) -> Result<Accepted, (Error, RequestGuard)> {
     let prepared = async {
-        let turn = router.admission.admit(prompts * params.n as usize).await?;
-        if let Some(constraint) = &params.constraint {
-            constraint.check(&router).await?;
-        }
+        let place = router.admission.enter(params.priority)?;
         let root = (params.salt.clone(), params.adapter.clone());
         let (kept, bytes) = ((params.echo, params.truncation), origin.body_bytes);
         let prompts = router.prepare(bytes, render, root, kept, params.prompt_field).await?;
+        let claim = claim(&router, &origin, &params, &prompts);
+        let turn = place.turn(claim, || router.predict_ms(prompts.first()?)).await?;
+        if let Some(constraint) = &params.constraint {
+            constraint.check(&router).await?;
+        }
         Ok((turn, prompts))
     };
-    match prepared.await {
+    let prepared = prepared.await;
+    let waited = origin.arrived.elapsed();
+    let arrival = Arrival { class: params.priority, waited, objective: origin.objective };
+    // What is wrong with a request itself is said to its client alone.
+    let rejected = prepared.as_ref().err().filter(|error| error::outcome(error) == Outcome::Rejected);
+    if prepared.is_ok() || rejected.is_some() {
+        router.why.admitted(&origin.request, arrival);
+    }
+    if let Some(rejected) = rejected {
+        router.why.refused(&origin.request, rejected);
+    }
+    match prepared {
         Ok((turn, prompts)) => {
             router.metrics.asked(params.n, params.max_tokens);
             if let (Some(reading), Some(prompt)) = (&mut params.reading, prompts.first()) {
@@ -220,6 +233,20 @@ pub(crate) async fn accept(
             Ok(Accepted { router, origin, params, prompts, turn, guard })
         }
         Err(error) => Err((error, guard)),
+    }
+}
+
+/// What a request asks for.
+fn claim(router: &Router, origin: &Origin, params: &Params, prompts: &[Arc<Prompt>]) -> Claim {
+    let choices = prompts.len() * params.n as usize;
+    let read: usize = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
+    let written = choices as u64 * u64::from(params.expected_output(router));
+    Claim {
+        class: params.priority,
+        key: origin.key_number(),
+        tokens: read as u64 + written,
+        choices,
+        objective: origin.objective.map(|wanted| wanted.saturating_sub(origin.arrived.elapsed())),
     }
 }
 
@@ -247,6 +274,7 @@ impl Accepted {
                 prompt_logprobs: self.params.reported_prompt(),
                 priority: self.params.priority,
                 pooling: None,
+                expected: self.params.expected_output(&self.router),
             })
         });
         work.map(|work| Generation::new(self.router.clone(), work)).collect()

@@ -86,7 +86,7 @@ pub(crate) fn remedy(failure: &Failure, attempts: u32, max_attempts: u32, stream
 
 /// A prefill leg that fails after its token did its own part; it was the hand-off that went wrong, and the prefix is still cached
 /// there. In all other cases whoever failed is to blame.
-fn culprit(failure: &Failure) -> &str {
+pub(crate) fn culprit(failure: &Failure) -> &str {
     match (failure.kind, failure.part, failure.spoke, &failure.peer) {
         (FailureKind::Failed, Part::Prefill, true, Some(decode)) => decode,
         _ => &failure.worker,

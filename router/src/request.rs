@@ -1,9 +1,9 @@
 //! The life of one request. Read this first.
 //!
-//! A request arrives as text (`http`), waits for its turn (`admission`), becomes tokens ([`Router::prepare`], on the text threads) and
-//! then [`Work`]: one piece for each choice it asks for. A [`Generation`] carries one choice through:
+//! A request arrives as text (`http`) and gets a place (`admission`), becomes tokens ([`Router::prepare`], on the text threads), waits for its turn,
+//! and then is [`Work`]: one piece for each choice it asks for. A [`Generation`] carries one choice through:
 //!
-//! 1. **Place** it: the fleet chooses a decode worker, and a prefill worker or none.
+//! 1. **Place** it ([`begin`]): the fleet chooses a decode worker, and a prefill worker or none.
 //! 2. **Submit** all legs at once: a prefill leg that will push its pages and a decode leg that expects them, or one local leg.
 //! 3. **Listen**: tokens come in order, each once ([`Attempt`]); each becomes text (`text`) until a stop string, a stop token or
 //!    a limit ends the choice.
@@ -11,36 +11,37 @@
 //!
 //! Dropping a generation (its client is gone) calls its legs off at once. Every wait has a deadline.
 
+mod begin;
+
 use crate::{
     admission::Admission,
     attempt::{Attempt, Ending, News},
     config::Config,
-    cost::Demand,
     dialect::{Dialect, Event},
     door::keys::{Key, Keys},
     error::Error,
     fleet::{
-        Fleet, Path, Wanted,
+        Fleet,
         adapters::Adapter,
-        leg::{LegEvent, LegRole, Pooling, Sampling, Stop, Submission, Token},
+        leg::{LegEvent, Pooling, Sampling, Stop, Token},
     },
     metrics::{Metrics, Told},
     page_names::PageNames,
-    placement::NoPath,
     prompt::{Prompt, PromptSource, Truncation},
-    recovery::{self, Failure, Remedy},
+    recovery::{self, Failure, FailureKind, Remedy},
     responses::store::Store,
     text::{
         TextModel, TextPool,
         detokenizer::Detokenizer,
         stop::{Outcome, StopStrings},
     },
+    why::Why,
 };
 use bytes::Bytes;
 use grammar::Spec;
 use kv_cache::TokenId;
 use std::{pin::Pin, sync::Arc, time::Duration};
-use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
+use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::Span;
 
@@ -64,6 +65,7 @@ pub(crate) struct Router {
     pub(crate) page_names: PageNames,
     pub(crate) fleet: Fleet,
     pub(crate) admission: Admission,
+    pub(crate) why: Why,
     pub(crate) responses: Store,
     pub(crate) metrics: Metrics,
     /// When this router started, in seconds since the Unix epoch: the age clients see of its model.
@@ -84,7 +86,18 @@ pub(crate) struct Origin {
     pub(crate) body_bytes: usize,
     /// Whose key it showed: charged with the tokens read and written.
     pub(crate) key: Option<Arc<Key>>,
+    /// When it wants its first token, from its arrival on.
+    pub(crate) objective: Option<Duration>,
+    /// Where its answer's header finds how it went, if it asks for that.
+    pub(crate) why: Option<Why>,
     pub(crate) span: Span,
+}
+
+impl Origin {
+    /// Whose turns it shares.
+    pub(crate) fn key_number(&self) -> u64 {
+        self.key.as_ref().map_or(0, |key| key.number())
+    }
 }
 
 /// One choice to be generated.
@@ -112,6 +125,8 @@ pub(crate) struct Work {
     pub(crate) priority: i32,
     /// Asks for the prompt's embedding, and for no token.
     pub(crate) pooling: Option<Pooling>,
+    /// Tokens it was expected to write when it got its turn.
+    pub(crate) expected: u32,
 }
 
 /// What became known since the last step.
@@ -203,6 +218,8 @@ pub(crate) struct Generation {
     router: Arc<Router>,
     work: Work,
     attempt: Option<Attempt>,
+    /// Where it is, as long as that has not proved to work.
+    placed: Option<begin::Placed>,
     attempts: u32,
     /// Workers that failed it.
     excluded: Vec<String>,
@@ -246,6 +263,7 @@ impl Generation {
             router,
             work,
             attempt: None,
+            placed: None,
             attempts: 0,
             excluded: Vec::new(),
             output: Vec::new(),
@@ -302,95 +320,15 @@ impl Generation {
 
     /// Tells whose key it was what the choice took.
     fn charge(&self) {
-        if let Some(key) = self.work.origin.key.as_ref().filter(|_| self.attempts > 0) {
+        if self.attempts == 0 {
+            return;
+        }
+        let origin = &self.work.origin;
+        if let Some(key) = &origin.key {
             key.charge(self.prompt_tokens().saturating_add(self.output_tokens()));
         }
-    }
-
-    // 1 and 2: place and submit.
-
-    async fn begin(&mut self) -> Result<(), Error> {
-        loop {
-            let path = self.place().await?;
-            self.attempts += 1;
-            self.last_heard = Instant::now();
-            self.router.metrics.placed(path.prefill.is_some());
-            tracing::debug!(
-                parent: &self.work.origin.span,
-                request = %self.work.origin.request,
-                attempt = self.attempts,
-                prefill = path.prefill.as_ref().map_or("-", |target| &target.worker.id),
-                decode = %path.decode.worker.id,
-                ttft_ms = path.cost.ttft(),
-                cost_ms = path.cost.total(),
-                "placed"
-            );
-            match self.submit(&path) {
-                Ok(attempt) => {
-                    self.attempt = Some(attempt);
-                    self.set_alarm();
-                    return Ok(());
-                }
-                Err(failure) => self.prepare_retry(&failure).await?,
-            }
-        }
-    }
-
-    /// Chooses a path: without those that failed if possible, with them if not, and for a request already under way it waits a while
-    /// for workers to come back.
-    async fn place(&self) -> Result<Path, Error> {
-        let fleet = &self.router.fleet;
-        let no_path = match self.try_place(&self.excluded).or_else(|_| self.try_place(&[])) {
-            Ok(path) => return Ok(path),
-            Err(no_path) => no_path,
-        };
-        let patience = self.router.config.limits.recovery_timeout();
-        if self.attempts > 0 && timeout(patience, fleet.wait_for_path(self.adapter_id())).await.is_ok() {
-            return self.try_place(&[]).map_err(unavailable);
-        }
-        Err(unavailable(no_path))
-    }
-
-    fn try_place(&self, excluded: &[String]) -> Result<Path, NoPath> {
-        let known = self.work.prompt.tokens.len() + self.output.len();
-        let demand = Demand { tokens: known as u32, max_output: self.work.stop.max_tokens - self.output_tokens() };
-        // What all of a prompt is needed for is computed whole, whatever is cached of it.
-        let whole = self.wanted_prompt().is_some() || self.work.pooling == Some(Pooling::Mean);
-        let pages = if whole { &[][..] } else { &self.work.prompt.pages };
-        let wanted = Wanted { demand, pages, excluded, adapter: self.adapter_id() };
-        self.router.fleet.place(&wanted, rand::random())
-    }
-
-    fn adapter_id(&self) -> Option<&str> {
-        self.work.prompt.adapter.as_ref().map(|adapter| adapter.id.as_str())
-    }
-
-    /// Returns how many alternatives are to be reported beside the prompt's tokens, as long as they have not been.
-    fn wanted_prompt(&self) -> Option<u32> {
-        self.work.prompt_logprobs.filter(|_| self.output.is_empty())
-    }
-
-    fn submit(&self, path: &Path) -> Result<Attempt, Failure> {
-        let work = &self.work;
-        let submission = Submission {
-            attempt: 0,
-            request: work.origin.request.clone(),
-            traceparent: work.origin.traceparent.clone(),
-            tokens: [&work.prompt.tokens[..], &self.output].concat(),
-            prompt_tokens: self.prompt_tokens(),
-            salt: work.prompt.salt.clone(),
-            adapter: work.prompt.adapter.clone(),
-            sampling: work.sampling.clone(),
-            grammar: work.grammar.clone(),
-            choice: work.choice,
-            stop: work.stop.clone(),
-            prompt_logprobs: self.wanted_prompt(),
-            priority: work.priority,
-            deadline: self.ends_at().saturating_duration_since(Instant::now()),
-            role: work.pooling.map_or(LegRole::Local, LegRole::Embed),
-        };
-        let buffer = self.router.config.limits.stream_buffer_tokens;
-        Attempt::start(&self.router.fleet, path, &submission, self.output_tokens(), rand::random(), buffer)
+        let more = i64::from(self.output_tokens()) - i64::from(self.work.expected);
+        self.router.admission.settle(self.work.priority, origin.key_number(), more);
     }
 
     // 3: listen.
@@ -520,6 +458,7 @@ impl Generation {
             return;
         }
         let now = Instant::now();
+        self.note_success(now);
         let mut later = count;
         if before == 0 {
             self.first_token = Some(now);
@@ -582,6 +521,11 @@ impl Generation {
     async fn prepare_retry(&mut self, failure: &Failure) -> Result<(), Error> {
         let limits = &self.router.config.limits;
         let (request, attempt) = (&self.work.origin.request, self.attempts);
+        self.router.why.failed(request, self.work.choice, failure);
+        // A stream that was lost counts once, for all its legs, where it was lost.
+        if matches!(failure.kind, FailureKind::Failed | FailureKind::Stalled) {
+            self.router.fleet.failed(recovery::culprit(failure), &failure.message);
+        }
         tracing::warn!(%request, attempt, worker = %failure.worker, kind = ?failure.kind, reason = %failure.message, "leg failed");
         match recovery::remedy(failure, self.attempts, limits.max_attempts, limits.stream_buffer_tokens) {
             Remedy::GiveUp(error) => Err(error),
@@ -610,8 +554,4 @@ impl Drop for Generation {
     fn drop(&mut self) {
         self.charge();
     }
-}
-
-fn unavailable(no_path: NoPath) -> Error {
-    Error::Unavailable { message: no_path.to_string(), retry_after: Duration::from_secs(1) }
 }

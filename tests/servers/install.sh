@@ -1,7 +1,8 @@
 #!/bin/sh
-# Installs what the tests need beside Rust: etcd (into .test-servers/bin), Python environments (into .venv and
-# .test-servers/frameworks) and clients for Node (into tests/clients/node_modules). Says what it does; quick when all is there. Needs no
-# root where Python can make environments and Node is installed, and no package index: if there is none yet, it fetches one.
+# Installs what the tests need beside Rust: etcd (into .test-servers/bin), UCX (into .test-servers/ucx; where it cannot be had, tests of it
+# are skipped and say so), Python environments (into .venv and .test-servers/frameworks) and clients for Node (into
+# tests/clients/node_modules). Says what it does; quick when all is there. Needs no root where Python can make environments and Node is
+# installed, and no package index: if there is none yet, it fetches one.
 set -eu
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -97,6 +98,18 @@ need_node_modules() {
     cp "$clients/package-lock.json" "$clients/node_modules/.lock"
 }
 
+# Takes the libraries and headers out of PyPI's libucx-cu12, which needs neither CUDA nor RDMA: Debian 12 has UCX 1.13, which
+# aborts when a peer dies while it connects.
+unpack_ucx() {
+    "$root/.venv/bin/pip" download --quiet --disable-pip-version-check --no-deps --dest "$work" libucx-cu12==1.18.1 || return 1
+    "$root/.venv/bin/python" -m zipfile -e "$work"/libucx_cu12-*.whl "$work/wheel"
+    rm -rf "$servers/ucx"
+    mkdir -p "$servers/ucx/lib/ucx"
+    cp -R "$work/wheel/libucx/include" "$servers/ucx/"
+    cp "$work/wheel/libucx/lib"/*.so.0 "$servers/ucx/lib/"
+    cp "$work/wheel/libucx/lib/ucx"/*.so.0 "$servers/ucx/lib/ucx/"
+}
+
 if [ -x "$servers/bin/etcd" ]; then
     say "etcd is in .test-servers/bin"
 elif has etcd; then
@@ -108,5 +121,14 @@ else
 fi
 
 need_venv "$root/.venv" "$root/tests/servers/requirements.txt"
+
+if [ -e "$servers/ucx/lib/libucp.so.0" ]; then
+    say "UCX is in .test-servers/ucx"
+elif unpack_ucx; then
+    say "took UCX from libucx-cu12 into .test-servers/ucx"
+else
+    say "UCX cannot be had here: tests of transport ucx will be skipped"
+fi
+
 need_venv "$servers/frameworks" "$root/tests/servers/frameworks.txt"
 need_node_modules

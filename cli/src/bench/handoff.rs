@@ -19,11 +19,12 @@ mod plain;
 use super::{report::Report, stats::Samples};
 use anyhow::Context;
 use case::Case;
-use kv_transfer::{Config, TransportKind};
+use kv_transfer::{Config, TransportKind, UcxConfig};
 use pair::{Pair, Pushes};
 use plain::Plain;
 use std::{
     hint::black_box,
+    path::Path,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
@@ -47,24 +48,29 @@ struct Kind {
     /// Last part of its rows' names.
     name: &'static str,
     transport: TransportKind,
+    /// What UCX may use.
+    ucx_tls: Option<&'static str>,
     /// Whether the limit is `memcpy`.
     shares_memory: bool,
 }
 
-const KINDS: [Kind; 3] = [
-    Kind { name: "memory", transport: TransportKind::Memory, shares_memory: true },
-    Kind { name: "shm", transport: TransportKind::Shm, shares_memory: true },
-    Kind { name: "tcp", transport: TransportKind::Tcp, shares_memory: false },
+const KINDS: [Kind; 5] = [
+    Kind { name: "memory", transport: TransportKind::Memory, ucx_tls: None, shares_memory: true },
+    Kind { name: "shm", transport: TransportKind::Shm, ucx_tls: None, shares_memory: true },
+    Kind { name: "ucx-posix", transport: TransportKind::Ucx, ucx_tls: Some("posix"), shares_memory: true },
+    Kind { name: "ucx-tcp", transport: TransportKind::Ucx, ucx_tls: Some("tcp"), shares_memory: false },
+    Kind { name: "tcp", transport: TransportKind::Tcp, ucx_tls: None, shares_memory: false },
 ];
 
 impl Kind {
-    fn config(self) -> Config {
-        Config { require: Some(self.transport), ..Config::default() }
+    fn config(self, ucx_library: Option<&Path>) -> Config {
+        let ucx = UcxConfig { library: ucx_library.map(Path::to_owned), tls: self.ucx_tls.map(str::to_owned) };
+        Config { require: Some(self.transport), ucx, ..Config::default() }
     }
 }
 
 /// Measures every `handoff/` row that is wanted. A transport that this machine or this build lacks is skipped, and said so.
-pub(super) fn run(report: &mut Report) -> anyhow::Result<()> {
+pub(super) fn run(report: &mut Report, ucx_library: Option<&Path>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
     for kind in KINDS {
         let wanted = |rows: &[&str]| rows.iter().any(|row| report.wants(&format!("handoff/{row}/{}", kind.name)));
@@ -74,8 +80,15 @@ pub(super) fn run(report: &mut Report) -> anyhow::Result<()> {
             (Case::Prompt, wanted(&["overhead", "hidden"])),
         ];
         for (case, _) in cases.into_iter().filter(|(_, wanted)| *wanted) {
+            let config = kind.config(ucx_library);
+            if kind.transport == TransportKind::Ucx
+                && let Err(why) = kv_transfer::survey(&config.ucx)
+            {
+                println!("handoff/*/{}: skipped: {why}", kind.name);
+                break;
+            }
             let measured = runtime.block_on(async {
-                let mut pair = Pair::start(kind, case).await?;
+                let mut pair = Pair::start(kind, case, config).await?;
                 if let Some(why) = pair.warm_up().await? {
                     println!("handoff/*/{}: skipped: {why}", kind.name);
                     return Ok(false);

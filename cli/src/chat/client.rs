@@ -1,6 +1,6 @@
 //! The few requests that a conversation needs, over hyper.
 
-use super::sse::Events;
+use crate::sse::Events;
 use anyhow::{Context, bail};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};

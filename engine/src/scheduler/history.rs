@@ -68,6 +68,17 @@ impl History {
         tokens.div_ceil(self.page_tokens)
     }
 
+    /// Returns how many leading full pages it has in common with `other`: a page's name stands for all before it.
+    pub(super) fn common_pages(&self, other: &Self) -> usize {
+        let both = self.hashes.len().min(other.hashes.len());
+        let (mut same, mut different) = (0, both + 1);
+        while same + 1 < different {
+            let middle = (same + different) / 2;
+            if self.hashes[middle - 1] == other.hashes[middle - 1] { same = middle } else { different = middle }
+        }
+        same
+    }
+
     /// Returns the names a fresh sequence may look up: never the page of the last token, which must be computed because
     /// the next token is drawn from its logits.
     pub(super) fn reusable(&self) -> &[PageHash] {
@@ -109,6 +120,15 @@ mod tests {
         history.push(15);
         assert_eq!((history.with_drafts(), history.drafts()), (&(0..16).collect::<Vec<_>>()[..], 0));
         assert_eq!(history.hashes(), page_hashes(b"", &(0..16).collect::<Vec<_>>(), 16));
+    }
+
+    #[test]
+    fn common_pages_end_where_tokens_differ() {
+        let history = |own: u32| History::new(b"", (0..40).chain([own; 40]).collect(), 8);
+        assert_eq!(history(1).common_pages(&history(1)), 10);
+        assert_eq!(history(1).common_pages(&history(2)), 5);
+        assert_eq!(history(1).common_pages(&History::new(b"", (0..20).collect(), 8)), 2);
+        assert_eq!(history(1).common_pages(&History::new(b"", vec![9; 80], 8)), 0);
     }
 
     #[test]

@@ -30,6 +30,32 @@ impl Landing {
     }
 }
 
+/// Pages for a prefix on its way from a peer. End it with [`Scheduler::keep_prefix`], or give its [`Hold`] back when nobody can write
+/// there any more.
+#[derive(Debug)]
+#[must_use = "a prefix must be kept or given back"]
+pub struct Prefix {
+    hold: Hold,
+    have: usize,
+}
+
+impl Prefix {
+    /// Returns the pages, in sequence order.
+    pub fn pages(&self) -> &[PageId] {
+        &self.hold.pages
+    }
+
+    /// Returns how many leading pages were here already. They may be shared and must not be written.
+    pub fn have(&self) -> usize {
+        self.have
+    }
+
+    /// Gives the prefix up.
+    pub fn forgo(self) -> Hold {
+        self.hold
+    }
+}
+
 /// Why there is no landing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NoRoom {
@@ -54,7 +80,7 @@ impl Scheduler {
         if tokens >= self.max_len {
             return Err(NoRoom::Ever);
         }
-        let line = self.waiting.first_key_value().filter(|(head, _)| **head < id);
+        let line = self.head().filter(|(head, _)| **head < id);
         let (line_places, line_pages) = line.map_or((0, 0), |(_, sequence)| (1, sequence.pages_missing()));
         if self.occupied() + line_places >= self.max_sequences {
             return Err(NoRoom::Now);
@@ -84,7 +110,7 @@ impl Scheduler {
         let tokens = request.history.len();
         assert_eq!(landing.hold.pages.len(), request.history.pages_for(tokens), "a landing is as long as its sequence");
         request.priority = landing.id.priority;
-        let mut sequence = Sequence::new(request, arrived);
+        let mut sequence = Sequence::new(request, arrived, 0);
         sequence.land(landing.hold.pages, landing.have, self.page_tokens, &mut self.pool);
         sequence.know(first_token);
         self.landings -= 1;
@@ -105,6 +131,51 @@ impl Scheduler {
         } else {
             self.pool.release(&hold.pages);
         }
+    }
+
+    /// Passes a waiting sequence over, until [`Scheduler::settle_prefix`]: its first `pages` pages are on their way from a peer.
+    pub fn await_prefix(&mut self, id: SequenceId, pages: usize) {
+        let tokens = pages * self.page_tokens;
+        if let Some(sequence) = self.waiting.get_mut(&id) {
+            sequence.awaiting = true;
+            sequence.expect(tokens);
+        }
+    }
+
+    /// The prefix of a waiting sequence has come, or will not come.
+    pub fn settle_prefix(&mut self, id: SequenceId) {
+        let Some(sequence) = self.waiting.get_mut(&id) else { return };
+        sequence.awaiting = false;
+        let here = self.pool.matching(sequence.reusable()) * self.page_tokens;
+        sequence.expect(here);
+    }
+
+    /// Holds the pages of a prefix for somebody who reads them.
+    pub fn lend(&mut self, hashes: &[PageHash]) -> Hold {
+        Hold { pages: self.pool.reuse(hashes) }
+    }
+
+    /// Takes pages for a prefix that a peer will send: `hashes` names its full pages. `None` where there are too few, which
+    /// is no reason to wait: the prompt can be computed.
+    pub fn reserve_prefix(&mut self, hashes: &[PageHash]) -> Option<Prefix> {
+        let mut pages = self.pool.reuse(hashes);
+        let have = pages.len();
+        let missing = hashes.len() - have;
+        if self.pool.stats().available() < missing + self.headroom() {
+            self.pool.release(&pages);
+            return None;
+        }
+        pages.extend(self.pool.allocate(missing).expect("pages were counted just above"));
+        Some(Prefix { hold: Hold { pages }, have })
+    }
+
+    /// Makes a prefix that has come reusable: its bytes are those that `hashes` names. Sequences that are admitted from now on find it.
+    pub fn keep_prefix(&mut self, prefix: Prefix, hashes: &[PageHash]) {
+        assert_eq!(prefix.hold.pages.len(), hashes.len(), "a prefix is as long as its names");
+        for (&page, &hash) in prefix.hold.pages.iter().zip(hashes).skip(prefix.have) {
+            self.pool.name(page, hash);
+        }
+        self.give_back(prefix.hold);
     }
 
     /// Takes a sequence out, wherever it is and also in the middle of a step, whose result for it is then ignored.

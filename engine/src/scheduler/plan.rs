@@ -1,6 +1,7 @@
 //! What one step computes.
 
 use super::SequenceId;
+use timing::Work;
 
 /// A piece of one sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +58,15 @@ impl Plan {
     /// Returns how many of its tokens are neither the single next token of a sequence nor drafts after it.
     pub fn prompt_tokens(&self) -> usize {
         self.chunks.iter().map(|chunk| chunk.tokens - chunk.drafts).filter(|&tokens| tokens > 1).sum()
+    }
+
+    /// Returns how much there is to compute, drafts aside.
+    pub fn work(&self) -> Work {
+        let mut work = Work::default();
+        for &Chunk { start, tokens, drafts, .. } in &self.chunks {
+            if tokens - drafts == 1 { work.single(start) } else { work.chunk(start, tokens) }
+        }
+        work
     }
 
     /// Says whether there is nothing to compute.

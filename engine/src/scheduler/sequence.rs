@@ -5,6 +5,7 @@ use crate::{Adapter, Embedding, Logprobs, Pooling, PromptLogprobs, Row, Sample, 
 use grammar::Matcher;
 use kv_cache::{PageHash, PageId, PagePool, TokenId};
 use std::{sync::Arc, time::Duration};
+use timing::Work;
 
 /// Names a sequence, and orders the line: lower priority values first, then arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -128,25 +129,33 @@ pub(super) struct Sequence {
     started: Option<Duration>,
     first_token: Option<Duration>,
     cached_tokens: usize,
+    /// Tokens that it will hardly have to compute, as it looked when it came: cached, or a sibling's before it.
+    expected: usize,
+    /// A prefix is on its way to it: until that is settled others pass it.
+    pub(super) awaiting: bool,
     /// What is pooled so far, where that is what it is computed for.
     embedding: Option<Embedding>,
 }
 
 impl Sequence {
-    pub(super) fn new(request: Request, arrived: Duration) -> Self {
+    /// `expected` is how many tokens of it others hold or will hold when its turn comes.
+    pub(super) fn new(request: Request, arrived: Duration, expected: usize) -> Self {
+        let (pages, computed, named, cached_tokens) = (Vec::new(), 0, 0, 0);
         let embedding = match request.until {
             Until::Embedding(pooling) => Some(Embedding::new(pooling)),
             Until::FirstToken | Until::End => None,
         };
         Self {
             request,
-            pages: Vec::new(),
-            computed: 0,
-            named: 0,
+            pages,
+            computed,
+            named,
             arrived,
             started: None,
             first_token: None,
-            cached_tokens: 0,
+            cached_tokens,
+            expected,
+            awaiting: false,
             embedding,
         }
     }
@@ -154,6 +163,20 @@ impl Sequence {
     /// Returns the tokens known and not yet computed; at least one, always.
     pub(super) fn remaining(&self) -> usize {
         self.request.history.len() - self.computed
+    }
+
+    /// Notes that `tokens` of it need no computing.
+    pub(super) fn expect(&mut self, tokens: usize) {
+        self.expected = tokens;
+    }
+
+    /// Adds what is probably left to compute of its prompt to `work`.
+    pub(super) fn add_backlog(&self, work: &mut Work) {
+        let known = self.request.history.len();
+        let done = if self.pages.is_empty() { self.expected.min(known - 1) } else { self.computed };
+        if known - done > 1 {
+            work.chunk(done, known - done);
+        }
     }
 
     /// Returns how many drafts of it could be of use: a step never draws past its end.

@@ -257,3 +257,58 @@ fn an_engine_that_gives_up_ends_the_whole_step() {
     assert_eq!(computed.faults.len(), 2);
     assert_eq!(scheduler.pool().stats().held(), 0);
 }
+
+#[test]
+fn the_more_urgent_pass_a_long_prompt_under_way() {
+    let mut scheduler = scheduler(16, 8, 4);
+    let long = scheduler.submit(Request { priority: 1, ..prompt(0, 24) }, START).unwrap();
+    assert_eq!(chunks(&mut scheduler), [(0, 8, false)]);
+    let urgent = scheduler.submit(prompt(1, 4), START).unwrap();
+    let later = scheduler.submit(Request { priority: 1, ..prompt(2, 4) }, START).unwrap();
+    let plan = scheduler.schedule(START);
+    let order: Vec<_> = plan.chunks().iter().map(|chunk| (chunk.id, chunk.start, chunk.tokens)).collect();
+    assert_eq!(order, [(urgent, 0, 4), (long, 8, 4)]);
+    assert!(scheduler.contains(later));
+    scheduler.abandon(plan);
+}
+
+#[test]
+fn whoever_waits_for_a_prefix_is_passed_and_keeps_its_place() {
+    let mut scheduler = scheduler(16, 16, 4);
+    let waits = scheduler.submit(prompt(0, 12), START).unwrap();
+    scheduler.await_prefix(waits, 2);
+    assert_eq!(scheduler.backlog().prompts.tokens, 4, "what is on its way needs no computing");
+    let next = scheduler.submit(prompt(1, 20), START).unwrap();
+    let plan = scheduler.schedule(START);
+    assert_eq!(plan.started(), [next]);
+    let mut made: Vec<Yield> = plan.chunks().iter().map(|chunk| drawn(chunk.sample, 7)).collect();
+    let _ = scheduler.complete(plan, &mut made, START);
+
+    let names = prompt(0, 12).history.hashes()[..2].to_vec();
+    let prefix = scheduler.reserve_prefix(&names).expect("there is room");
+    assert_eq!((prefix.pages().len(), prefix.have()), (2, 0));
+    scheduler.keep_prefix(prefix, &names);
+    scheduler.settle_prefix(waits);
+    let plan = scheduler.schedule(START);
+    let order: Vec<_> = plan.chunks().iter().map(|chunk| (chunk.id, chunk.start, chunk.tokens)).collect();
+    assert_eq!(order, [(waits, 8, 4), (next, 16, 4)], "it came first, and two pages of it are here");
+    scheduler.abandon(plan);
+}
+
+#[test]
+fn a_prefix_takes_no_page_that_the_running_may_need() {
+    let mut scheduler = scheduler(6, 32, 4);
+    let running = scheduler.submit(prompt(0, 10), START).unwrap();
+    assert_eq!(chunks(&mut scheduler), [(0, 10, true)]);
+    let names = |tokens| prompt(1, tokens).history.hashes().to_vec();
+    assert!(scheduler.reserve_prefix(&names(12)).is_none(), "three pages are left, and one of them is spoken for");
+    let prefix = scheduler.reserve_prefix(&names(8)).expect("two are not");
+    let hold = prefix.forgo();
+    scheduler.give_back(hold);
+    assert_eq!(scheduler.lend(&names(8)).pages().len(), 0, "what never came has no name");
+    let lent = scheduler.lend(&prompt(0, 8).history.hashes().to_vec());
+    assert!(scheduler.cancel(running, START).is_some());
+    assert_eq!(scheduler.pool().stats().held(), 2, "what is lent outlives its sequence");
+    scheduler.give_back(lent);
+    assert_eq!(scheduler.pool().stats().held(), 0);
+}

@@ -97,7 +97,8 @@ impl Door {
     }
 }
 
-/// Source: the target's pool, mapped. Says so when it no longer is.
+/// Source: the target's pool, mapped, and the socket on which to say that it no longer is. Without a pool where the target wants
+/// the word alone: UCX maps pools by itself.
 #[derive(Debug)]
 pub(crate) struct Remote {
     pages: Option<Pages>,
@@ -114,16 +115,16 @@ impl Remote {
             _ => Err(io::Error::new(ErrorKind::PermissionDenied, "it is not from the worker that was dialled")),
         });
         let mapped = checked.and_then(|(layout, file)| {
-            let layout: PageLayout = serde_json::from_slice(layout)?;
+            let Some(layout): Option<PageLayout> = serde_json::from_slice(layout)? else { return Ok(None) };
             if !system::is_sealed(&file) {
                 return Err(io::Error::other("its size could change"));
             }
-            Pages::map_foreign(&file, layout).map_err(io::Error::other)
+            Pages::map_foreign(&file, layout).map(Some).map_err(io::Error::other)
         });
         match mapped {
             Ok(pages) => {
                 stream.write_all(&[MAPPED]).await?;
-                Ok(Self { pages: Some(pages), socket: stream.into_std()? })
+                Ok(Self { pages, socket: stream.into_std()? })
             }
             Err(error) => {
                 stream.write_all(error.to_string().as_bytes()).await?;
@@ -132,9 +133,13 @@ impl Remote {
         }
     }
 
-    /// Returns the pool.
-    pub(crate) fn pages(&self) -> &Pages {
-        self.pages.as_ref().expect("taken only when dropped")
+    /// Returns the pool's layout, where it was passed.
+    pub(crate) fn layout(&self) -> Option<&PageLayout> {
+        self.pages.as_ref().map(Pages::layout)
+    }
+
+    fn pages(&self) -> &Pages {
+        self.pages.as_ref().expect("links start with a pool, and it is taken only when dropped")
     }
 }
 
@@ -174,28 +179,9 @@ impl Shared {
 
     /// Passes the pool to the source that invites. From here on it may write.
     pub(crate) async fn pass(self: &Arc<Self>, invitation: &Invitation, key: &LinkKey) -> io::Result<Writer> {
-        let late = |_| io::Error::new(ErrorKind::TimedOut, format!("the source did not answer within {SHARE_LIMIT:?}"));
-        let writer = timeout(SHARE_LIMIT, self.pass_slowly(invitation, key)).await.map_err(late)??;
+        let writer = pass((invitation, key), Some(&self.layout), &self.file).await?;
         self.settle();
         Ok(writer)
-    }
-
-    async fn pass_slowly(&self, invitation: &Invitation, key: &LinkKey) -> io::Result<Writer> {
-        let mut stream = UnixStream::connect(format!("\0{}", invitation.socket)).await?;
-        check_user(&stream)?;
-        // Before its answer, so that the process that answers is the one that is watched.
-        let process = system::process_of(stream.as_fd(), stream.peer_cred()?.pid())?;
-        // SAFETY: the descriptor is owned by what registers it, and so open for as long as it is registered.
-        let process = unsafe { AsyncFd::register_with_interest(process, Interest::READABLE) }?;
-        let mut bytes = key.prove(Claim::Pool).0.to_vec();
-        serde_json::to_writer(&mut bytes, &self.layout)?;
-        stream.async_io(Interest::WRITABLE, || system::send_file(stream.as_fd(), &bytes, &self.file)).await?;
-        let mut answer = [0; 256];
-        match stream.read(&mut answer).await? {
-            0 => Err(ErrorKind::UnexpectedEof.into()),
-            _ if answer[0] == MAPPED => Ok(Writer { process, stream }),
-            length => Err(io::Error::other(format!("the source says: {}", answer[..length].escape_ascii()))),
-        }
     }
 
     /// Takes the whole pool from the system, once, in the background.
@@ -216,6 +202,43 @@ impl Shared {
                 tracing::warn!(%error, "take the page pool from the system");
             }
         });
+    }
+}
+
+/// Says whether `invitation` comes from this host.
+pub(crate) fn is_here(invitation: &Invitation) -> bool {
+    system::host().is_some_and(|host| host == invitation.host)
+}
+
+/// Target: watches a source of this host that maps the pool by other means, and will say when it no longer does.
+pub(crate) async fn watch(invitation: &Invitation, key: &LinkKey) -> io::Result<Writer> {
+    pass((invitation, key), None, &File::open("/dev/null")?).await
+}
+
+async fn pass(to: (&Invitation, &LinkKey), layout: Option<&PageLayout>, file: &File) -> io::Result<Writer> {
+    let late = |_| io::Error::new(ErrorKind::TimedOut, format!("the source did not answer within {SHARE_LIMIT:?}"));
+    timeout(SHARE_LIMIT, pass_slowly(to, layout, file)).await.map_err(late)?
+}
+
+async fn pass_slowly(
+    (invitation, key): (&Invitation, &LinkKey),
+    layout: Option<&PageLayout>,
+    file: &File,
+) -> io::Result<Writer> {
+    let mut stream = UnixStream::connect(format!("\0{}", invitation.socket)).await?;
+    check_user(&stream)?;
+    // Before its answer, so that the process that answers is the one that is watched.
+    let process = system::process_of(stream.as_fd(), stream.peer_cred()?.pid())?;
+    // SAFETY: the descriptor is owned by what registers it, and so open for as long as it is registered.
+    let process = unsafe { AsyncFd::register_with_interest(process, Interest::READABLE) }?;
+    let mut bytes = key.prove(Claim::Pool).0.to_vec();
+    serde_json::to_writer(&mut bytes, &layout)?;
+    stream.async_io(Interest::WRITABLE, || system::send_file(stream.as_fd(), &bytes, file)).await?;
+    let mut answer = [0; 256];
+    match stream.read(&mut answer).await? {
+        0 => Err(ErrorKind::UnexpectedEof.into()),
+        _ if answer[0] == MAPPED => Ok(Writer { process, stream }),
+        length => Err(io::Error::other(format!("the source says: {}", answer[..length].escape_ascii()))),
     }
 }
 

@@ -136,6 +136,12 @@ impl Key {
         &self.name
     }
 
+    /// A number of its own, by which those who wait share.
+    pub(crate) fn number(&self) -> u64 {
+        let (first, _) = self.digest.split_first_chunk().expect("a digest has more than eight bytes");
+        u64::from_le_bytes(*first)
+    }
+
     /// Takes one request, or says when to come back.
     pub(crate) fn admit(&self, now: Instant) -> Result<(), Error> {
         let limited = |what, bucket: &Bucket, retry_after| Error::RateLimited {

@@ -36,6 +36,19 @@ pub(crate) struct Submission {
     /// Until the leg must have ended.
     pub(crate) deadline: Duration,
     pub(crate) role: LegRole,
+    /// What whoever computes the prompt fetches first.
+    pub(crate) fetch: Option<Fetch>,
+}
+
+/// Leading pages of a prompt to be had from a peer.
+#[derive(Clone, Debug)]
+pub(crate) struct Fetch {
+    /// Of the hand-off that brings them.
+    pub(crate) handoff: u64,
+    pub(crate) worker: String,
+    pub(crate) incarnation: u64,
+    pub(crate) link: String,
+    pub(crate) pages: u32,
 }
 
 /// What this worker's part is.
@@ -220,6 +233,7 @@ pub(crate) mod tests {
             priority: 0,
             deadline: Duration::from_secs(1),
             role: LegRole::Local,
+            fetch: None,
         }
     }
 }

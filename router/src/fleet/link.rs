@@ -4,9 +4,9 @@
 //! as long as its stream lives: losing the directory must not lose traffic.
 
 use super::{Fleet, Worker, session::Session, wire};
-use crate::prefix_index::Slot;
 use cluster::Member;
 use futures::stream;
+use placement::Slot;
 use proto::{PageEvents, WorkerFrame, worker_client::WorkerClient};
 use rand::Rng;
 use std::{sync::Arc, time::Duration};
@@ -98,7 +98,7 @@ async fn greet(session: &Arc<Session>, at: &Member) -> Result<(u64, Streaming<Wo
         return Err(format!("{} answers as {:?}, not {:?}", at.address, welcome.worker, at.id));
     }
     // It may hold more, the adapters above all: without them a worker that has just attached would lack them for a moment.
-    session.receive(&mut first, 0.0);
+    session.receive(&mut first);
     Ok((welcome.incarnation, frames))
 }
 
@@ -179,9 +179,9 @@ impl<'a> Attached<'a> {
     }
 
     fn take(&mut self, mut frame: WorkerFrame) {
-        let draining = self.session.load().draining;
+        let draining = self.session.draining();
         let adapters_changed = frame.adapters.is_some();
-        self.session.receive(&mut frame, self.fleet.weights.step_growth);
+        self.session.receive(&mut frame);
         if let Some(events) = frame.pages {
             self.pages(&events);
         }
@@ -217,6 +217,10 @@ impl<'a> Attached<'a> {
 impl Drop for Attached<'_> {
     fn drop(&mut self) {
         self.worker.detached();
+        // All its legs together are one failure; those of a router that stops are none.
+        if self.session.is_busy() && !self.fleet.shutdown.is_cancelled() {
+            self.fleet.failed(&self.worker.id, &self.reason);
+        }
         self.session.close(&self.reason);
         self.fleet.index().retire(self.pages.slot);
         self.fleet.changed();
@@ -273,7 +277,7 @@ impl PageLog {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::prefix_index::PrefixIndex;
+    use placement::PrefixIndex;
 
     fn events(sequence: u64, snapshot: bool, more: bool) -> PageEvents {
         PageEvents { sequence, snapshot, more, ..PageEvents::default() }

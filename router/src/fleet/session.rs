@@ -13,12 +13,13 @@ use super::{
     leg::{End, Ended, LegEvent, Said, Submission},
     wire,
 };
-use crate::cost::Speed;
+use placement::Ledger;
 use proto::{RouterFrame, WorkerFrame};
 use std::{
     collections::{HashMap, VecDeque},
     fmt,
     sync::{Arc, Mutex, MutexGuard},
+    time::{Duration, Instant},
 };
 use tokio::sync::{Notify, oneshot};
 
@@ -27,9 +28,6 @@ const MAX_UNSENT: usize = 4_096;
 
 /// Tokens of the submissions in one frame, unless the first alone has more: keeps frames well below gRPC's 4 MiB.
 const FRAME_TOKENS: usize = 128 << 10;
-
-/// How much a new report moves a learned speed.
-const SPEED_BLEND: f64 = 0.3;
 
 /// The worker took no submission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -46,25 +44,23 @@ pub(crate) enum Unsent {
 pub(crate) struct Session {
     inner: Mutex<Inner>,
     wake: Notify,
+    /// Moment from which the ledger's time counts.
+    epoch: Instant,
+}
+
+/// What a leg takes on its worker.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Asks {
+    /// Milliseconds of computing.
+    pub(crate) compute_ms: f64,
+    /// Pages that it has to have free.
+    pub(crate) pages: u32,
 }
 
 impl fmt::Debug for Session {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Session").field("legs", &self.lock().legs.len()).finish_non_exhaustive()
     }
-}
-
-/// Load as the worker last reported it, and what was sent to it since.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Load {
-    /// Sequences that run, wait or are on their way there.
-    pub(crate) sequences: u32,
-    /// Tokens known and not yet computed.
-    pub(crate) queued_tokens: u64,
-    /// Pages free or evictable; `None` before the first report.
-    pub(crate) free_pages: Option<u32>,
-    pub(crate) draining: bool,
-    pub(crate) speed: Speed,
 }
 
 #[derive(Default)]
@@ -76,12 +72,8 @@ struct Inner {
     resync: bool,
     ping: u64,
     legs: HashMap<u64, Leg>,
-    /// Tokens of legs that have not produced a token yet.
-    pending_tokens: u64,
-    /// Submitted since the last report.
-    since_report: SinceReport,
-    report: wire::Report,
-    speed: Speed,
+    /// Load as the worker last reported it, and what was sent to it since.
+    ledger: Ledger,
     /// As the worker last said.
     adapters: Arc<[Arc<Adapter>]>,
     adapter_commands: Vec<proto::AdapterCommand>,
@@ -90,30 +82,22 @@ struct Inner {
     answers: HashMap<u64, oneshot::Sender<Result<(), Refusal>>>,
 }
 
-#[derive(Clone, Copy, Default)]
-struct SinceReport {
-    sequences: u32,
-    tokens: u64,
-}
-
 struct Leg {
     events: Speaker,
-    /// Its share of `pending_tokens`.
-    pending_tokens: u32,
 }
 
 impl Session {
     /// Starts with a greeting in the name of `router`, which asks for a snapshot of the worker's pages.
     pub(super) fn new(router: &str) -> Arc<Self> {
         let inner = Inner { first: Some(wire::hello(router)), ..Inner::default() };
-        Arc::new(Self { inner: Mutex::new(inner), wake: Notify::new() })
+        Arc::new(Self { inner: Mutex::new(inner), wake: Notify::new(), epoch: Instant::now() })
     }
 
-    /// Sends a leg to the worker and its events to `events`. `missing_tokens` is what the worker has to compute for it.
+    /// Sends a leg to the worker and its events to `events`. `asks` is what it takes there.
     pub(crate) fn submit(
         self: &Arc<Self>,
         submission: Submission,
-        missing_tokens: u32,
+        asks: Asks,
         events: &Speaker,
     ) -> Result<LegGuard, Unsent> {
         let attempt = submission.attempt;
@@ -124,10 +108,8 @@ impl Session {
         if inner.submits.len() >= MAX_UNSENT {
             return Err(Unsent::Busy);
         }
-        inner.legs.insert(attempt, Leg { events: events.clone(), pending_tokens: missing_tokens });
-        inner.pending_tokens += u64::from(missing_tokens);
-        inner.since_report.sequences += 1;
-        inner.since_report.tokens += u64::from(missing_tokens);
+        inner.legs.insert(attempt, Leg { events: events.clone() });
+        inner.ledger.submit(attempt, asks.compute_ms, asks.pages);
         inner.submits.push_back(wire::submit(submission));
         drop(inner);
         self.wake.notify_one();
@@ -208,9 +190,8 @@ impl Session {
         }
     }
 
-    /// Gives a frame's tokens and last words to their requests and takes its load. `step_growth` is how much a neighbour slows a
-    /// step, to compare steps of different batches.
-    pub(super) fn receive(&self, frame: &mut WorkerFrame, step_growth: f64) {
+    /// Gives a frame's tokens and last words to their requests and takes its load.
+    pub(super) fn receive(&self, frame: &mut WorkerFrame) {
         let mut inner = self.lock();
         let mut tokens = frame.tokens.drain(..).peekable();
         while let Some(token) = tokens.next() {
@@ -232,7 +213,7 @@ impl Session {
             inner.end(attempt, ended);
         }
         if let Some(load) = &frame.load {
-            inner.report(wire::report(load), step_growth);
+            inner.ledger.report(wire::report(load), self.epoch.elapsed());
         }
         // The list first: an answer promises that its effect shows.
         if let Some(adapters) = frame.adapters.take() {
@@ -252,6 +233,11 @@ impl Session {
         }
     }
 
+    /// Whether legs are under way.
+    pub(super) fn is_busy(&self) -> bool {
+        !self.lock().legs.is_empty()
+    }
+
     /// Ends the session; every leg hears why.
     pub(super) fn close(&self, reason: &str) {
         let mut inner = self.lock();
@@ -266,18 +252,20 @@ impl Session {
         self.wake.notify_one();
     }
 
-    /// Returns the load a placement should reckon with: the report, and what it cannot know of yet. What this router itself has
-    /// there is a lower bound, so a report that crossed a submission on the wire does no harm.
-    pub(crate) fn load(&self) -> Load {
-        let inner = self.lock();
-        let report = &inner.report;
-        Load {
-            sequences: (report.sequences + inner.since_report.sequences).max(inner.legs.len() as u32),
-            queued_tokens: (report.queued_tokens + inner.since_report.tokens).max(inner.pending_tokens),
-            free_pages: report.free_pages,
-            draining: report.draining,
-            speed: inner.speed,
-        }
+    /// Returns what a placement should reckon with, and the moment it is asked at.
+    pub(super) fn ledger<T>(&self, read: impl FnOnce(&Ledger, Duration) -> T) -> T {
+        read(&self.lock().ledger, self.epoch.elapsed())
+    }
+
+    /// Notes that a peer was told to fetch from the worker, which takes `ms`.
+    pub(super) fn lends(&self, ms: f64) {
+        let now = self.epoch.elapsed();
+        self.lock().ledger.fetch(ms, now);
+    }
+
+    /// Says whether the worker takes nothing new.
+    pub(super) fn draining(&self) -> bool {
+        self.lock().ledger.last_report().is_some_and(|report| report.draining)
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -312,8 +300,6 @@ impl Inner {
 
     fn token(&mut self, token: proto::Token) {
         let attempt = token.attempt;
-        let Some(leg) = self.legs.get_mut(&attempt) else { return };
-        self.pending_tokens -= u64::from(std::mem::take(&mut leg.pending_tokens));
         self.say(attempt, Said::Token(wire::token(token)));
     }
 
@@ -334,25 +320,9 @@ impl Inner {
     }
 
     fn forget(&mut self, attempt: u64) -> Option<Leg> {
-        let leg = self.legs.remove(&attempt)?;
-        self.pending_tokens -= u64::from(leg.pending_tokens);
-        Some(leg)
+        self.ledger.withdraw(attempt);
+        self.legs.remove(&attempt)
     }
-
-    fn report(&mut self, report: wire::Report, step_growth: f64) {
-        self.since_report = SinceReport::default();
-        let neighbours = f64::from(report.running.saturating_sub(1));
-        let single_step = report.speed.step_ms.map(|step| step / (1.0 + step_growth * neighbours));
-        blend(&mut self.speed.prefill_tokens_per_s, report.speed.prefill_tokens_per_s);
-        blend(&mut self.speed.step_ms, single_step);
-        blend(&mut self.speed.link_bytes_per_s, report.speed.link_bytes_per_s);
-        self.report = report;
-    }
-}
-
-fn blend(known: &mut Option<f64>, reported: Option<f64>) {
-    let Some(reported) = reported else { return };
-    *known = Some(known.map_or(reported, |known| known + SPEED_BLEND * (reported - known)));
 }
 
 /// A leg under way. Dropping it calls the leg off, unless it has ended.
@@ -398,11 +368,11 @@ mod tests {
     fn submissions_and_cancels_share_a_frame() {
         let session = attached();
         let (tx, _rx) = channel(8);
-        let first = session.submit(submission(1, 10), 10, &tx).unwrap();
-        let _second = session.submit(submission(2, 10), 10, &tx).unwrap();
+        let first = session.submit(submission(1, 10), Asks::default(), &tx).unwrap();
+        let _second = session.submit(submission(2, 10), Asks::default(), &tx).unwrap();
         let sent = frame(&session).unwrap();
         assert_eq!(sent.submit.iter().map(|s| s.attempt).collect::<Vec<_>>(), [1, 2]);
-        let third = session.submit(submission(3, 10), 10, &tx).unwrap();
+        let third = session.submit(submission(3, 10), Asks::default(), &tx).unwrap();
         drop(third);
         drop(first);
         let sent = frame(&session).unwrap();
@@ -415,8 +385,9 @@ mod tests {
     fn long_prompts_are_spread_over_frames() {
         let session = attached();
         let (tx, _rx) = channel(8);
-        let _guards: Vec<_> =
-            (0..3).map(|attempt| session.submit(submission(attempt, 100 << 10), 0, &tx).unwrap()).collect();
+        let _guards: Vec<_> = (0..3)
+            .map(|attempt| session.submit(submission(attempt, 100 << 10), Asks::default(), &tx).unwrap())
+            .collect();
         for _ in 0..3 {
             assert_eq!(frame(&session).unwrap().submit.len(), 1);
         }
@@ -427,10 +398,10 @@ mod tests {
     fn a_full_queue_ends_the_leg_and_its_last_word_still_arrives() {
         let session = attached();
         let (tx, mut rx) = channel(2);
-        let _guard = session.submit(submission(1, 10), 10, &tx).unwrap();
+        let _guard = session.submit(submission(1, 10), Asks::default(), &tx).unwrap();
         frame(&session);
         let mut received = WorkerFrame { tokens: (0..5).map(|i| token(1, i)).collect(), ..WorkerFrame::default() };
-        session.receive(&mut received, 0.0);
+        session.receive(&mut received);
         let events = rx.heard();
         assert_eq!(events.len(), 3);
         assert!(matches!(&events[2].said, Said::Ended(ended) if ended.end == End::Overflow), "{:?}", events[2]);
@@ -441,40 +412,30 @@ mod tests {
     fn a_lost_stream_is_every_legs_last_word() {
         let session = attached();
         let (tx, mut rx) = channel(8);
-        let guard = session.submit(submission(1, 10), 10, &tx).unwrap();
+        let guard = session.submit(submission(1, 10), Asks::default(), &tx).unwrap();
         session.close("connection reset");
         assert!(matches!(&rx.heard()[0].said, Said::Ended(e) if e.end == End::Lost("connection reset".into())));
-        assert_eq!(session.submit(submission(2, 10), 10, &tx).unwrap_err(), Unsent::Gone);
+        assert_eq!(session.submit(submission(2, 10), Asks::default(), &tx).unwrap_err(), Unsent::Gone);
         drop(guard);
         assert!(frame(&session).is_none());
     }
 
     #[test]
-    fn load_reckons_with_what_the_worker_cannot_know_yet() {
+    fn load_is_the_report_and_what_it_does_not_know_of() {
         let session = attached();
         let (tx, _rx) = channel(8);
-        let _a = session.submit(submission(1, 100), 100, &tx).unwrap();
-        assert_eq!((session.load().sequences, session.load().queued_tokens), (1, 100));
-        // A report that was made before the submission arrived.
-        let report = |waiting_tokens| WorkerFrame {
-            load: Some(proto::Load {
-                waiting_tokens,
-                pages_free: 9,
-                decode_step_ms: 12.0,
-                running: 5,
-                ..Default::default()
-            }),
-            ..WorkerFrame::default()
-        };
-        session.receive(&mut report(0), 0.05);
-        assert_eq!((session.load().sequences, session.load().queued_tokens), (5, 100));
-        assert_eq!(session.load().free_pages, Some(9));
-        assert!(
-            (session.load().speed.step_ms.unwrap() - 10.0).abs() < 1e-6,
-            "12 ms with four neighbours is 10 ms alone"
-        );
-        let mut first_token = WorkerFrame { tokens: vec![token(1, 0)], ..WorkerFrame::default() };
-        session.receive(&mut first_token, 0.05);
-        assert_eq!(session.load().queued_tokens, 0);
+        let load = || session.ledger(|ledger, now| (ledger.sequences(), ledger.backlog_ms(now)));
+        let asks = Asks { compute_ms: 1e6, pages: 3 };
+        let _a = session.submit(submission(1, 100), asks, &tx).unwrap();
+        let b = session.submit(submission(2, 100), asks, &tx).unwrap();
+        assert_eq!(load(), (2, 2e6));
+        let pace = Some(proto::Pace { step_us: 10.0, token_us: 2.0, ..Default::default() });
+        let report = proto::Load { received: 1, legs: 5, pages_free: 90, pages_total: 100, pace, ..Default::default() };
+        session.receive(&mut WorkerFrame { load: Some(report), ..WorkerFrame::default() });
+        assert_eq!(load(), (6, 1e6));
+        assert_eq!(session.ledger(|ledger, _| (ledger.free_pages(7), ledger.held_pages())), (87, 13));
+        assert_eq!(session.ledger(|ledger, _| ledger.speed().pace.map(|pace| pace.token_us)), Some(2.0));
+        drop(b);
+        assert_eq!(load(), (5, 0.0), "what is called off before the worker knows of it does not count");
     }
 }

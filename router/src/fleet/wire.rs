@@ -4,23 +4,12 @@ use super::{
     adapters::{Adapter, Change, Refusal},
     leg::{End, Ended, LegRole, Logprobs, Pooling, Submission, Token},
 };
-use crate::cost::Speed;
 use grammar::{Kind, Spec};
 use kv_cache::PageHash;
+use placement::Report;
 use proto::{adapter_answer::Outcome, adapter_command::What, ended::Reason};
 use std::{sync::Arc, time::Duration};
-
-/// A worker's load report.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Report {
-    pub(super) running: u32,
-    /// Running and waiting.
-    pub(super) sequences: u32,
-    pub(super) queued_tokens: u64,
-    pub(super) free_pages: Option<u32>,
-    pub(super) draining: bool,
-    pub(super) speed: Speed,
-}
+use timing::Pace;
 
 pub(super) fn hello(router: &str) -> proto::RouterFrame {
     proto::RouterFrame {
@@ -83,6 +72,13 @@ pub(super) fn submit(from: Submission) -> proto::Submit {
         priority: from.priority,
         // Zero would mean no deadline at all.
         deadline_ms: u32::try_from(from.deadline.as_millis()).unwrap_or(u32::MAX).max(1),
+        fetch: from.fetch.map(|fetch| proto::Fetch {
+            handoff: fetch.handoff,
+            worker: fetch.worker,
+            incarnation: fetch.incarnation,
+            link: fetch.link,
+            pages: fetch.pages,
+        }),
         leg: Some(leg),
     }
 }
@@ -159,19 +155,25 @@ pub(super) fn ended(from: proto::Ended) -> (u64, Ended) {
     (from.attempt, ended)
 }
 
+/// Reads a worker's load report; a pace that cannot be reckoned with is none.
 pub(super) fn report(from: &proto::Load) -> Report {
     let known = |value: f32| (value.is_finite() && value > 0.0).then_some(f64::from(value));
+    let pace = from.pace.map(|pace| Pace {
+        step_us: pace.step_us.into(),
+        sequence_us: pace.sequence_us.into(),
+        context_ns: pace.context_ns.into(),
+        token_us: pace.token_us.into(),
+        pair_ns: pace.pair_ns.into(),
+    });
     Report {
-        running: from.running,
-        sequences: from.running + from.waiting,
-        queued_tokens: from.waiting_tokens,
-        free_pages: Some(from.pages_free),
+        received: from.received,
+        sequences: from.legs,
+        backlog_ms: known(from.backlog_ms).unwrap_or(0.0),
+        free_pages: from.pages_free,
+        total_pages: from.pages_total,
         draining: from.draining,
-        speed: Speed {
-            prefill_tokens_per_s: known(from.prefill_tokens_per_s),
-            step_ms: known(from.decode_step_ms),
-            link_bytes_per_s: known(from.link_bytes_per_s),
-        },
+        pace: pace.filter(Pace::is_valid),
+        link_bytes_per_s: known(from.link_bytes_per_s),
     }
 }
 

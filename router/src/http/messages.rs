@@ -24,7 +24,7 @@ pub(super) fn routes() -> Routes<Service> {
 
 async fn create(State(service): State<Service>, headers: HeaderMap, body: Result<Bytes, BytesRejection>) -> Response {
     let router = service.router;
-    let origin = origin(&headers, Endpoint::Messages);
+    let origin = origin(&router, &headers, Endpoint::Messages);
     let guard = router.metrics.request(Endpoint::Messages);
     let mut response = match answer(&router, &origin, &headers, body, guard).await {
         Ok(response) => response,
@@ -51,7 +51,7 @@ async fn answer(
     };
     let params = request.params.clone();
     let shape = MessagesShape::new(head(router, origin, "msg", &params.model));
-    let accepted = openai::accept(router.clone(), origin.clone(), params, guard, 1, request.into_prompt()).await?;
+    let accepted = openai::accept(router.clone(), origin.clone(), params, guard, request.into_prompt()).await?;
     accepted.answer(shape).await
 }
 
@@ -60,10 +60,11 @@ async fn count_tokens(
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Response {
-    let (router, origin) = (service.router, origin(&headers, Endpoint::Messages));
+    let router = service.router;
+    let origin = origin(&router, &headers, Endpoint::Messages);
     let counted = async {
         let request = read(&router, &headers, body, request::parse_count).await?;
-        let _turn = router.admission.admit(1).await?;
+        let _place = router.admission.enter(0)?;
         let working = router.clone();
         router.text.run(move || chat_tokens(request, false, &working)).await
     };

@@ -30,7 +30,7 @@ pub(super) fn routes() -> Routes<Service> {
 
 async fn create(State(service): State<Service>, headers: HeaderMap, body: Result<Bytes, BytesRejection>) -> Response {
     let router = service.router;
-    let origin = origin(&headers, Endpoint::Responses);
+    let origin = origin(&router, &headers, Endpoint::Responses);
     let mut guard = router.metrics.request(Endpoint::Responses);
     let request = match read(&router, &headers, body, ResponsesRequest::parse).await {
         Ok(request) => request,
@@ -40,7 +40,7 @@ async fn create(State(service): State<Service>, headers: HeaderMap, body: Result
     let params = chat.params.clone();
     let title = Title::new(&params.model);
     let shape = ResponsesShape::new(router.clone(), title.clone(), echo, conversation);
-    let accepted = openai::accept(router.clone(), origin.clone(), params, guard, 1, chat.into_prompt()).await;
+    let accepted = openai::accept(router.clone(), origin.clone(), params, guard, chat.into_prompt()).await;
     match accepted {
         Ok(accepted) if background => {
             let mut response = json(start(&router, &title.id, accepted, shape));

@@ -1,7 +1,7 @@
 //! What the server says of itself: whether it is well, how busy it is, what it runs, how its API is described.
 
 use super::Service;
-use crate::config::{Limits, Policy};
+use crate::config::Limits;
 use axum::{
     Json, Router as Routes,
     extract::State,
@@ -9,6 +9,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
+use placement::Policy;
 use serde::Serialize;
 
 /// The API as OpenAPI 3.1 describes it. A test compares it with the routes and with real answers.

@@ -38,7 +38,7 @@ async fn detokenize(
     answer(&service.router, &headers, body, DetokenizeRequest::parse, detokenize).await
 }
 
-/// Reads a request, waits for a turn as one that generates would, and does it on the text threads.
+/// Reads a request, takes a place as one that generates would, and does it on the text threads.
 pub(super) async fn answer<Request: Send + 'static, Answer: Serialize + Send + 'static>(
     router: &Arc<Router>,
     headers: &HeaderMap,
@@ -48,7 +48,7 @@ pub(super) async fn answer<Request: Send + 'static, Answer: Serialize + Send + '
 ) -> Response {
     let answered = async {
         let request = read(router, headers, body, parse).await?;
-        let _turn = router.admission.admit(1).await?;
+        let _place = router.admission.enter(0)?;
         let working = router.clone();
         router.text.run(move || work(request, &working)).await
     };

@@ -9,6 +9,7 @@ use super::{
     params, write_json,
 };
 use crate::{
+    admission::Claim,
     error::Error,
     fleet::{
         adapters::Adapter,
@@ -83,9 +84,17 @@ impl EmbeddingRequest {
 
     /// Waits for a turn, has every input computed, and returns the answer's body.
     pub(crate) async fn answer(self, router: Arc<Router>, origin: Origin, head: Head) -> Result<Vec<u8>, Error> {
-        let _turn = router.admission.admit(self.inputs.len().min(AT_ONCE)).await?;
+        let place = router.admission.enter(self.priority)?;
         let (root, kept, inputs) = ((self.salt, self.adapter), (false, self.truncation), self.inputs);
         let prompts = router.prepare(origin.body_bytes, move |_| Ok(inputs), root, kept, "input").await?;
+        let claim = Claim {
+            class: self.priority,
+            key: origin.key_number(),
+            tokens: prompts.iter().map(|prompt| prompt.tokens.len() as u64).sum(),
+            choices: prompts.len().min(AT_ONCE),
+            objective: None,
+        };
+        let _turn = place.turn(claim, || None).await?;
         let work = |prompt| work(origin.clone(), prompt, self.pooling, self.priority);
         let embedded: Vec<(Vec<f32>, Usage)> = stream::iter(prompts)
             .map(|prompt| embed(router.clone(), work(prompt)))
@@ -151,6 +160,7 @@ fn work(origin: Origin, prompt: Arc<Prompt>, pooling: Pooling, priority: i32) ->
         prompt_logprobs: None,
         priority,
         pooling: Some(pooling),
+        expected: 0,
     }
 }
 

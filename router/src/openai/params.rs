@@ -187,6 +187,11 @@ impl Params {
         self.echo && self.max_tokens == Some(0)
     }
 
+    /// Returns how many tokens a choice may be expected to have.
+    pub(crate) fn expected_output(&self, router: &Router) -> u32 {
+        self.max_tokens.unwrap_or(u32::MAX).min(router.config.weights.expected_output_tokens)
+    }
+
     /// When a worker ends a choice behind a prompt of this length.
     pub(crate) fn stop(&self, context: u32, prompt_tokens: u32) -> Stop {
         let room = context.saturating_sub(prompt_tokens).max(1);

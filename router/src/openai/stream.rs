@@ -2,6 +2,7 @@
 
 use super::{Accepted, Choices, Shape, Stepped, error};
 use crate::{
+    admission::Turn,
     error::Error,
     metrics::{Outcome, RequestGuard},
 };
@@ -13,7 +14,6 @@ use axum::{
 use bytes::Bytes;
 use futures::stream;
 use std::convert::Infallible;
-use tokio::sync::OwnedSemaphorePermit;
 
 pub(crate) const DONE: &[u8] = b"data: [DONE]\n\n";
 
@@ -40,7 +40,7 @@ struct Streaming<S> {
     continuous_usage: bool,
     state: State,
     guard: RequestGuard,
-    _turn: OwnedSemaphorePermit,
+    _turn: Turn,
 }
 
 enum State {

@@ -10,4 +10,6 @@ mod mock;
 mod rows;
 mod support;
 mod tools;
+mod turns;
+mod two_routers;
 mod workers;

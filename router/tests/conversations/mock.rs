@@ -188,6 +188,11 @@ impl MockWorker {
         within("room for a frame", sender.send(Ok(frame))).await.unwrap();
     }
 
+    /// Reports this load.
+    pub(crate) fn load(&self, load: proto::Load) {
+        self.send(WorkerFrame { load: Some(load), ..WorkerFrame::default() });
+    }
+
     pub(crate) fn pages(&self, events: PageEvents) {
         self.send(WorkerFrame { pages: Some(events), ..WorkerFrame::default() });
     }

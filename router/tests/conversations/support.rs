@@ -45,6 +45,15 @@ impl TestRouter {
     }
 
     pub(crate) async fn start_with(policy: Policy, change: impl FnOnce(&mut Config)) -> Self {
+        Self::start_in(Arc::default(), policy, change).await
+    }
+
+    /// Starts another one in the same directory.
+    pub(crate) async fn start_beside(other: &Self, name: &str, policy: Policy) -> Self {
+        Self::start_in(other.directory.clone(), policy, |config| config.name = Some(name.into())).await
+    }
+
+    async fn start_in(directory: Arc<MemoryDirectory>, policy: Policy, change: impl FnOnce(&mut Config)) -> Self {
         let mut config = Config {
             name: Some("router".into()),
             model_dir: Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo"),
@@ -55,7 +64,6 @@ impl TestRouter {
         change(&mut config);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let directory = Arc::new(MemoryDirectory::default());
         let health = Health::new("starting", Duration::from_secs(60));
         let shutdown = CancellationToken::new();
         let running = tokio::spawn(router::run(config, listener, directory.clone(), health.clone(), shutdown.clone()));

@@ -4,5 +4,6 @@
 //! computed twice or a sequence that resumes at the wrong place shows as a wrong token.
 
 mod cases;
+mod fetches;
 mod router;
 mod workers;

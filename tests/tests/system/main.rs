@@ -3,6 +3,7 @@
 
 mod adapters;
 mod bad_input;
+mod bench;
 mod cancel;
 mod clients;
 mod embeddings;

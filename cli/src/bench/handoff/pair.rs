@@ -7,10 +7,14 @@ use super::{
 use crate::bench::stats::Samples;
 use anyhow::{Context, bail, ensure};
 use engine::KvMemory;
-use kv_cache::PageId;
-use kv_transfer::{Begin, Commit, Event, HandoffId, Identity, Outcome, Peer, Transfer, TransportKind};
+use kv_cache::{PageId, PageLayout};
+use kv_transfer::{
+    Begin, Commit, Config, Event, HandoffId, Identity, Outcome, Peer, Transfer, TransportKind, UcxMemory,
+};
 use std::{
+    fs::File,
     os::unix::fs::FileExt,
+    path::Path,
     process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
@@ -57,17 +61,34 @@ enum Target {
 struct End {
     transfer: Transfer,
     events: mpsc::Receiver<Event>,
-    memory: KvMemory,
+    layout: PageLayout,
+    pool: Pool,
+}
+
+/// Memory for pages.
+enum Pool {
+    Ours(KvMemory),
+    /// UCX's own: over `posix` it writes by itself only into that.
+    Ucx(UcxMemory),
+}
+
+impl Pool {
+    fn file(&self) -> &File {
+        match self {
+            Self::Ours(memory) => memory.file(),
+            Self::Ucx(memory) => memory.file(),
+        }
+    }
 }
 
 impl Pair {
-    /// Starts both ends, joined by `kind` and nothing else.
-    pub(super) async fn start(kind: Kind, case: Case) -> anyhow::Result<Self> {
+    /// Starts both ends, joined by `kind` and nothing else, as `config` says.
+    pub(super) async fn start(kind: Kind, case: Case, config: Config) -> anyhow::Result<Self> {
         let stop = CancellationToken::new();
-        let source = End::start("source", kind, case, &stop).await?;
+        let source = End::start("source", config.clone(), case, &stop).await?;
         source.fill()?;
         let target = if kind.transport == TransportKind::Memory {
-            let end = End::start("target", kind, case, &stop).await?;
+            let end = End::start("target", config, case, &stop).await?;
             let address = end.transfer.address();
             tokio::spawn(async move {
                 if let Err(error) = end.take_all(case).await {
@@ -76,7 +97,7 @@ impl Pair {
             });
             Target::Here(address)
         } else {
-            Target::start(kind, case).await.context("start the target")?
+            Target::start(kind, case, &config).await.context("start the target")?
         };
         Ok(Self { case, source, target, deal: Deal::source(case), next: 1, stop })
     }
@@ -151,11 +172,15 @@ impl Drop for Pair {
 
 impl Target {
     /// Starts this binary as the target. It prints its address once it is ready.
-    async fn start(kind: Kind, case: Case) -> anyhow::Result<Self> {
+    async fn start(kind: Kind, case: Case, config: &Config) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("find this binary")?;
         let what = format!("{}/{}", case.name(), kind.name);
-        let args = ["bench", "--serve", "target", "--only", &what];
-        let child = Command::new(program).args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let mut command = Command::new(program);
+        command.args(["bench", "--serve", "target", "--only", &what]);
+        if let Some(library) = &config.ucx.library {
+            command.arg("--ucx-library").arg(library);
+        }
+        let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let mut target = Self::Elsewhere(String::new(), child);
         if let Self::Elsewhere(address, child) = &mut target {
             let stdout = child.stdout.take().context("its output is piped")?;
@@ -184,13 +209,13 @@ impl Drop for Target {
 
 /// Runs the target of the bench: prints its address, then takes what comes until it is killed or its parent is gone. `what` is
 /// `CASE/KIND`.
-pub(in crate::bench) fn serve(what: &str) -> anyhow::Result<()> {
+pub(in crate::bench) fn serve(what: &str, ucx_library: Option<&Path>) -> anyhow::Result<()> {
     let (case, name) = case::parse(what)?;
     let kind = KINDS.into_iter().find(|kind| kind.name == name);
     let kind = kind.with_context(|| format!("{name:?} is no transport of the hand-off bench"))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
     runtime.block_on(async {
-        let end = End::start("target", kind, case, &CancellationToken::new()).await?;
+        let end = End::start("target", kind.config(ucx_library), case, &CancellationToken::new()).await?;
         println!("{}", end.transfer.address());
         let (gone, parent) = tokio::sync::oneshot::channel();
         thread::spawn(move || {
@@ -206,18 +231,23 @@ pub(in crate::bench) fn serve(what: &str) -> anyhow::Result<()> {
 }
 
 impl End {
-    async fn start(worker: &str, kind: Kind, case: Case, stop: &CancellationToken) -> anyhow::Result<Self> {
-        let memory = KvMemory::new(case.layout()).context("reserve pages")?;
+    async fn start(worker: &str, config: Config, case: Case, stop: &CancellationToken) -> anyhow::Result<Self> {
+        let layout = case.layout();
+        let pool = if config.ucx.tls.as_deref() == Some("posix") {
+            Pool::Ucx(UcxMemory::new(&config.ucx, layout.pool_bytes()).map_err(anyhow::Error::msg)?)
+        } else {
+            Pool::Ours(KvMemory::new(layout.clone()).context("reserve pages")?)
+        };
         let identity = Identity {
             worker: worker.into(),
             incarnation: 1,
             fingerprint: "bench".into(),
-            layout: case.layout(),
+            layout: layout.clone(),
             rank: Default::default(),
         };
         let (sender, events) = mpsc::channel(64);
-        let transfer = Transfer::start(kind.config(), identity, memory.file(), sender, stop.clone()).await?;
-        Ok(Self { transfer, events, memory })
+        let transfer = Transfer::start(config, identity, pool.file(), sender, stop.clone()).await?;
+        Ok(Self { transfer, events, layout, pool })
     }
 
     async fn event(&mut self) -> anyhow::Result<Event> {
@@ -249,13 +279,13 @@ impl End {
 
     /// Checks that the pages `to` hold what `from` holds at the source.
     fn check(&self, from: &[PageId], to: &[PageId]) -> anyhow::Result<()> {
-        let layout = self.memory.layout();
+        let layout = &self.layout;
         let [mut expected, mut landed] = [vec![0; layout.block_bytes()], vec![0; layout.block_bytes()]];
         for layer in 0..layout.layers {
             for (from, to) in from.iter().zip(to) {
                 case::contents(layer, *from, &mut expected);
                 let offset = layout.block_offset(layer, *to) as u64;
-                self.memory.file().read_exact_at(&mut landed, offset).context("read a block")?;
+                self.pool.file().read_exact_at(&mut landed, offset).context("read a block")?;
                 ensure!(expected == landed, "layer {layer}: page {to:?} does not hold what page {from:?} does");
             }
         }
@@ -264,13 +294,13 @@ impl End {
 
     /// Source: writes the contents of every block.
     fn fill(&self) -> anyhow::Result<()> {
-        let layout = self.memory.layout();
+        let layout = &self.layout;
         let mut block = vec![0; layout.block_bytes()];
         for layer in 0..layout.layers {
             for page in (0..layout.pages).map(PageId) {
                 case::contents(layer, page, &mut block);
                 let offset = layout.block_offset(layer, page) as u64;
-                self.memory.file().write_all_at(&block, offset).context("fill the pool")?;
+                self.pool.file().write_all_at(&block, offset).context("fill the pool")?;
             }
         }
         Ok(())

@@ -6,6 +6,7 @@ use super::{
 };
 use crate::bench::{machine::loopback_pair, stats::Samples};
 use anyhow::Context;
+use kv_transfer::Config;
 use std::{
     hint::black_box,
     io::{self, IoSlice, IoSliceMut, Read, Write},
@@ -30,7 +31,7 @@ impl Plain {
         let mut plain = if kind.shares_memory {
             Self::Memcpy(Memcpy::new(case))
         } else {
-            Self::Sockets(Sockets::start(case, kind.config().tcp_streams).context("connect over loopback")?)
+            Self::Sockets(Sockets::start(case, Config::default().tcp_streams).context("connect over loopback")?)
         };
         // Faults every page in.
         plain.measure(Deal::source(case).round())?;

@@ -133,6 +133,7 @@ impl Worker {
     }
 
     fn submit(&mut self, submission: Submission) {
+        self.routers.received(submission.id);
         self.remember(submission.sequence.history.hashes());
         let end = submission.sequence.stop.max_tokens;
         let next = match submission.leg {

@@ -58,10 +58,29 @@ impl Holders {
         }
     }
 
-    pub(super) fn contains(&self, slot: Slot) -> bool {
+    fn contains(&self, slot: Slot) -> bool {
         match self {
             Self::Few { len, slots } => slots[..usize::from(*len)].contains(&slot),
             Self::Many(set) => set.contains(slot),
+        }
+    }
+
+    /// Says whether all of `slots` are here.
+    pub(super) fn cover(&self, slots: &SlotSet) -> bool {
+        match self {
+            Self::Few { .. } => slots.iter().all(|slot| self.contains(slot)),
+            Self::Many(set) => {
+                slots.words.iter().enumerate().all(|(i, word)| word & !set.words.get(i).copied().unwrap_or(0) == 0)
+            }
+        }
+    }
+
+    /// Leaves in `slots` those that are here, and names the others.
+    pub(super) fn intersect(&self, slots: &mut SlotSet, gone: impl FnMut(Slot)) {
+        if !self.cover(slots) {
+            let missing: Vec<Slot> = slots.iter().filter(|&slot| !self.contains(slot)).collect();
+            missing.iter().for_each(|&slot| slots.remove(slot));
+            missing.into_iter().for_each(gone);
         }
     }
 
@@ -75,7 +94,7 @@ impl Holders {
     pub(super) fn is_empty(&self) -> bool {
         match self {
             Self::Few { len, .. } => *len == 0,
-            Self::Many(set) => set.words.iter().all(|&word| word == 0),
+            Self::Many(set) => set.is_empty(),
         }
     }
 
@@ -112,14 +131,20 @@ impl SlotSet {
         self.words.get(slot.index() / 64).is_some_and(|word| word >> (slot.index() % 64) & 1 == 1)
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.words.iter().all(|&word| word == 0)
+    }
+
     fn keep(&mut self, keep: impl Fn(Slot) -> bool) {
         let gone: Vec<Slot> = self.iter().filter(|&slot| !keep(slot)).collect();
         gone.into_iter().for_each(|slot| self.remove(slot));
     }
 
-    fn iter(&self) -> impl Iterator<Item = Slot> + '_ {
+    pub(super) fn iter(&self) -> impl Iterator<Item = Slot> + '_ {
         self.words.iter().enumerate().flat_map(|(i, &word)| {
-            (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| Slot((i * 64 + bit) as u16))
+            let next = |rest: &u64| Some(rest & (rest - 1)).filter(|&rest| rest != 0);
+            let bits = std::iter::successors(Some(word).filter(|&word| word != 0), next);
+            bits.map(move |rest| Slot((i * 64) as u16 + rest.trailing_zeros() as u16))
         })
     }
 }

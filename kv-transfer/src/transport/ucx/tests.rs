@@ -1,0 +1,205 @@
+use super::*;
+use crate::{
+    handoffs::Moved,
+    inbox::{Inbox, Note},
+    plan::Piece,
+    source::Frame,
+    testing::{contents, fill, layout, pool},
+};
+use kv_cache::{PageId, PageLayout};
+use std::{fs::File, time::Duration};
+use tokio::time::timeout;
+
+const SOON: Duration = Duration::from_secs(20);
+
+/// UCX as tests/servers/install.sh unpacks it, or the system's; `None`, said aloud, where there is none.
+pub(crate) fn config(tls: &str) -> Option<UcxConfig> {
+    let unpacked = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.test-servers/ucx/lib/libucp.so.0");
+    let library = unpacked.exists().then_some(unpacked);
+    match ucx_sys::load(library.as_deref(), heard) {
+        Ok(_) => Some(UcxConfig { library, tls: Some(tls.into()) }),
+        Err(error) => {
+            eprintln!("skipped: no UCX here (tests/servers/install.sh): {error}");
+            None
+        }
+    }
+}
+
+struct End {
+    ucx: Ucx,
+    layout: PageLayout,
+    file: File,
+    _memory: Option<UcxMemory>,
+}
+
+async fn end(config: &UcxConfig, pages: u32, byte: u8, allocate: bool) -> End {
+    let layout = layout(3, pages);
+    let memory = allocate.then(|| UcxMemory::new(config, layout.pool_bytes()).expect("allocated"));
+    let file =
+        memory.as_ref().map_or_else(|| pool(&layout), |memory| memory.file().try_clone().expect("the same file"));
+    fill(&file, &vec![byte; layout.pool_bytes()]);
+    let pool = Arc::new(Pages::map(&file, layout.clone()).expect("map"));
+    let ucx = timeout(SOON, Ucx::start(config, pool, &file)).await.expect("in time").expect("UCX starts");
+    End { ucx, layout, file, _memory: memory }
+}
+
+struct Pair {
+    from: End,
+    to: End,
+    source: Source,
+    stop: LinkStop,
+    inbox: Arc<Inbox>,
+    said: mpsc::Receiver<Message>,
+}
+
+/// `allocate`: UCX allocates the pools.
+async fn pair(config: &UcxConfig, allocate: bool) -> Pair {
+    let (from, to) = (end(config, 8, 1, allocate).await, end(config, 12, 9, allocate).await);
+    let window = timeout(SOON, to.ucx.accept(7)).await.expect("in time").expect("a worker");
+    let (stop, inbox) = (LinkStop::default(), Arc::default());
+    let (say, said) = mpsc::channel(16);
+    let terms = Terms::same(&from.layout, &to.layout);
+    let path = LinkPath { terms, digest: false, emulated: true, say };
+    let source = timeout(SOON, from.ucx.connect(window, path, None, &stop)).await.expect("in time").expect("connected");
+    Pair { from, to, source, stop, inbox, said }
+}
+
+impl Pair {
+    fn post(&self, sequence: u32, landing: &[u32]) {
+        let pages = [5, 6, 1].map(PageId).as_slice().into();
+        let landing = landing.iter().copied().map(PageId).collect();
+        let pieces = vec![Piece { layer: 1, pages: 0..3 }, Piece { layer: 2, pages: 1..2 }];
+        let frame = Frame { handoff: HandoffId(3), sequence, pieces, pages, landing };
+        let bytes = 4 * self.from.layout.block_bytes() as u64;
+        self.source.post(Job::new(frame, bytes, self.inbox.clone(), Arc::default()));
+    }
+
+    async fn moved(&self) -> Moved {
+        let mut notes = Vec::new();
+        timeout(SOON, self.inbox.take(&mut notes)).await.expect("in time");
+        assert_eq!(notes.len(), 1, "{notes:?}");
+        match notes.remove(0).1 {
+            Note::Moved(HandoffId(3), moved) => moved,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// Every byte lands where it should and no other changes, before the source says anything.
+async fn puts_land(tls: &str, allocate: bool) {
+    let Some(config) = config(tls) else { return };
+    let mut pair = pair(&config, allocate).await;
+    let noise: Vec<u8> = (0..pair.from.layout.pool_bytes()).map(|at| (at * 7 + at / 251) as u8).collect();
+    fill(&pair.from.file, &noise);
+    pair.post(0, &[2, 3, 11]);
+    assert!(matches!(pair.moved().await, Moved::Sent { sequence: 0, .. }));
+    let mut expected = vec![9; pair.to.layout.pool_bytes()];
+    for (layer, from, to) in [(1, 5, 2), (1, 6, 3), (1, 1, 11), (2, 6, 3)] {
+        let bytes = pair.from.layout.block_bytes();
+        let (from, to) =
+            (pair.from.layout.block_offset(layer, PageId(from)), pair.to.layout.block_offset(layer, PageId(to)));
+        expected[to..to + bytes].copy_from_slice(&noise[from..from + bytes]);
+    }
+    assert!(contents(&pair.to.file, &pair.to.layout) == expected);
+    assert!(matches!(pair.said.recv().await, Some(Message::Pages { sequence: 0, .. })));
+
+    pair.source.close();
+    pair.post(1, &[2, 3, 11]);
+    assert!(matches!(pair.moved().await, Moved::Lost), "closed");
+    timeout(SOON, pair.to.ucx.release(7)).await.expect("in time");
+}
+
+#[tokio::test]
+async fn puts_land_over_posix() {
+    puts_land("posix", false).await;
+}
+
+#[tokio::test]
+async fn puts_land_in_memory_of_ucx() {
+    puts_land("posix", true).await;
+}
+
+#[tokio::test]
+async fn puts_land_over_tcp() {
+    puts_land("tcp", false).await;
+}
+
+/// The target's worker is destroyed under the source: its frames come back as lost, and the link ends.
+#[tokio::test]
+async fn a_destroyed_worker_ends_the_link() {
+    let Some(config) = config("tcp") else { return };
+    let pair = pair(&config, false).await;
+    pair.post(0, &[2, 3, 11]);
+    assert!(matches!(pair.moved().await, Moved::Sent { .. }));
+    timeout(SOON, pair.to.ucx.release(7)).await.expect("in time");
+    let before = contents(&pair.to.file, &pair.to.layout);
+    for sequence in 1..10_000 {
+        // When the source hears of it is its own affair.
+        pair.post(sequence, &[4, 5, 6]);
+        tokio::select! {
+            moved = pair.moved() => assert!(matches!(moved, Moved::Sent { .. }), "nothing is lost before the link has ended"),
+            () = pair.stop.token().cancelled() => break,
+        }
+    }
+    pair.source.close();
+    pair.post(10_000, &[4, 5, 6]);
+    let mut notes = Vec::new();
+    while !notes.iter().any(|(_, note)| matches!(note, Note::Moved(_, Moved::Lost))) {
+        notes.clear();
+        timeout(SOON, pair.inbox.take(&mut notes)).await.expect("in time");
+    }
+    assert!(pair.stop.reason().starts_with("UCX: "), "{}", pair.stop.reason());
+    assert!(contents(&pair.to.file, &pair.to.layout) == before, "nothing lands without a worker");
+}
+
+/// A landing outside the target's pool never reaches UCX.
+#[tokio::test]
+async fn pages_outside_the_pool_are_not_written() {
+    let Some(config) = config("posix") else { return };
+    let pair = pair(&config, false).await;
+    pair.post(0, &[2, 12, 3]);
+    assert!(matches!(pair.moved().await, Moved::Lost));
+    timeout(SOON, pair.stop.token().cancelled()).await.expect("in time");
+    assert_eq!(pair.stop.reason(), "UCX: landing page 12 of a pool of 12");
+}
+
+#[tokio::test]
+async fn what_cannot_start_says_why() {
+    let Some(config) = config("posix") else { return };
+    let layout = layout(3, 4);
+    let file = pool(&layout);
+    let pool = Arc::new(Pages::map(&file, layout).expect("map"));
+    let start = |config: UcxConfig| {
+        let (pool, file) = (pool.clone(), &file);
+        async move { timeout(SOON, Ucx::start(&config, pool, file)).await.expect("in time").expect_err("no") }
+    };
+    let reason = start(UcxConfig { tls: Some("nonsense".into()), ..config.clone() }).await;
+    assert!(reason.contains("No such device"), "{reason}");
+    let reason = start(UcxConfig { library: Some("/elsewhere/libucp.so.0".into()), ..config }).await;
+    assert!(reason.starts_with("/elsewhere/libucp.so.0 cannot be loaded"), "{reason}");
+}
+
+#[test]
+fn a_survey_lists_what_ucx_finds() {
+    let Some(config) = config("posix,tcp") else { return };
+    let survey = survey(&config).expect("a survey");
+    assert!(survey.resources.iter().any(|resource| resource == "posix/memory"), "{survey:?}");
+    assert!(survey.resources.iter().any(|resource| resource.starts_with("tcp/")), "{survey:?}");
+    assert!(survey.version >= (1, 13, 0));
+}
+
+#[test]
+fn windows_are_bounded_text() {
+    let window = Window { address: vec![0, 255, 16], key: vec![], base: 1 << 47 };
+    let text = serde_json::to_string(&window).expect("text");
+    assert_eq!(text, r#"{"address":"00ff10","key":"","base":140737488355328}"#);
+    assert_eq!(serde_json::from_str::<Window>(&text).expect("read"), window);
+    let long = "0".repeat(2 * LONGEST_NAME + 2);
+    for (address, problem) in
+        [("0", "in pairs"), ("0g", "not hexadecimal"), ("é", "not hexadecimal"), (&long, "at most 8192")]
+    {
+        let text = format!(r#"{{"address":"{address}","key":"","base":0}}"#);
+        let error = serde_json::from_str::<Window>(&text).expect_err(address).to_string();
+        assert!(error.contains(problem), "{error}");
+    }
+}
