@@ -144,7 +144,7 @@ fn run(load: f64, objective: bool, seed: u64) -> Outcome {
     for ms in 0..SECONDS * 1_000 {
         let (now, now_ms) = (Duration::from_millis(ms), ms as f64);
         for (id, worker) in cluster.workers.iter_mut().enumerate() {
-            if (ms + 7 * id as u64) % REPORT_MS == 0 {
+            if (ms + 7 * id as u64).is_multiple_of(REPORT_MS) {
                 let left = (worker.free_at_ms - now_ms).max(0.0) / 1.1;
                 (worker.reported, worker.sent_ms) = ((left, now_ms), 0.0);
                 worker.sequences = u32::from(left > 0.0);

@@ -66,7 +66,7 @@ fn mean_wait_ms(routers: usize, peers: u32, seed: u64) -> f64 {
             let prompts = (*backlog / compute_ms).ceil();
             *backlog = (*backlog - 1.0).max(0.0);
             let is_done = (*backlog / compute_ms).ceil() < prompts;
-            if is_done || (ms + 7 * id as u64) % REPORT_MS == 0 {
+            if is_done || (ms + 7 * id as u64).is_multiple_of(REPORT_MS) {
                 let report = Report { received: number, backlog_ms: *backlog, pace: Some(PACE), ..Report::default() };
                 ledgers.iter_mut().for_each(|own| own[id].report(report, now));
             }

@@ -306,7 +306,7 @@ fn a_prefix_takes_no_page_that_the_running_may_need() {
     let hold = prefix.forgo();
     scheduler.give_back(hold);
     assert_eq!(scheduler.lend(&names(8)).pages().len(), 0, "what never came has no name");
-    let lent = scheduler.lend(&prompt(0, 8).history.hashes().to_vec());
+    let lent = scheduler.lend(prompt(0, 8).history.hashes());
     assert!(scheduler.cancel(running, START).is_some());
     assert_eq!(scheduler.pool().stats().held(), 2, "what is lent outlives its sequence");
     scheduler.give_back(lent);

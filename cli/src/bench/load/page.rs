@@ -100,7 +100,7 @@ fn plots(served: &[Served]) -> Vec<(&'static str, Plot)> {
     ];
     let first_tokens = vec![over_time("TTFT", |request| Some(request.ttft()))];
     let further_tokens = vec![over_time("TPOT", Served::tpot)];
-    let (in_flight, tokens) = through_time(served);
+    let [in_flight, tokens] = through_time(served);
     let one = |name, points| vec![Series { name, shape: Shape::Line, points }];
     let plot = |x, y, series| Plot { x, y, series };
     vec![
@@ -127,11 +127,11 @@ fn cumulative(mut values: Vec<Duration>) -> Vec<(f64, f64)> {
 }
 
 /// Requests in flight, and pieces a second, over the run.
-fn through_time(served: &[Served]) -> (Vec<(f64, f64)>, Vec<(f64, f64)>) {
+fn through_time(served: &[Served]) -> [Vec<(f64, f64)>; 2] {
     let end = served.iter().filter_map(|request| request.pieces.last()).max().map_or(0.0, Duration::as_secs_f64);
     let width = end / BUCKETS as f64;
     if width <= 0.0 {
-        return (Vec::new(), Vec::new());
+        return [Vec::new(), Vec::new()];
     }
     let bucket = |at: &Duration| ((at.as_secs_f64() / width) as usize).min(BUCKETS - 1);
     let (mut in_flight, mut pieces) = ([0usize; BUCKETS], [0usize; BUCKETS]);
@@ -143,7 +143,7 @@ fn through_time(served: &[Served]) -> (Vec<(f64, f64)>, Vec<(f64, f64)>) {
     let at = |index: usize| (index as f64 + 0.5) * width;
     let in_flight = in_flight.iter().enumerate().map(|(index, &count)| (at(index), count as f64));
     let pieces = pieces.iter().enumerate().map(|(index, &count)| (at(index), count as f64 / width));
-    (in_flight.collect(), pieces.collect())
+    [in_flight.collect(), pieces.collect()]
 }
 
 fn escape(text: &str) -> String {
