@@ -2,7 +2,7 @@
 //!
 //! The step thread adds, gRPC takes. Between two takes things gather, so a router that reads slower than the worker steps gets
 //! fewer and larger frames, in order. The written answers to *full*:
-//! - tokens: the router is too slow for what it asked; its stream ends, and with it all it submitted;
+//! - tokens and embeddings: the router is too slow for what it asked; its stream ends, and with it all it submitted;
 //! - page events: they are dropped but counted, so the router sees a gap and asks for a snapshot;
 //! - load: the newest replaces what waits.
 
@@ -18,9 +18,10 @@ use std::{
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-/// Most tokens in a frame, alternatives counted: keeps frames under 4 MiB, the usual limit of a gRPC message.
+/// Most tokens in a frame, alternatives and pairs of an embedding's numbers counted: keeps frames under 4 MiB, the usual limit of a gRPC
+/// message.
 const MAX_FRAME_WEIGHT: usize = 64 << 10;
-/// Most tokens that wait, alternatives counted: seconds of a full batch, and tens of megabytes at the very worst.
+/// Most tokens that wait, counted likewise: seconds of a full batch, and tens of megabytes at the very worst.
 const MAX_WAITING_WEIGHT: usize = 512 << 10;
 /// Most bytes of page events that wait.
 const MAX_WAITING_PAGE_BYTES: usize = 4 << 20;
@@ -50,8 +51,9 @@ struct Shared {
 struct State {
     welcome: Option<Welcome>,
     tokens: VecDeque<Token>,
+    ended: VecDeque<Ended>,
+    /// Of both.
     weight: usize,
-    ended: Vec<Ended>,
     pages: VecDeque<PageEvents>,
     page_bytes: usize,
     page_sequence: u64,
@@ -97,11 +99,12 @@ impl Router {
     /// Adds the events of one step, leaving `tokens` and `ended` empty.
     pub(crate) fn events(&self, tokens: &mut Vec<Token>, ended: &mut Vec<Ended>) {
         self.with(|state| {
-            state.weight += tokens.iter().map(weight).sum::<usize>();
+            state.weight += tokens.iter().map(weight).sum::<usize>() + ended.iter().map(ended_weight).sum::<usize>();
             state.tokens.extend(tokens.drain(..));
-            state.ended.append(ended);
+            state.ended.extend(ended.drain(..));
             if state.weight > MAX_WAITING_WEIGHT {
-                let message = format!("the router reads too slowly: {} tokens wait", state.tokens.len());
+                let (tokens, ended) = (state.tokens.len(), state.ended.len());
+                let message = format!("the router reads too slowly: {tokens} tokens and the ends of {ended} legs wait");
                 state.end_now(Status::resource_exhausted(message));
             }
         });
@@ -182,6 +185,11 @@ fn weight(token: &Token) -> usize {
     1 + token.logprobs.as_ref().map_or(0, |logprobs| logprobs.top_tokens.len())
 }
 
+/// Counts an embedding: two numbers take about as much as an alternative.
+fn ended_weight(ended: &Ended) -> usize {
+    ended.embedding.len() / 2
+}
+
 impl State {
     fn push_pages(&mut self, events: PageEvents) {
         self.page_sequence += 1;
@@ -196,10 +204,7 @@ impl State {
     /// Takes the next frame: as much as fits, tokens before the ends they lead to.
     fn take(&mut self) -> Option<WorkerFrame> {
         let mut frame = WorkerFrame { welcome: self.welcome.take(), ..Default::default() };
-        frame.tokens = self.take_tokens();
-        if self.tokens.is_empty() {
-            frame.ended = std::mem::take(&mut self.ended);
-        }
+        (frame.tokens, frame.ended) = self.take_events();
         frame.pages = self.pages.pop_front();
         if let Some(pages) = &frame.pages {
             self.page_bytes -= pages.stored.len() + pages.evicted.len();
@@ -211,20 +216,27 @@ impl State {
         (frame != WorkerFrame::default()).then_some(frame)
     }
 
-    fn take_tokens(&mut self) -> Vec<Token> {
+    /// Takes what fits in a frame: at least one of what waits, and ends once all tokens are out.
+    fn take_events(&mut self) -> (Vec<Token>, Vec<Ended>) {
         if self.weight <= MAX_FRAME_WEIGHT {
             self.weight = 0;
-            return std::mem::take(&mut self.tokens).into();
+            return (std::mem::take(&mut self.tokens).into(), std::mem::take(&mut self.ended).into());
         }
         let mut taken = 0;
-        let fits = |token: &&Token| {
-            taken += weight(token);
+        let mut fits = |weight: usize| {
+            taken += weight;
             taken <= MAX_FRAME_WEIGHT
         };
-        let count = self.tokens.iter().take_while(fits).count();
+        let count = self.tokens.iter().take_while(|token| fits(weight(token))).count();
         let tokens: Vec<Token> = self.tokens.drain(..count).collect();
-        self.weight -= tokens.iter().map(weight).sum::<usize>();
-        tokens
+        let count = if self.tokens.is_empty() {
+            self.ended.iter().take_while(|ended| fits(ended_weight(ended))).count()
+        } else {
+            0
+        };
+        let ended: Vec<Ended> = self.ended.drain(..count).collect();
+        self.weight -= tokens.iter().map(weight).sum::<usize>() + ended.iter().map(ended_weight).sum::<usize>();
+        (tokens, ended)
     }
 }
 

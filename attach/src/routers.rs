@@ -19,7 +19,7 @@ const LOAD_INTERVAL: Duration = Duration::from_millis(50);
 const MESSAGE_HASHES: usize = (1 << 20) / 16;
 
 /// How a leg ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum End {
     /// This token, an end-of-sequence or stop id, was drawn (and emitted).
     Stop(TokenId),
@@ -27,6 +27,8 @@ pub enum End {
     Length,
     /// The decode worker owns the sequence now.
     HandedOff,
+    /// An embed leg has its vector.
+    Embedded(Vec<f32>),
     /// The router asked.
     Cancelled,
     /// The leg died; another attempt may succeed elsewhere.
@@ -177,10 +179,15 @@ impl Staged {
 
 /// Encodes the last word about an attempt.
 pub(crate) fn encode_ended(attempt: u64, end: End, usage: Usage) -> proto::Ended {
+    let mut embedding = Vec::new();
     let (reason, stop_token, message) = match end {
         End::Stop(token) => (Reason::Stop, token, String::new()),
         End::Length => (Reason::Length, 0, String::new()),
         End::HandedOff => (Reason::HandedOff, 0, String::new()),
+        End::Embedded(vector) => {
+            embedding = vector;
+            (Reason::Embedded, 0, String::new())
+        }
         End::Cancelled => (Reason::Cancelled, 0, String::new()),
         End::Failed(why) => (Reason::Failed, 0, why),
         End::Refused(why) => (Reason::Refused, 0, why),
@@ -195,6 +202,7 @@ pub(crate) fn encode_ended(attempt: u64, end: End, usage: Usage) -> proto::Ended
         cached_tokens: usage.cached_tokens as u32,
         queue_us: micros(usage.queue),
         prefill_us: micros(usage.prefill),
+        embedding,
     }
 }
 

@@ -39,6 +39,10 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 const KEEPALIVE: Duration = Duration::from_secs(5);
 /// Largest frame of a router: several prompts of a million tokens.
 const MAX_FRAME_BYTES: usize = 32 << 20;
+/// A long prompt's piece of a frame, and how much of them may be on its way before it is read: with gRPC's 16 and 64 KiB a few long prompts
+/// wait for each other's acknowledgements.
+const FRAME_BYTES: u32 = 128 << 10;
+const WINDOW_BYTES: u32 = 1 << 20;
 /// Streams of one connection. A router needs one; a few more while it reconnects.
 const MAX_STREAMS: u32 = 16;
 
@@ -88,6 +92,9 @@ pub async fn serve(
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .max_concurrent_streams(MAX_STREAMS)
+        .max_frame_size(Some(FRAME_BYTES))
+        .initial_stream_window_size(Some(WINDOW_BYTES))
+        .initial_connection_window_size(Some(WINDOW_BYTES))
         .add_service(WorkerServer::new(service).max_decoding_message_size(MAX_FRAME_BYTES))
         .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), shutdown.cancelled_owned())
         .await;

@@ -2,7 +2,7 @@
 
 use crate::{End, LegId};
 use engine::{
-    Adapter, Adapters, Sampling, TokenId,
+    Adapter, Adapters, Pooling, Sampling, TokenId,
     scheduler::{History, Request, Stop, Until},
 };
 use grammar::{Kind, Spec, Thoughts};
@@ -62,6 +62,8 @@ pub enum Leg {
         /// Which life of it.
         incarnation: u64,
     },
+    /// Compute the prompt and answer with its embedding.
+    Embed(Pooling),
 }
 
 /// Reads a grammar off the wire. It is compiled elsewhere: that takes a while.
@@ -124,6 +126,9 @@ impl Submission {
         if let Some(count) = submit.prompt_logprobs.filter(|&count| count > MAX_LOGPROBS) {
             return Err(format!("prompt_logprobs is {count}, more than {MAX_LOGPROBS}"));
         }
+        if matches!(leg, Leg::Embed(_)) && (tokens > prompt_tokens || submit.prompt_logprobs.is_some()) {
+            return Err("an embed leg has tokens beyond its prompt, or asks for prompt_logprobs".into());
+        }
         let stop = decode_stop(submit.stop.unwrap_or_default(), model)?;
         let emitted = tokens - prompt_tokens;
         if stop.max_tokens <= emitted {
@@ -139,7 +144,11 @@ impl Submission {
             grammar: None,
             prompt_logprobs: submit.prompt_logprobs,
             priority: submit.priority,
-            until: if matches!(leg, Leg::Prefill { .. }) { Until::FirstToken } else { Until::End },
+            until: match leg {
+                Leg::Local | Leg::Decode { .. } => Until::End,
+                Leg::Prefill { .. } => Until::FirstToken,
+                Leg::Embed(pooling) => Until::Embedding(pooling),
+            },
         };
         let deadline = (submit.deadline_ms > 0).then(|| Duration::from_millis(submit.deadline_ms.into()));
         let fetch = submit.fetch.map(|fetch| decode_fetch(fetch, &sequence.history)).transpose()?;
@@ -181,6 +190,11 @@ fn decode_leg(leg: proto::submit::Leg) -> Result<Leg, String> {
         proto::submit::Leg::Decode(proto::DecodeLeg { handoff, worker, incarnation }) => {
             Leg::Decode { handoff, worker: named(worker)?, incarnation }
         }
+        proto::submit::Leg::Embed(embed) => match embed.pooling() {
+            proto::embed::Pooling::Last => Leg::Embed(Pooling::Last),
+            proto::embed::Pooling::Mean => Leg::Embed(Pooling::Mean),
+            proto::embed::Pooling::Unspecified => return Err(format!("pooling {} is not known here", embed.pooling)),
+        },
     })
 }
 
@@ -284,6 +298,25 @@ mod tests {
         let prefill = proto::PrefillLeg { handoff: 1, worker: "d".into(), incarnation: 2, link: "h:1".into() };
         let submission = decode(|submit| submit.leg = Some(proto::submit::Leg::Prefill(prefill))).unwrap();
         assert_eq!(submission.sequence.until, Until::FirstToken);
+    }
+
+    #[test]
+    fn an_embed_leg_is_a_prompt_and_nothing_else() {
+        use proto::embed::Pooling as Wire;
+        let embed = |pooling: Wire| Some(proto::submit::Leg::Embed(proto::Embed { pooling: pooling.into() }));
+        let leg = |pooling, prompt_tokens| {
+            decode(|submit| (submit.leg, submit.prompt_tokens) = (embed(pooling), prompt_tokens))
+        };
+        let submission = leg(Wire::Mean, 3).unwrap();
+        assert_eq!(
+            (submission.sequence.until, submission.leg),
+            (Until::Embedding(Pooling::Mean), Leg::Embed(Pooling::Mean))
+        );
+        assert_eq!(leg(Wire::Last, 3).unwrap().leg, Leg::Embed(Pooling::Last));
+        let invalid = |why: &str| End::Invalid(why.into());
+        assert_eq!(leg(Wire::Unspecified, 3).unwrap_err(), invalid("pooling 0 is not known here"));
+        let beyond = "an embed leg has tokens beyond its prompt, or asks for prompt_logprobs";
+        assert_eq!(leg(Wire::Last, 2).unwrap_err(), invalid(beyond));
     }
 
     #[test]

@@ -5,7 +5,12 @@ use engine::{Logprobs, Sampled, scheduler::Usage};
 use kv_cache::{CacheDelta, PageHash, PagePool};
 use proto::{RouterFrame, WorkerFrame, ended::Reason, worker_client::WorkerClient};
 use std::time::{Duration, Instant};
-use tokio::{net::TcpListener, sync::mpsc, time::timeout};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::mpsc,
+    time::timeout,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
@@ -139,6 +144,67 @@ async fn one_frame_per_step_carries_every_sequence_of_the_router() {
     let ended = &frame.ended[0];
     assert_eq!((ended.attempt, ended.reason(), ended.stop_token), (2, Reason::Stop, 8));
     assert_eq!((ended.cached_tokens, ended.queue_us, ended.prefill_us), (16, 30, 40));
+}
+
+/// Rounds of one small write and one read each.
+const ROUNDS: u32 = 16;
+
+/// Lets the reader's acknowledgement of what comes next wait for data to go with it, as it does in conversations: up to 40 ms.
+fn delay_acknowledgement(reader: &TcpStream) {
+    reader.set_quickack(false).unwrap();
+}
+
+/// How long the rounds take over a connection whose writer waits for acknowledgements before it sends more.
+async fn delayed() -> Duration {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (reader, accepted) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+    let ((mut writer, _), mut reader) = (accepted.unwrap(), reader.unwrap());
+    let began = Instant::now();
+    for _ in 0..ROUNDS {
+        delay_acknowledgement(&reader);
+        writer.write_all(b"x").await.unwrap();
+        reader.read_u8().await.unwrap();
+    }
+    began.elapsed()
+}
+
+/// Passes on what goes between a router and the worker at `address`, and is slow to acknowledge what the worker sends. Returns its own
+/// address.
+async fn relay(address: &str) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (own, worker) = (listener.local_addr().unwrap(), address.strip_prefix("http://").unwrap().to_owned());
+    tokio::spawn(async move {
+        let (mut router, _) = listener.accept().await.unwrap();
+        let mut worker = TcpStream::connect(worker).await.unwrap();
+        [&router, &worker].map(|socket| socket.set_nodelay(true).unwrap());
+        let (mut down, mut up) = (vec![0; 4096], vec![0; 4096]);
+        loop {
+            delay_acknowledgement(&worker);
+            tokio::select! {
+                Ok(read @ 1..) = router.read(&mut down) => worker.write_all(&down[..read]).await.unwrap(),
+                Ok(read @ 1..) = worker.read(&mut up) => router.write_all(&up[..read]).await.unwrap(),
+                else => return,
+            }
+        }
+    });
+    format!("http://{own}")
+}
+
+#[tokio::test]
+async fn a_token_does_not_wait_for_the_acknowledgement_of_the_one_before() {
+    let mut worker = Worker::start().await;
+    worker.address = relay(&worker.address).await;
+    let mut router = worker.attach().await;
+    router.send(RouterFrame { submit: vec![submit(1)], ..Default::default() }).await;
+    let leg = worker.submitted().await;
+    let began = Instant::now();
+    for index in 0..ROUNDS {
+        worker.routers.token(leg, index as usize, sampled(9));
+        worker.flush();
+        assert_eq!(router.frame().await.tokens[0].index, index);
+    }
+    let (took, delayed) = (began.elapsed(), delayed().await);
+    assert!(took < delayed / 2, "{ROUNDS} tokens took {took:?}; with delayed acknowledgements it would be {delayed:?}");
 }
 
 #[tokio::test]

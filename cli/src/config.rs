@@ -182,6 +182,7 @@ pub(crate) fn router(
     config.runtime_lora |= runtime_lora;
     config.tool_call_parser = dialect.tool_call_parser.unwrap_or(config.tool_call_parser);
     config.reasoning_parser = dialect.reasoning_parser.unwrap_or(config.reasoning_parser);
+    config.embedding_pooling = dialect.embedding_pooling.unwrap_or(config.embedding_pooling);
     config.model_dir = located.path.clone();
     config.model_name = located.name.clone();
     config.placement = match placement {

@@ -127,7 +127,7 @@ pub(crate) struct RuntimeLora {
     pub(crate) runtime_lora: bool,
 }
 
-/// How the model writes what is not text for the user.
+/// How the model writes what is not text for the user, and what makes its embeddings.
 #[derive(Debug, Default, Args)]
 pub(crate) struct Dialect {
     /// How the model writes calls of tools: auto, none, hermes, llama3_json, mistral, pythonic, qwen3_xml or cohere
@@ -138,6 +138,10 @@ pub(crate) struct Dialect {
     /// [default: auto, as its chat template shows]
     #[arg(long, value_name = "FORMAT", env = "BATON_REASONING_PARSER", value_parser = by_name::<router::ReasoningParser>)]
     pub(crate) reasoning_parser: Option<router::ReasoningParser>,
+    /// How hidden states make an embedding: auto, none, last or mean
+    /// [default: auto, as the model's files say]
+    #[arg(long, value_name = "POOLING", env = "BATON_EMBEDDING_POOLING", value_parser = by_name::<router::EmbeddingPooling>)]
+    pub(crate) embedding_pooling: Option<router::EmbeddingPooling>,
 }
 
 /// Where processes find each other.

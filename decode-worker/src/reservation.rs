@@ -50,7 +50,7 @@ pub(crate) struct Awaited {
 }
 
 /// What is to be done about a decision.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq)]
 pub(crate) enum Action {
     /// Tell the source where the pages go.
     Open { handoff: HandoffId, pages: Vec<PageId>, have: usize },

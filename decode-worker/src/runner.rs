@@ -1,7 +1,7 @@
 //! The step thread: it owns the engine, the scheduler and every leg, and is the only one that decides.
 //!
 //! A leg is either on its way from a prefill worker, and then the [`reservation`](crate::reservation)s know where, or a sequence in the
-//! scheduler: landed, or computed here from its prompt on (a local leg). Before each step the speculator, if there is one, guesses
+//! scheduler: landed, or computed here from its prompt on (a local leg, an embed leg). Before each step the speculator, if there is one, guesses
 //! tokens, and after it the routers get what was drawn.
 
 use crate::reservation::{self, Action, Awaited, Reservations};
@@ -10,7 +10,7 @@ use attach::{
     Submission,
 };
 use engine::{
-    scheduler::{Drawn, Ended, Fault, Finish, Plan, Request, SequenceId, Usage},
+    scheduler::{Drawn, Embedded, Ended, Fault, Finish, Plan, Request, SequenceId, Usage},
     speculation::Speculator,
 };
 use kv_cache::CacheDelta;
@@ -174,7 +174,7 @@ impl Runner {
         telemetry::set_parent(&span, &traceparent);
         let deadline = deadline.map(|deadline| arrived + deadline);
         match leg {
-            Leg::Local => self.submit_local(id, sequence, fetch, arrived, deadline, span),
+            Leg::Local | Leg::Embed(_) => self.submit_local(id, sequence, fetch, arrived, deadline, span),
             Leg::Decode { handoff, worker, .. } => {
                 let handoff = HandoffId(handoff);
                 let part = Part { at: At::Reserved(handoff), span };
@@ -297,6 +297,10 @@ impl Runner {
         }
         for reported in computed.reported {
             self.routers.reported(self.sequences[&reported.id], reported);
+        }
+        for Embedded { id, vector, ended } in computed.embedded {
+            let leg = self.sequences.remove(&id).expect("an embedded sequence has a live leg");
+            self.close_leg(leg, End::Embedded(vector), ended.usage);
         }
         computed.drawn.into_iter().for_each(|drawn| self.drawn(drawn));
         computed.faults.into_iter().for_each(|fault| self.fault(fault));

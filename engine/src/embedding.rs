@@ -1,12 +1,11 @@
 //! One vector for a text: pooled hidden states of a decoder.
 //!
 //! A prompt is computed like any other, in chunks and in any batch; its rows say which hidden states they want
-//! ([`crate::Row::pooling`]) and after each step [`crate::Engine::hidden`] has them: what the head would read, after the last
-//! norm. An [`Embedding`] takes them in the order of positions. Sums are f64 and grow by one position at a time, so how the
+//! ([`crate::Row::pooling`]) and each step yields them ([`crate::Yield::hidden`]): what the head would read, after the last norm. An [`Embedding`] takes them in the order of positions. Sums are f64 and grow by one position at a time, so how the
 //! prompt was cut into chunks changes no bit.
 //!
 //! What a prefix cache holds are keys and values, not hidden states: a mean needs every token computed, the last token only
-//! itself ([`Pooling::reusable`]).
+//! itself.
 
 /// What an embedding is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,17 +14,6 @@ pub enum Pooling {
     Last,
     /// The mean over the hidden states of all tokens.
     Mean,
-}
-
-impl Pooling {
-    /// Returns how many tokens of a prompt of `tokens` may come from a prefix cache that holds the first `cached`. The others have
-    /// to be computed.
-    pub fn reusable(self, cached: usize, tokens: usize) -> usize {
-        match self {
-            Pooling::Last => cached.min(tokens.saturating_sub(1)),
-            Pooling::Mean => 0,
-        }
-    }
 }
 
 /// The embedding of one prompt while its chunks are computed.
@@ -44,8 +32,7 @@ impl Embedding {
         Self { pooling, tokens: 0, sums: Vec::new() }
     }
 
-    /// Takes the hidden states of a row, as [`crate::Engine::hidden`] returns them: `[tokens, hidden]`, the first at position
-    /// `start`.
+    /// Takes the hidden states of a row, each `[hidden]`, the first at position `start`.
     ///
     /// # Panics
     /// When a mean is not given every position in its turn: that is a mistake of the caller's, never input.
@@ -99,12 +86,5 @@ mod tests {
         let mut embedding = Embedding::new(Pooling::Mean);
         embedding.add(0, [&[1.0f32][..]].into_iter());
         embedding.add(5, [&[1.0f32][..]].into_iter());
-    }
-
-    #[test]
-    fn a_cached_prefix_serves_the_last_token_alone() {
-        assert_eq!(Pooling::Last.reusable(48, 100), 48);
-        assert_eq!(Pooling::Last.reusable(48, 48), 47);
-        assert_eq!(Pooling::Mean.reusable(48, 100), 0);
     }
 }

@@ -31,7 +31,7 @@ pub use compute::{Computed, Fault};
 pub use history::History;
 pub use landing::{Landing, NoRoom, Prefix};
 pub use plan::{Chunk, Plan};
-pub use sequence::{Drawn, Ended, Finish, Hold, Reported, Request, SequenceId, Stop, Until, Usage, Verified};
+pub use sequence::{Drawn, Embedded, Ended, Finish, Hold, Reported, Request, SequenceId, Stop, Until, Usage, Verified};
 
 use crate::{Error, Row, Sample, Stuck, Yield};
 use kv_cache::{CacheDelta, PageId, PagePool, TokenId};
@@ -208,6 +208,12 @@ impl Scheduler {
             }
             computed.reported.extend(sequence.report(chunk, std::mem::take(&mut made.prompt_logprobs)));
             sequence.advance(chunk.tokens - chunk.drafts, self.page_tokens, &mut self.pool);
+            if let Some(vector) = sequence.pool_states(chunk, &std::mem::take(&mut made.hidden), now) {
+                let sequence = self.running.remove(&chunk.id).expect("it was found just above");
+                let ended = self.close(sequence, now);
+                computed.embedded.push(Embedded { id: chunk.id, vector, ended });
+                continue;
+            }
             for (right, sampled) in sampled.drain(..).enumerate() {
                 if right > 0 {
                     // The token before this one was a draft, so it is computed.
@@ -317,7 +323,8 @@ impl Scheduler {
                 if sequence.start(now) {
                     plan.started.push(id);
                 }
-                plan.push(Chunk { id, start: sequence.computed, tokens: 1, drafts: 0, sample: true });
+                let sample = sequence.draws();
+                plan.push(Chunk { id, start: sequence.computed, tokens: 1, drafts: 0, sample });
             }
         }
     }
@@ -380,7 +387,8 @@ impl Scheduler {
             let (start, remaining) = (sequence.computed, sequence.remaining());
             let tokens = self.chunk(start, remaining, plan);
             if tokens > 0 {
-                plan.push(Chunk { id, start, tokens, drafts: 0, sample: tokens == remaining });
+                let sample = sequence.draws() && tokens == remaining;
+                plan.push(Chunk { id, start, tokens, drafts: 0, sample });
             }
         }
         self.admit(plan, None, now);
@@ -422,7 +430,7 @@ impl Scheduler {
             if sequence.admit(pages, cached, self.page_tokens, now) {
                 plan.started.push(id);
             }
-            plan.push(Chunk { id, start, tokens, drafts: 0, sample: start + tokens == known });
+            plan.push(Chunk { id, start, tokens, drafts: 0, sample: sequence.draws() && start + tokens == known });
             self.running.insert(id, sequence);
         }
     }
@@ -454,7 +462,7 @@ impl Scheduler {
 
     fn close(&mut self, sequence: Sequence, now: Duration) -> Ended {
         let usage = sequence.usage(now);
-        let keep = !sequence.grows() && !sequence.pages.is_empty();
+        let keep = sequence.request.until == Until::FirstToken && !sequence.pages.is_empty();
         let hold = Hold { pages: sequence.pages };
         if keep {
             return Ended { usage, hold: Some(hold) };

@@ -40,7 +40,7 @@ pub struct Row<'a> {
     pub sample: Option<Sample<'a>>,
     /// Present when the prompt's own log-probabilities are wanted.
     pub prompt_logprobs: Option<PromptLogprobs<'a>>,
-    /// Present when the row is computed for an embedding, and for nothing else: [`Engine::hidden`] then has the hidden state of its
+    /// Present when the row is computed for an embedding, and for nothing else: [`Yield::hidden`] then has the hidden state of its
     /// last token, or of all.
     pub pooling: Option<Pooling>,
 }
@@ -61,6 +61,9 @@ pub struct Yield {
     pub sampled: Vec<Sampled>,
     /// Of each target of [`Row::prompt_logprobs`].
     pub prompt_logprobs: Vec<Logprobs>,
+    /// The hidden states that [`Row::pooling`] asked for, flat `[tokens, hidden]`, in the order of positions: after the last norm, as the
+    /// head would read them.
+    pub hidden: Vec<f32>,
     /// Why the token after those of `sampled` could not be drawn, where that is so.
     pub stuck: Option<Stuck>,
 }
@@ -129,10 +132,6 @@ pub struct Engine {
     logits_kept: bool,
     /// Per row of the last step: which row of the logits its first draw was made from.
     logits_rows: Vec<Option<usize>>,
-    /// Hidden states that the last step's rows asked for, flat `[tokens, hidden]`.
-    hidden: Vec<f32>,
-    /// Per row of the last step: its tokens in `hidden`.
-    hidden_rows: Vec<Range<usize>>,
 }
 
 /// Rows of logits that are computed at a time, unless the batch has more sequences: what a few drafts take. A prompt whose every
@@ -245,8 +244,6 @@ impl Engine {
             steps: 0,
             logits_kept: false,
             logits_rows: Vec::new(),
-            hidden: Vec::new(),
-            hidden_rows: Vec::new(),
         })
     }
 
@@ -301,6 +298,7 @@ impl Engine {
             None => self.forward(&spans, &kept, on_layer),
         }
         (self.spans, self.kept) = (reuse(spans), reuse(kept));
+        self.clear_yields(rows.len());
         self.take_hidden(rows);
         self.draw(rows);
         self.collect(rows);
@@ -357,30 +355,25 @@ impl Engine {
         Ok(())
     }
 
-    /// Returns the hidden states, each `[hidden]`, that the last step's row `row` asked for by its [`Row::pooling`], in the order of
-    /// positions: after the last norm, as the head would read them. Empty where none were asked for.
-    pub fn hidden(&self, row: usize) -> impl Iterator<Item = &[f32]> {
-        let width = self.model.decoder.hidden;
-        let tokens = self.hidden_rows.get(row).cloned().unwrap_or(0..0);
-        self.hidden[tokens.start * width..tokens.end * width].chunks_exact(width)
+    /// Makes room for what a step makes of so many rows.
+    fn clear_yields(&mut self, rows: usize) {
+        if self.yields.len() < rows {
+            self.yields.resize_with(rows, Yield::default);
+        }
+        self.yields[..rows].iter_mut().for_each(Yield::clear);
     }
 
     /// Keeps the hidden states that rows ask for; the places that are left are those of logits.
     fn take_hidden(&mut self, rows: &[Row<'_>]) {
-        self.hidden.clear();
-        self.hidden_rows.clear();
         if rows.iter().all(|row| row.pooling.is_none()) {
             return;
         }
-        let width = self.model.decoder.hidden;
         let pooled = |place: &Place| rows[place.row].pooling.is_some();
-        self.hidden_rows.resize(rows.len(), 0..0);
         for (index, place) in self.places.iter().enumerate().filter(|(_, place)| pooled(place)) {
-            let token = self.hidden.len() / width;
-            let tokens = &mut self.hidden_rows[place.row];
-            *tokens = if tokens.start == tokens.end { token } else { tokens.start }..token + 1;
-            self.hidden.resize((token + 1) * width, 0.0);
-            self.cpu.read_input(index, &mut self.hidden[token * width..]);
+            let hidden = &mut self.yields[place.row].hidden;
+            let start = hidden.len();
+            hidden.resize(start + self.model.decoder.hidden, 0.0);
+            self.cpu.read_input(index, &mut hidden[start..]);
         }
         self.cpu.keep_input(self.places.iter().enumerate().filter(|(_, place)| !pooled(place)).map(|(index, _)| index));
         self.places.retain(|place| !pooled(place));
@@ -523,10 +516,6 @@ impl Engine {
     fn collect(&mut self, rows: &[Row<'_>]) {
         self.logits_rows.clear();
         self.logits_rows.resize(rows.len(), None);
-        if self.yields.len() < rows.len() {
-            self.yields.resize_with(rows.len(), Yield::default);
-        }
-        self.yields[..rows.len()].iter_mut().for_each(Yield::clear);
         for (index, (place, drawn)) in self.places.iter().zip(&self.drawn).enumerate() {
             let sampled = lock(drawn).take().expect("every place was visited");
             let (row, made) = (&rows[place.row], &mut self.yields[place.row]);
@@ -557,6 +546,7 @@ impl Yield {
     fn clear(&mut self) {
         self.sampled.clear();
         self.prompt_logprobs.clear();
+        self.hidden.clear();
         self.stuck = None;
     }
 }

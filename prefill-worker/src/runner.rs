@@ -4,6 +4,8 @@
 //! pages pushed while later layers compute; *committed* once its first token is drawn; over when the hand-off is. Its pages are
 //! given back when kv-transfer says that nobody reads them, which may be later than the leg's end (a cancel) but never
 //! before.
+//!
+//! An embed leg has no hand-off: it is over when its prompt is computed.
 
 use attach::{
     Command, End, Input, Leg, LegId, Legs, Load, Meters, Parts, Prefixes, Routers, StepTokens, Stepper, StreamId,
@@ -11,7 +13,7 @@ use attach::{
 };
 use engine::{
     TokenId,
-    scheduler::{Chunk, Computed, Drawn, Ended, Fault, Finish, Hold, Plan, SequenceId, Usage},
+    scheduler::{Chunk, Computed, Drawn, Embedded, Ended, Fault, Finish, Hold, Plan, SequenceId, Usage},
 };
 use kv_cache::CacheDelta;
 use kv_transfer::{Begin, Commit, Event, HandoffId, Outcome, Peer};
@@ -40,12 +42,18 @@ pub(crate) struct Runner {
 /// A live leg.
 #[derive(Debug)]
 struct Prompt {
-    handoff: HandoffId,
-    target: Peer,
+    /// Where its pages go; `None` = nowhere, it is computed for its embedding.
+    destination: Option<(HandoffId, Peer)>,
     /// Its sequence, until the first token is drawn.
     sequence: Option<SequenceId>,
     usage: Usage,
     span: Span,
+}
+
+impl Prompt {
+    fn handoff(&self) -> Option<HandoffId> {
+        self.destination.as_ref().map(|(handoff, _)| *handoff)
+    }
 }
 
 /// A hand-off that has begun and is not over.
@@ -165,8 +173,8 @@ impl Runner {
         }
         self.routers.received(id);
         let arrived = received.saturating_duration_since(self.epoch);
-        let (handoff, target) = match self.admit(leg) {
-            Ok(admitted) => admitted,
+        let destination = match self.admit(leg) {
+            Ok(destination) => destination,
             Err(end) => return self.routers.ended(id, end, Usage::default()),
         };
         let sequence = match self.parts.scheduler.submit(sequence, arrived) {
@@ -179,24 +187,28 @@ impl Runner {
         }
         let span = tracing::info_span!("prefill", request, attempt = id.attempt, worker = self.parts.worker);
         telemetry::set_parent(&span, &traceparent);
-        let prompt = Prompt { handoff, target, sequence: Some(sequence), usage: Usage::default(), span };
+        let prompt = Prompt { destination, sequence: Some(sequence), usage: Usage::default(), span };
         self.sequences.insert(sequence, id);
         self.legs.insert(id, prompt, deadline.map(|deadline| arrived + deadline)).expect("it was looked up above");
     }
 
     /// Checks what only this worker can check.
-    fn admit(&self, leg: Leg) -> Result<(HandoffId, Peer), End> {
-        let Leg::Prefill { handoff, worker, incarnation, link } = leg else {
-            return Err(End::Invalid(format!("{} is a prefill worker and takes prefill legs only", self.parts.worker)));
+    fn admit(&self, leg: Leg) -> Result<Option<(HandoffId, Peer)>, End> {
+        let (handoff, target) = match leg {
+            _ if self.draining() => return Err(End::Refused(format!("{} is draining", self.parts.worker))),
+            Leg::Prefill { handoff, worker, incarnation, link } => {
+                (HandoffId(handoff), Peer { worker, incarnation, link })
+            }
+            Leg::Embed(_) => return Ok(None),
+            Leg::Local | Leg::Decode { .. } => {
+                let why = format!("{} is a prefill worker and takes prefill and embed legs only", self.parts.worker);
+                return Err(End::Invalid(why));
+            }
         };
-        let handoff = HandoffId(handoff);
-        if self.draining() {
-            return Err(End::Refused(format!("{} is draining", self.parts.worker)));
-        }
         if self.handoffs.contains_key(&handoff) {
             return Err(End::Invalid(format!("hand-off {:016x} was used before", handoff.0)));
         }
-        Ok((handoff, Peer { worker, incarnation, link }))
+        Ok(Some((handoff, target)))
     }
 
     /// Ends the stream of a router that reuses a live attempt id, with all it submitted: its books and ours differ.
@@ -232,6 +244,7 @@ impl Runner {
         for reported in computed.reported {
             self.routers.reported(self.sequences[&reported.id], reported);
         }
+        computed.embedded.into_iter().for_each(|embedded| self.embedded(embedded));
         computed.drawn.into_iter().for_each(|drawn| self.drawn(drawn));
         computed.faults.into_iter().for_each(|fault| self.fault(fault));
     }
@@ -243,7 +256,7 @@ impl Runner {
         let prompt = self.legs.get(id).expect("a sequence in a step has a live leg");
         let (usage, tokens) = self.parts.scheduler.usage_of(sequence, now).expect("a planned sequence is known");
         self.meters.started(tokens, &usage);
-        let (handoff, target) = (prompt.handoff, prompt.target.clone());
+        let Some((handoff, target)) = prompt.destination.clone() else { return };
         let pages = self.parts.scheduler.pages_of(sequence).to_vec();
         self.parts.transfer.begin(Begin { handoff, targets: vec![target], tokens: tokens as u32, pages });
         let cached = (usage.cached_tokens / self.page_tokens) as u32;
@@ -259,8 +272,9 @@ impl Runner {
         let Parts { engine, scheduler, transfer, .. } = parts;
         let push = |chunk: &Chunk, layer: u32| {
             let prompt = sequences.get(&chunk.id).and_then(|&id| legs.get(id)).expect("a chunk's leg is live");
+            let Some(handoff) = prompt.handoff() else { return };
             let (first, end) = (chunk.start / *page_tokens, (chunk.start + chunk.tokens).div_ceil(*page_tokens));
-            transfer.push(prompt.handoff, layer..layer + 1, first as u32..end as u32);
+            transfer.push(handoff, layer..layer + 1, first as u32..end as u32);
         };
         scheduler.compute(
             plan,
@@ -278,8 +292,8 @@ impl Runner {
         let prompt = self.legs.get_mut(id).expect("a drawn sequence has a live leg");
         prompt.sequence = None;
         prompt.usage = usage;
-        let handoff = prompt.handoff;
-        self.hold(handoff, hold);
+        let handoff = prompt.handoff().expect("a leg without a hand-off draws nothing");
+        self.hold(Some(handoff), hold);
         let first_token: TokenId = sampled.token;
         self.routers.token(id, index, sampled);
         match finish {
@@ -289,6 +303,15 @@ impl Runner {
         }
     }
 
+    fn embedded(&mut self, embedded: Embedded) {
+        let Embedded { id: sequence, vector, ended } = embedded;
+        let id = self.sequences.remove(&sequence).expect("an embedded sequence has a live leg");
+        let prompt = self.legs.get_mut(id).expect("an embedded sequence has a live leg");
+        prompt.sequence = None;
+        prompt.usage = ended.usage;
+        self.end_leg(id, End::Embedded(vector));
+    }
+
     fn fault(&mut self, fault: Fault) {
         let Fault { id: sequence, error, hopeless, ended } = fault;
         let id = self.sequences.remove(&sequence).expect("a faulty sequence has a live leg");
@@ -296,7 +319,7 @@ impl Runner {
         let prompt = self.legs.get_mut(id).expect("a faulty sequence has a live leg");
         prompt.sequence = None;
         prompt.usage = ended.usage;
-        let handoff = prompt.handoff;
+        let handoff = prompt.handoff();
         self.hold(handoff, ended.hold);
         self.end_leg(id, if hopeless { End::Invalid(error) } else { End::Failed(error) });
     }
@@ -334,9 +357,9 @@ impl Runner {
     }
 
     /// Keeps the pages of a sequence that is gone until its hand-off is over, which it may be already.
-    fn hold(&mut self, handoff: HandoffId, hold: Option<Hold>) {
+    fn hold(&mut self, handoff: Option<HandoffId>, hold: Option<Hold>) {
         let Some(hold) = hold else { return };
-        match self.handoffs.get_mut(&handoff) {
+        match handoff.and_then(|handoff| self.handoffs.get_mut(&handoff)) {
             Some(open) => open.hold = Some(hold),
             None => self.parts.scheduler.give_back(hold),
         }
@@ -351,12 +374,14 @@ impl Runner {
             self.prefixes.cancel(sequence, &self.parts.transfer);
             if let Some(ended) = self.parts.scheduler.cancel(sequence, self.epoch.elapsed()) {
                 usage = ended.usage;
-                self.hold(prompt.handoff, ended.hold);
+                self.hold(prompt.handoff(), ended.hold);
             }
         }
-        if let Some(open) = self.handoffs.get_mut(&prompt.handoff) {
+        if let Some(handoff) = prompt.handoff()
+            && let Some(open) = self.handoffs.get_mut(&handoff)
+        {
             open.leg = None;
-            self.parts.transfer.abort(prompt.handoff, format!("the prefill leg ended: {end:?}"));
+            self.parts.transfer.abort(handoff, format!("the prefill leg ended: {end:?}"));
         }
         tracing::debug!(parent: &prompt.span, leg = %id, ?end, ?usage, "leg ended");
         self.routers.ended(id, end, usage);

@@ -5,23 +5,19 @@
 
 use crate::{
     fleet::{
-        Computing, Fleet, Path, Target,
+        Computing, Fleet, Path, Target, events,
         leg::{End, Ended, Fetch, LegEvent, LegRole, Said, Submission, Token},
         session::LegGuard,
     },
     recovery::{Failure, FailureKind, Part},
 };
 use std::{collections::BTreeMap, time::Duration};
-use tokio::sync::mpsc;
-
-/// Events taken from the queue at once: what gathered while the client was written to.
-const GATHER: usize = 64;
 
 /// See the module. Dropping it calls its legs off.
 #[derive(Debug)]
 pub(crate) struct Attempt {
     legs: Vec<Leg>,
-    events: mpsc::Receiver<LegEvent>,
+    events: events::Listener,
     /// Index of the next token to give out.
     next: u32,
     /// Tokens ahead of their turn.
@@ -53,11 +49,13 @@ struct Leg {
 }
 
 /// How a sequence came to its natural end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Ending {
     /// This token ended it.
     Stop(u32),
     Length,
+    /// With the vector that was asked for in place of tokens.
+    Embedded(Vec<f32>),
 }
 
 /// What an attempt has to say next.
@@ -69,7 +67,7 @@ pub(crate) enum News {
 }
 
 impl Attempt {
-    /// Submits all legs at once. `submission` is the same for each but for its number and role; the first token wanted is `next`.
+    /// Submits all legs at once. `submission` is the same for each but for its number and, where tokens are to be drawn, its role; the first token wanted is `next`.
     pub(crate) fn start(
         fleet: &Fleet,
         path: Path,
@@ -78,8 +76,7 @@ impl Attempt {
         handoff: u64,
         buffer: usize,
     ) -> Result<Self, Failure> {
-        // Besides the tokens there is room for the last word of each leg.
-        let (sender, events) = mpsc::channel(buffer + 2);
+        let (sender, events) = events::channel(buffer);
         let decode = &path.decode;
         let fetch = path.fetch.as_ref().map(|(holder, pages)| Fetch {
             handoff: !handoff,
@@ -89,6 +86,10 @@ impl Attempt {
             pages: *pages,
         });
         let parts: Vec<(Part, &Target, LegRole)> = match &path.prefill {
+            // Nobody decodes: whoever would compute the prompt does, and that is all.
+            prefill if let LegRole::Embed(_) = submission.role => {
+                vec![(Part::Local, prefill.as_ref().unwrap_or(decode), submission.role.clone())]
+            }
             None => vec![(Part::Local, decode, LegRole::Local)],
             Some(prefill) => vec![
                 (
@@ -150,7 +151,7 @@ impl Attempt {
 
     /// Waits for something to happen and takes it in. Cancel-safe.
     pub(crate) async fn listen(&mut self, events: &mut Vec<LegEvent>) {
-        self.events.recv_many(events, GATHER).await;
+        self.events.listen(events).await;
         for event in events.drain(..) {
             self.hear(event);
         }
@@ -163,7 +164,11 @@ impl Attempt {
             return Some(News::Token(token));
         }
         // Without a token of its own an attempt only finds that the last one before it was the last.
-        if let Some(ending) = self.ended.filter(|_| (self.spoke || self.next > 0) && self.early.is_empty()) {
+        let told = |ending: &mut Ending| {
+            let whole = self.spoke || self.next > 0 || matches!(ending, Ending::Embedded(_));
+            whole && self.early.is_empty()
+        };
+        if let Some(ending) = self.ended.take_if(told) {
             return Some(News::Ended(ending));
         }
         self.failure.take().map(News::Failed)
@@ -235,6 +240,7 @@ impl Attempt {
         let (kind, message) = match ended.end {
             End::Stop(token) => return self.ended = Some(Ending::Stop(token)),
             End::Length => return self.ended = Some(Ending::Length),
+            End::Embedded(vector) => return self.ended = Some(Ending::Embedded(vector)),
             End::HandedOff => return,
             End::Lost(message) => (FailureKind::Lost, message),
             End::Failed(message) => (FailureKind::Failed, message),

@@ -54,6 +54,8 @@ pub struct Config {
     pub tool_call_parser: ToolCallParser,
     /// How its reasoning is told from its answer.
     pub reasoning_parser: ReasoningParser,
+    /// How hidden states make an embedding.
+    pub embedding_pooling: EmbeddingPooling,
 }
 
 impl Default for Config {
@@ -78,6 +80,7 @@ impl Default for Config {
             text_threads: 0,
             tool_call_parser: ToolCallParser::Auto,
             reasoning_parser: ReasoningParser::Auto,
+            embedding_pooling: EmbeddingPooling::Auto,
         }
     }
 }
@@ -125,6 +128,21 @@ pub enum ReasoningParser {
     Mistral,
     /// `<|START_THINKING|>` and `<|END_THINKING|>`: Command A.
     Cohere,
+}
+
+/// How the hidden states of a prompt's tokens make an embedding.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EmbeddingPooling {
+    /// As the model's files say (`modules.json`, or `pooling_type` of a GGUF file); where they say nothing, not at all.
+    #[default]
+    Auto,
+    /// Not at all: embeddings are refused.
+    None,
+    /// The last token's.
+    Last,
+    /// The mean over all tokens.
+    Mean,
 }
 
 /// How much is accepted and how long anything may take.

@@ -4,6 +4,7 @@
 //! asks: load, speeds, cached prefixes. Wire types stop here.
 
 pub(crate) mod adapters;
+pub(crate) mod events;
 pub(crate) mod leg;
 mod link;
 pub(crate) mod session;

@@ -4,9 +4,9 @@ use crate::{
     Config,
     admission::Admission,
     dialect::{Dialect, exam},
-    fleet::Fleet,
+    fleet::{Fleet, leg::Pooling},
     metrics::Metrics,
-    openai::{chat::ChatRequest, completions::CompletionRequest, fields::Fields},
+    openai::{chat::ChatRequest, completions::CompletionRequest, embeddings::EmbeddingRequest, fields::Fields},
     page_names::PageNames,
     request::Router,
     responses::store::Store,
@@ -79,6 +79,7 @@ impl Bodies {
         };
         let router = Router {
             dialect: Dialect::choose(config.tool_call_parser, config.reasoning_parser, &model),
+            pooling: Some(Pooling::Last),
             model: Arc::new(model),
             text: TextPool::new(1),
             keys: None,
@@ -96,13 +97,14 @@ impl Bodies {
         Self { router: Arc::new(router), _runtime: runtime }
     }
 
-    /// Reads a body as both endpoints do, and renders its prompts.
+    /// Reads a body as the endpoints that take prompts do, and renders those of a chat.
     pub fn read(&self, body: &[u8]) {
         let router = &self.router;
         if let Ok(request) = Fields::parse(body).and_then(|fields| ChatRequest::parse(fields, router)) {
             let _ = request.into_prompt()(router);
         }
         let _ = Fields::parse(body).and_then(|fields| CompletionRequest::parse(fields, router));
+        let _ = Fields::parse(body).and_then(|fields| EmbeddingRequest::parse(fields, router));
     }
 }
 
@@ -126,6 +128,9 @@ mod tests {
         let names = prop::sample::select(vec![
             "messages",
             "prompt",
+            "input",
+            "encoding_format",
+            "dimensions",
             "role",
             "content",
             "type",

@@ -15,6 +15,7 @@ use crate::{
         self, Head, adapters,
         chat::{ChatRequest, ChatShape},
         completions::{CompletionRequest, CompletionShape},
+        embeddings::EmbeddingRequest,
         error,
         fields::Fields,
         models,
@@ -62,6 +63,7 @@ pub(crate) fn routes(service: Service) -> axum::Router {
     axum::Router::new()
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(completions))
+        .route("/v1/embeddings", post(embeddings))
         .route("/v1/load_lora_adapter", post(load_adapter))
         .route("/v1/unload_lora_adapter", post(unload_adapter))
         .route("/v1/models", get(list_models))
@@ -125,7 +127,7 @@ async fn chat(State(service): State<Service>, headers: HeaderMap, body: Result<B
     let accepted = openai::accept(router.clone(), origin.clone(), params, guard, request.into_prompt()).await;
     let answered = match accepted {
         Ok(accepted) => {
-            let shape = ChatShape::new(router, head, &accepted.params, &accepted.prompts[0]);
+            let shape = ChatShape::new(router, &head, &accepted.params, &accepted.prompts[0]);
             accepted.answer(shape).await
         }
         Err(refused) => Err(refused),
@@ -150,7 +152,7 @@ async fn completions(
     let accepted = openai::accept(router.clone(), origin.clone(), params, guard, move |_| Ok(prompts)).await;
     let answered = match accepted {
         Ok(mut accepted) => {
-            let mut shape = CompletionShape::new(router, head, &accepted.params, accepted.prompts.clone());
+            let mut shape = CompletionShape::new(router, &head, &accepted.params, accepted.prompts.clone());
             if accepted.params.prompt_only() && accepted.params.reported_prompt().is_none() {
                 accepted.guard.ended(Outcome::Ok);
                 Ok(shape.prompts_only(&accepted.params))
@@ -159,6 +161,30 @@ async fn completions(
             }
         }
         Err(refused) => Err(refused),
+    };
+    finish(&origin, answered)
+}
+
+async fn embeddings(
+    State(service): State<Service>,
+    headers: HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+) -> Response {
+    let router = service.router;
+    let origin = origin(&router, &headers, Endpoint::Embeddings);
+    let mut guard = router.metrics.request(Endpoint::Embeddings);
+    let request = match read(&router, &headers, body, EmbeddingRequest::parse).await {
+        Ok(request) => request,
+        Err(error) => return refuse(&origin, &error, &mut guard),
+    };
+    let origin = renamed(origin, request.request_id.as_deref());
+    let head = head(&router, &origin, "embd", &request.model);
+    let answered = match request.answer(router, origin.clone(), head).await {
+        Ok(body) => {
+            guard.ended(Outcome::Ok);
+            Ok(openai::json(body))
+        }
+        Err(error) => Err((error, guard)),
     };
     finish(&origin, answered)
 }

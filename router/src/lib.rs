@@ -46,13 +46,20 @@ mod server;
 mod text;
 mod why;
 
-pub use config::{Config, Limits, ReasoningParser, ToolCallParser};
+pub use config::{Config, EmbeddingPooling, Limits, ReasoningParser, ToolCallParser};
 pub use placement::{Policy, Weights};
 pub use server::TlsFiles;
 
 use crate::{
-    admission::Admission, dialect::Dialect, door::keys::Keys, fleet::Fleet, metrics::Metrics, page_names::PageNames,
-    request::Router, server::Tls, why::Why,
+    admission::Admission,
+    dialect::Dialect,
+    door::keys::Keys,
+    fleet::{Fleet, leg::Pooling},
+    metrics::Metrics,
+    page_names::PageNames,
+    request::Router,
+    server::Tls,
+    why::Why,
 };
 use anyhow::Context;
 use cluster::{Capacity, Directory, LoadSummary, Member, Registration, Role, State};
@@ -94,12 +101,19 @@ pub async fn run(
     let fleet = Fleet::start(&config, &me.id, &*directory, metrics.clone(), stop_fleet.clone());
     let dialect = Dialect::choose(config.tool_call_parser, config.reasoning_parser, &model);
     tracing::info!(tools = ?dialect.tools, thoughts = ?dialect.thoughts, "the model's dialect");
+    let pooling = match config.embedding_pooling {
+        EmbeddingPooling::Auto => model.embedding.pooling,
+        EmbeddingPooling::None => None,
+        EmbeddingPooling::Last => Some(Pooling::Last),
+        EmbeddingPooling::Mean => Some(Pooling::Mean),
+    };
     let supply = fleet.clone();
     let admission = Admission::new(&config.limits, move || supply.supply(), metrics.clone());
     let _admission = AbortOnDropHandle::new(tokio::spawn(admission.clone().follow()));
     let router = Arc::new(Router {
         model: Arc::new(model),
         dialect,
+        pooling,
         text: TextPool::new(config.text_threads),
         keys,
         page_names: PageNames::new(config.text_cache_bytes / 4),

@@ -22,6 +22,7 @@ use vllm::Vllm;
 pub(crate) enum Endpoint {
     Chat,
     Completions,
+    Embeddings,
     Messages,
     Responses,
 }
@@ -41,7 +42,7 @@ pub(crate) enum Outcome {
     Failed,
 }
 
-const ENDPOINTS: [&str; 4] = ["chat_completions", "completions", "messages", "responses"];
+const ENDPOINTS: [&str; 5] = ["chat_completions", "completions", "embeddings", "messages", "responses"];
 const OUTCOMES: [&str; 5] = ["ok", "invalid", "rejected", "cancelled", "failed"];
 
 /// Why a leg was placed again.
@@ -64,8 +65,8 @@ pub(crate) struct Metrics {
 struct Handles {
     ttft: Histogram,
     itl: Histogram,
-    duration: [Histogram; 4],
-    requests: [[Counter; 5]; 4],
+    duration: [Histogram; 5],
+    requests: [[Counter; 5]; 5],
     in_flight: Gauge,
     /// The same number, to be read.
     open: AtomicUsize,

@@ -7,6 +7,7 @@ pub(crate) mod adapters;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod constraint;
+pub(crate) mod embeddings;
 pub(crate) mod error;
 pub(crate) mod fields;
 mod hearing;
@@ -71,6 +72,38 @@ pub(crate) struct Head {
     pub(crate) fingerprint: String,
 }
 
+/// How every object of one answer begins, in JSON: written once, for a stream has thousands of them.
+#[derive(Debug)]
+pub(crate) struct Opening(Vec<u8>);
+
+impl Opening {
+    /// `object` is the kind of object.
+    fn new(head: &Head, object: &str) -> Self {
+        #[derive(Serialize)]
+        struct Fields<'a> {
+            id: &'a str,
+            object: &'a str,
+            created: u64,
+            model: &'a str,
+            system_fingerprint: &'a str,
+        }
+        let Head { id, created, model, fingerprint } = head;
+        let mut json = Vec::new();
+        write_json(&Fields { id, object, created: *created, model, system_fingerprint: fingerprint }, &mut json);
+        json.pop();
+        Self(json)
+    }
+
+    /// Writes an object that goes on with the fields of `rest`, which has some.
+    fn write(&self, rest: &impl Serialize, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.0);
+        let joint = out.len();
+        write_json(rest, out);
+        debug_assert!(out[joint..].starts_with(b"{\""), "an object with a field");
+        out[joint] = b',';
+    }
+}
+
 /// Tokens read and written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Usage {
@@ -113,6 +146,15 @@ impl Usage {
             prompt_tokens_details: PromptTokensDetails { cached_tokens },
             completion_tokens_details: None,
         }
+    }
+
+    /// Adds what another prompt took.
+    fn and(self, other: &Self) -> Self {
+        Self::new(
+            self.prompt_tokens + other.prompt_tokens,
+            self.cached_tokens() + other.cached_tokens(),
+            self.completion_tokens + other.completion_tokens,
+        )
     }
 
     fn reasoning(self, tokens: Option<u32>) -> Self {
@@ -231,6 +273,7 @@ impl Accepted {
                 report_ids: self.params.token_ids || reading.is_some_and(|reading| reading.thoughts.is_some()),
                 prompt_logprobs: self.params.reported_prompt(),
                 priority: self.params.priority,
+                pooling: None,
                 expected: self.params.expected_output(&self.router),
             })
         });

@@ -27,11 +27,13 @@ impl PageNames {
         let mut hasher = PrefixHasher::new(root);
         let runs = tokens.chunks_exact(RUN_PAGES * page_tokens);
         let rest = runs.remainder();
-        let mut key = Vec::new();
+        let mut key = vec![0; 16 + 4 * RUN_PAGES * page_tokens];
         for run in runs {
-            key.clear();
-            key.extend_from_slice(&hasher.parent().0.to_le_bytes());
-            key.extend(run.iter().flat_map(|token| token.to_le_bytes()));
+            let (parent, content) = key.split_at_mut(16);
+            parent.copy_from_slice(&hasher.parent().0.to_le_bytes());
+            for (bytes, token) in content.chunks_exact_mut(4).zip(run) {
+                bytes.copy_from_slice(&token.to_le_bytes());
+            }
             let before = names.len();
             if self.recent.get(&key, &mut names) {
                 hasher = PrefixHasher::after(names[names.len() - 1]);

@@ -5,6 +5,7 @@
 //! and the young one grows old. What is found in the old one moves back to the young. So what is dropped first was neither made nor
 //! found for longest, and dropping costs no search. Something dropped is worked out again.
 
+use foldhash::fast::RandomState;
 use std::{
     collections::HashMap,
     mem::{size_of_val, take},
@@ -25,7 +26,8 @@ pub(crate) struct Recent<T> {
     generation_bytes: usize,
 }
 
-type Generation<T> = HashMap<Box<[u8]>, Box<[T]>>;
+/// Its hash has a random key and is no more than fast: a shard's budget bounds what colliding keys can cost.
+type Generation<T> = HashMap<Box<[u8]>, Box<[T]>, RandomState>;
 
 #[derive(Debug)]
 struct Shard<T> {
@@ -38,7 +40,8 @@ struct Shard<T> {
 impl<T: Copy> Recent<T> {
     /// Holds at most `budget_bytes`.
     pub(crate) fn new(budget_bytes: usize) -> Self {
-        let shard = || Shard { young: HashMap::new(), young_bytes: 0, old: HashMap::new(), old_bytes: 0 };
+        let map = HashMap::default;
+        let shard = || Shard { young: map(), young_bytes: 0, old: map(), old_bytes: 0 };
         Self { shards: std::array::from_fn(|_| Mutex::new(shard())), generation_bytes: budget_bytes / SHARDS / 2 }
     }
 
@@ -75,7 +78,7 @@ impl<T: Copy> Recent<T> {
 
     /// The map is whole between any two statements that could panic, so a poisoned lock is as good as another.
     fn with<R>(&self, key: &[u8], work: impl FnOnce(&mut Shard<T>) -> R) -> R {
-        // Spreads well enough for locks; the map's own hash cannot be foreseen.
+        // Spreads well enough for locks.
         let ends = [key.first(), key.last(), key.get(key.len() / 2)].map(|byte| usize::from(*byte.unwrap_or(&0)));
         let shard = (ends[0] + 3 * ends[1] + 7 * ends[2] + key.len()) % SHARDS;
         work(&mut self.shards[shard].lock().unwrap_or_else(PoisonError::into_inner))

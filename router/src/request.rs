@@ -23,7 +23,7 @@ use crate::{
     fleet::{
         Fleet,
         adapters::Adapter,
-        leg::{LegEvent, Sampling, Stop, Token},
+        leg::{LegEvent, Pooling, Sampling, Stop, Token},
     },
     metrics::{Metrics, Told},
     page_names::PageNames,
@@ -57,6 +57,8 @@ pub(crate) struct Router {
     pub(crate) model: Arc<TextModel>,
     /// How the model writes reasoning and calls of tools.
     pub(crate) dialect: Dialect,
+    /// How hidden states make an embedding; `None` = embeddings are refused.
+    pub(crate) pooling: Option<Pooling>,
     pub(crate) text: TextPool,
     /// Who may ask; `None` = everybody.
     pub(crate) keys: Option<Arc<Keys>>,
@@ -121,6 +123,8 @@ pub(crate) struct Work {
     pub(crate) prompt_logprobs: Option<u32>,
     /// Lower runs first.
     pub(crate) priority: i32,
+    /// Asks for the prompt's embedding, and for no token.
+    pub(crate) pooling: Option<Pooling>,
     /// Tokens it was expected to write when it got its turn.
     pub(crate) expected: u32,
 }
@@ -135,6 +139,8 @@ pub(crate) struct Step {
     pub(crate) ids: Vec<TokenId>,
     /// The prompt's tokens but for the first, where log-probabilities of them were asked for: with the first step.
     pub(crate) prompt: Option<Vec<Token>>,
+    /// The prompt's embedding, where that was asked for: with the end.
+    pub(crate) embedding: Vec<f32>,
     /// What it says, taken apart, where the endpoint speaks of messages: `text` has moved there.
     pub(crate) events: Vec<Event>,
     pub(crate) finish: Option<Finish>,
@@ -151,7 +157,7 @@ impl Step {
 /// Why a choice ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Finish {
-    /// The model ended it.
+    /// The model ended it, or there was nothing to generate.
     EndOfSequence,
     /// One of the request's `stop_token_ids`.
     StopToken(TokenId),
@@ -414,6 +420,12 @@ impl Generation {
 
     fn end(&mut self, ending: Ending, step: &mut Step) {
         let finish = match ending {
+            Ending::Embedded(vector) => {
+                step.embedding = vector;
+                step.finish = Some(Finish::EndOfSequence);
+                self.last_heard = Instant::now();
+                return;
+            }
             Ending::Length => Finish::Length,
             Ending::Stop(token) if self.work.stop.token_ids.contains(&token) => Finish::StopToken(token),
             Ending::Stop(_) => Finish::EndOfSequence,

@@ -87,12 +87,14 @@ pub(crate) async fn serve(
             };
             let server = if http2 { &servers.1 } else { &servers.0 };
             let socket = TokioIo::new(Stall::new(socket, write));
-            let connection = server.serve_connection(socket, TowerToHyperService::new(routes)).into_owned();
-            if let Err(error) = watcher.watch(connection).await {
+            let connection = server.serve_connection(socket, TowerToHyperService::new(routes));
+            if let Err(error) = watcher.watch(connection.into_owned()).await {
                 tracing::debug!(%error, "connection broke");
             }
         };
         let ended = ended.clone();
+        // Boxed, because each future around it would keep a second place for it: kilobytes for every open connection.
+        let conversation = Box::pin(conversation);
         tasks.spawn(async move { ended.run_until_cancelled(conversation).await });
     }
     drop(listener);

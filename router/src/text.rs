@@ -6,6 +6,7 @@
 //! detokenising one token.
 
 pub(crate) mod detokenizer;
+pub(crate) mod embedding;
 mod gguf;
 #[cfg(test)]
 mod hostile;
@@ -14,8 +15,10 @@ mod python;
 pub(crate) mod stop;
 pub(crate) mod template;
 pub(crate) mod tokenizer;
+mod words;
 
 use anyhow::Context;
+use embedding::EmbeddingShape;
 use grammar::{Grammars, Limits, TokenTable};
 use kv_cache::TokenId;
 use serde::Deserialize;
@@ -41,6 +44,8 @@ pub(crate) struct TextModel {
     pub(crate) context_tokens: u32,
     /// Rows of the logits: the bound for token ids clients name.
     pub(crate) vocab_size: u32,
+    /// What its files say of embeddings.
+    pub(crate) embedding: EmbeddingShape,
     /// Names the configuration to clients.
     pub(crate) fingerprint: String,
     /// What compiles grammars, once one was asked for.
@@ -80,6 +85,7 @@ impl OneOrMany {
 struct ModelConfig {
     max_position_embeddings: Option<u32>,
     vocab_size: Option<u32>,
+    hidden_size: Option<u32>,
     eos_token_id: Option<OneOrMany>,
     text_config: Option<Box<ModelConfig>>,
 }
@@ -123,6 +129,7 @@ impl TextModel {
             eos,
             context_tokens,
             vocab_size,
+            embedding: EmbeddingShape::read(dir, &config_json, config.hidden_size)?,
             fingerprint,
             grammars: OnceLock::new(),
         })

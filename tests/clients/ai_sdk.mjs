@@ -1,7 +1,7 @@
 // Conversations through Vercel's ai SDK. Usage: ai_sdk.mjs BASE_URL
 import assert from "node:assert/strict";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
-import { APICallError, generateText, jsonSchema, streamText, tool } from "ai";
+import { APICallError, embedMany, generateText, jsonSchema, streamText, tool } from "ai";
 
 const baton = createOpenAICompatible({ name: "baton", baseURL: process.argv[2] + "/v1", apiKey: "none", includeUsage: true });
 const settings = { model: baton("demo"), temperature: 0, maxRetries: 0 };
@@ -13,6 +13,13 @@ const tools = {
     execute: async () => ({ price: 14 }),
   }),
 };
+
+async function embeddings() {
+  const values = ["What is a KV cache?", "Tell me a story about a fox."];
+  const { embeddings, usage } = await embedMany({ model: baton.embeddingModel("demo"), values, maxRetries: 0 });
+  assert.deepEqual(embeddings.map((vector) => vector.length), [256, 256]);
+  assert.ok(usage.tokens > 0);
+}
 
 async function conversation() {
   const first = await generateText({ ...settings, prompt: question });
@@ -53,5 +60,6 @@ async function errors() {
 const whole = await conversation();
 await streaming(whole);
 await toolCalls();
+await embeddings();
 await errors();
 console.log("ok");

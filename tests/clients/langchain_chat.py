@@ -6,7 +6,7 @@ from typing import Literal
 import openai
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 
 
 def chat(**options):
@@ -46,6 +46,13 @@ def tools():
     assert after.content or after.tool_calls, after
 
 
+def embeddings():
+    # Sends token ids of a foreign tokenizer unless told not to.
+    embedder = OpenAIEmbeddings(model="demo", base_url=sys.argv[1] + "/v1", api_key="none", check_embedding_ctx_length=False)
+    one, two = embedder.embed_documents(["What is a KV cache?", "Tell me a story about a fox."])
+    assert len(one) == len(two) == 256 and embedder.embed_query("What is a KV cache?") == one != two, (one, two)
+
+
 def errors():
     for options, kind in ((dict(model="no-such-model"), openai.NotFoundError), (dict(temperature=-3), openai.BadRequestError)):
         try:
@@ -58,5 +65,6 @@ def errors():
 
 streaming(*conversation())
 tools()
+embeddings()
 errors()
 print("ok")

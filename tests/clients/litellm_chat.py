@@ -58,6 +58,13 @@ def tools():
     assert after.content or after.tool_calls, after
 
 
+def embeddings():
+    answer = litellm.embedding(
+        model="openai/demo", input=["What is a KV cache?", "A fox."], api_base=sys.argv[1] + "/v1", api_key="none", encoding_format="float"
+    )
+    assert [len(item["embedding"]) for item in answer.data] == [256, 256] and answer.usage.prompt_tokens > 0, answer
+
+
 def errors():
     for options, kind in (
         (dict(model="no-such-model"), litellm.NotFoundError),
@@ -73,5 +80,6 @@ def errors():
 
 streaming(conversation())
 tools()
+embeddings()
 errors()
 print("ok")

@@ -61,6 +61,16 @@ async function responses(whole) {
   assert.equal(text, whole);
 }
 
+async function embeddings() {
+  const input = ["What is a KV cache?", "Tell me a story about a fox."];
+  const { data, usage } = await client.embeddings.create({ model, input });
+  assert.deepEqual(data.map((item) => item.index), [0, 1]);
+  assert.ok(data.every(({ embedding }) => embedding.length === 256), "base64 on the wire, numbers here");
+  assert.ok(usage.prompt_tokens > 0);
+  const plain = (await client.embeddings.create({ model, input: input[1], encoding_format: "float" })).data[0].embedding;
+  assert.ok(plain.every((number, at) => Math.abs(number - data[1].embedding[at]) < 1e-6));
+}
+
 async function errors() {
   await assert.rejects(ask(question, { model: "no-such-model" }), OpenAI.NotFoundError);
   await assert.rejects(ask(question, { temperature: -3 }), OpenAI.BadRequestError);
@@ -70,5 +80,6 @@ const whole = await conversation();
 await streaming(whole);
 await tools();
 await responses(whole);
+await embeddings();
 await errors();
 console.log("ok");

@@ -77,6 +77,24 @@ def completions():
     assert answer.choices[0].text.startswith("A KV cache"), answer
 
 
+def embeddings():
+    texts = ["What is a KV cache?", "Tell me a story about a fox.", "What is a KV cache?"]
+    answer = client.embeddings.create(model=model, input=texts)  # base64 on the wire: the client decodes it
+    vectors = [item.embedding for item in answer.data]
+    assert [item.index for item in answer.data] == [0, 1, 2] and len(vectors[0]) == 256, answer
+    assert vectors[0] == vectors[2] != vectors[1], "what is computed beside it does not change a vector"
+    assert all(abs(sum(number * number for number in vector) - 1) < 1e-5 for vector in vectors)
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens > 0, answer.usage
+    plain = client.embeddings.create(model=model, input=texts[1], encoding_format="float").data[0].embedding
+    assert all(abs(a - b) < 1e-7 for a, b in zip(plain, vectors[1])), (plain, vectors[1])
+    try:
+        client.embeddings.create(model=model, input=texts, dimensions=64)
+    except openai.BadRequestError as error:
+        assert "dimensions" in error.body["message"], error
+    else:
+        raise AssertionError("a model that was not trained for it cannot shorten its vectors")
+
+
 def errors():
     for options, kind in (
         (dict(model="no-such-model"), openai.NotFoundError),
@@ -109,6 +127,7 @@ sampling()
 limits()
 logprobs()
 completions()
+embeddings()
 errors()
 asyncio.run(together())
 print("ok")

@@ -88,6 +88,9 @@ fn parsers_go_by_their_names() {
     assert_eq!(dialect.reasoning_parser, Some(router::ReasoningParser::DeepseekR1));
     let settings = with_file("tool-call-parser = \"none\"", &["up"]).expect("good settings");
     assert_eq!(up(&settings).dialect.tool_call_parser, Some(router::ToolCallParser::None));
+    let settings = read(&["--embedding-pooling", "mean"]).expect("good settings");
+    assert_eq!(up(&settings).dialect.embedding_pooling, Some(router::EmbeddingPooling::Mean));
+    check_refused(read(&["--embedding-pooling", "cls"]), &["cls", "last", "mean"]);
     check_refused(read(&["--tool-call-parser", "hermit"]), &["hermit", "hermes"]);
 }
 

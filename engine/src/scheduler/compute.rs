@@ -1,6 +1,6 @@
 //! One planned step, carried out.
 
-use super::{Chunk, Drawn, Ended, Plan, Reported, Scheduler, SequenceId, Verified};
+use super::{Chunk, Drawn, Embedded, Ended, Plan, Reported, Scheduler, SequenceId, Verified};
 use crate::{Error, Row, Step, reuse::reuse};
 use std::time::Duration;
 
@@ -11,6 +11,8 @@ pub struct Computed {
     pub drawn: Vec<Drawn>,
     /// Log-probabilities of prompts, as far as this step computed them.
     pub reported: Vec<Reported>,
+    /// The embeddings that it finished.
+    pub embedded: Vec<Embedded>,
     /// What became of drafts.
     pub verified: Vec<Verified>,
     /// The sequences that the step could not go on with; they are gone.
@@ -61,6 +63,7 @@ impl Scheduler {
                     let part = self.compute(single, engine, on_layer, clock);
                     computed.drawn.extend(part.drawn);
                     computed.reported.extend(part.reported);
+                    computed.embedded.extend(part.embedded);
                     computed.verified.extend(part.verified);
                     computed.faults.extend(part.faults);
                 }

@@ -1,7 +1,7 @@
 //! One sequence: what is asked, what is known, what is computed.
 
 use super::{Chunk, History};
-use crate::{Adapter, Logprobs, PromptLogprobs, Row, Sample, Sampled, Sampling};
+use crate::{Adapter, Embedding, Logprobs, Pooling, PromptLogprobs, Row, Sample, Sampled, Sampling};
 use grammar::Matcher;
 use kv_cache::{PageHash, PageId, PagePool, TokenId};
 use std::{sync::Arc, time::Duration};
@@ -64,6 +64,8 @@ pub enum Until {
     FirstToken,
     /// To its end.
     End,
+    /// To the end of what is known: it draws nothing, and what is left of it is one vector ([`Embedded`]).
+    Embedding(Pooling),
 }
 
 /// Why a sequence has no further token here.
@@ -94,7 +96,7 @@ pub struct Usage {
     pub cached_tokens: usize,
     /// From arrival to the first step that held it.
     pub queue: Duration,
-    /// From then to the first token drawn here.
+    /// From then to the first token drawn here, or to the embedding.
     pub prefill: Duration,
 }
 
@@ -131,12 +133,18 @@ pub(super) struct Sequence {
     expected: usize,
     /// A prefix is on its way to it: until that is settled others pass it.
     pub(super) awaiting: bool,
+    /// What is pooled so far, where that is what it is computed for.
+    embedding: Option<Embedding>,
 }
 
 impl Sequence {
     /// `expected` is how many tokens of it others hold or will hold when its turn comes.
     pub(super) fn new(request: Request, arrived: Duration, expected: usize) -> Self {
         let (pages, computed, named, cached_tokens) = (Vec::new(), 0, 0, 0);
+        let embedding = match request.until {
+            Until::Embedding(pooling) => Some(Embedding::new(pooling)),
+            Until::FirstToken | Until::End => None,
+        };
         Self {
             request,
             pages,
@@ -148,6 +156,7 @@ impl Sequence {
             cached_tokens,
             expected,
             awaiting: false,
+            embedding,
         }
     }
 
@@ -179,7 +188,29 @@ impl Sequence {
 
     /// Returns the names a fresh start may look up.
     pub(super) fn reusable(&self) -> &[PageHash] {
-        if self.prompt_logprobs().is_some() { &[] } else { self.request.history.reusable() }
+        let whole = self.prompt_logprobs().is_some() || self.request.until == Until::Embedding(Pooling::Mean);
+        if whole { &[] } else { self.request.history.reusable() }
+    }
+
+    /// Says whether tokens are drawn once all that is known is computed.
+    pub(super) fn draws(&self) -> bool {
+        self.embedding.is_none()
+    }
+
+    /// Takes the hidden states of `chunk`, flat. Returns the vector when they are the last of them.
+    pub(super) fn pool_states(&mut self, chunk: &Chunk, hidden: &[f32], now: Duration) -> Option<Vec<f32>> {
+        let Until::Embedding(pooling) = self.request.until else { return None };
+        let states = match pooling {
+            Pooling::Last => 1,
+            Pooling::Mean => chunk.tokens,
+        };
+        let embedding = self.embedding.as_mut()?;
+        embedding.add(chunk.start, hidden.chunks_exact((hidden.len() / states).max(1)));
+        if chunk.start + chunk.tokens < self.request.history.len() {
+            return None;
+        }
+        self.first_token = Some(now);
+        self.embedding.take().map(Embedding::finish)
     }
 
     /// Returns how many alternatives are to be reported beside the prompt's tokens, until that is done.
@@ -187,7 +218,7 @@ impl Sequence {
         self.request.prompt_logprobs.filter(|_| self.first_token.is_none())
     }
 
-    /// Says whether tokens will be added to it here, and so pages.
+    /// Says whether tokens will be added to it here, and so pages. What does not grow is never preempted.
     pub(super) fn grows(&self) -> bool {
         self.request.until == Until::End
     }
@@ -289,8 +320,12 @@ impl Sequence {
         let (known, end) = (self.request.history.with_drafts(), start + tokens);
         let sample = sample.then(|| self.sample(&known[..end]));
         let adapter = self.request.adapter.as_deref();
-        let row =
-            Row { tokens: &known[start..end], start, pages: &self.pages, adapter, drafts, sample, ..Row::default() };
+        let pooling = match self.request.until {
+            Until::Embedding(pooling) => Some(pooling),
+            Until::FirstToken | Until::End => None,
+        };
+        let tokens = &known[start..end];
+        let row = Row { tokens, start, pages: &self.pages, adapter, drafts, sample, pooling, ..Row::default() };
         let prompt = self.request.prompt_tokens;
         match self.prompt_logprobs() {
             Some(top) if start + 1 < prompt => {
@@ -343,6 +378,17 @@ pub struct Drawn {
     pub sampled: Sampled,
     /// Present when it is the sequence's last one here: the sequence is gone.
     pub ended: Option<(Finish, Ended)>,
+}
+
+/// What became of a sequence that was computed for its embedding: it is gone.
+#[derive(Debug)]
+pub struct Embedded {
+    /// Whose.
+    pub id: SequenceId,
+    /// The vector, `[hidden]`, of length 1.
+    pub vector: Vec<f32>,
+    /// What is left of it.
+    pub ended: Ended,
 }
 
 /// What became of a sequence's drafts.

@@ -5,7 +5,7 @@
 //! sampler is a function of the tokens so far, as the real one is, so what a sequence must emit is known beforehand.
 
 use super::*;
-use crate::{Logprobs, Sampled, Sampling};
+use crate::{Embedding, Logprobs, Pooling, Sampled, Sampling};
 use kv_cache::{PageHash, TokenId};
 use proptest::prelude::*;
 use std::collections::{HashMap, HashSet};
@@ -35,6 +35,12 @@ fn draw(tokens: &[TokenId], forbidden: &[TokenId]) -> TokenId {
     }
 }
 
+/// What the model has after the last of `tokens`.
+fn hidden_state(tokens: &[TokenId]) -> [f32; 2] {
+    let digest = digest(tokens);
+    [(digest % 1000) as f32, (digest / 1000 % 1000) as f32]
+}
+
 struct Random(u64);
 
 impl Random {
@@ -53,6 +59,8 @@ struct Expected {
     tokens: Vec<(usize, TokenId)>,
     finish: Finish,
     seen: usize,
+    /// In place of tokens.
+    vector: Option<Vec<f32>>,
     /// Tokens of the prompt that are to be reported, and that have been; the first one counts as such.
     wanted: usize,
     reported: usize,
@@ -62,6 +70,13 @@ impl Expected {
     fn of(request: &Request, max_len: usize) -> Self {
         let mut known = request.history.tokens().to_vec();
         let mut tokens = Vec::new();
+        if let Until::Embedding(pooling) = request.until {
+            let states: Vec<[f32; 2]> = (1..=known.len()).map(|end| hidden_state(&known[..end])).collect();
+            let mut embedding = Embedding::new(pooling);
+            embedding.add(0, states.iter().map(|state| &state[..]));
+            let (finish, vector) = (Finish::Length, Some(embedding.finish()));
+            return Self { tokens, finish, seen: 0, vector, wanted: 1, reported: 1 };
+        }
         loop {
             let index = known.len() - request.prompt_tokens;
             let forbidden: &[TokenId] = if index < request.stop.min_tokens { &request.stop.ids } else { &[] };
@@ -78,7 +93,7 @@ impl Expected {
                 continue;
             };
             let wanted = request.prompt_logprobs.map_or(1, |_| request.prompt_tokens);
-            return Self { tokens, finish, seen: 0, wanted, reported: 1 };
+            return Self { tokens, finish, seen: 0, vector: None, wanted, reported: 1 };
         }
     }
 }
@@ -105,6 +120,7 @@ struct World {
     holds: Vec<(Hold, bool)>,
     reader: HashSet<PageHash>,
     preempted: usize,
+    embedded: usize,
     /// Drafts that were verified, and those that turned out right.
     drafts: usize,
     accepted: usize,
@@ -134,6 +150,7 @@ impl World {
             holds: Vec::new(),
             reader: HashSet::new(),
             preempted: 0,
+            embedded: 0,
             drafts: 0,
             accepted: 0,
         }
@@ -174,6 +191,10 @@ impl World {
             let id = self.scheduler.ticket(request.priority);
             self.queue.push((id, request));
             return;
+        }
+        if self.random.one_in(8) {
+            let pooling = if self.random.one_in(2) { Pooling::Last } else { Pooling::Mean };
+            (request.until, request.prompt_logprobs) = (Until::Embedding(pooling), None);
         }
         let expected = Expected::of(&request, max_len);
         let tokens = request.history.len();
@@ -353,6 +374,12 @@ impl World {
                     made.prompt_logprobs = wanted.targets.iter().map(logprobs).collect();
                 }
                 let end = row.start + row.tokens.len();
+                let pooled = match row.pooling {
+                    Some(Pooling::Last) => end - 1..end,
+                    Some(Pooling::Mean) => row.start..end,
+                    None => 0..0,
+                };
+                made.hidden.extend(pooled.flat_map(|position| hidden_state(&known[..=position])));
                 if let Some(sample) = row.sample {
                     assert_eq!(sample.history, &known[..end]);
                     assert_eq!(row.drafts, chunk.drafts);
@@ -387,6 +414,13 @@ impl World {
             assert!(reported.position <= *expected, "without a gap");
             *expected = (*expected).max(reported.position + reported.tokens.len());
         }
+        for embedded in computed.embedded {
+            let expected = self.live.remove(&embedded.id).expect("only live sequences are embedded");
+            assert_eq!(Some(embedded.vector), expected.vector);
+            assert!(embedded.ended.hold.is_none());
+            self.embedded += 1;
+            self.end(embedded.ended);
+        }
         for drawn in computed.drawn {
             let expected = self.live.get_mut(&drawn.id).expect("only live sequences draw");
             assert_eq!(
@@ -417,7 +451,11 @@ impl World {
         assert_eq!(ids.len(), plan.chunks().len(), "one chunk per sequence");
         for chunk in plan.chunks() {
             assert!(chunk.tokens > chunk.drafts);
-            assert!(chunk.sample || (chunk.start + chunk.tokens).is_multiple_of(PAGE), "{chunk:?} ends inside a page");
+            let sequence = &self.scheduler.running[&chunk.id];
+            let end = chunk.start + chunk.tokens;
+            let whole = end == sequence.request.history.len() + chunk.drafts;
+            assert_eq!(chunk.sample, whole && sequence.draws());
+            assert!(whole || end.is_multiple_of(PAGE), "{chunk:?} ends inside a page");
         }
         for id in plan.started() {
             assert!(ids.contains(id), "who starts is part of the step");
@@ -484,15 +522,17 @@ proptest! {
 
 #[test]
 fn the_simulation_reaches_what_it_is_for() {
-    let (mut preempted, mut ended, mut drafts, mut accepted) = (0, 0, 0, 0);
+    let (mut preempted, mut embedded, mut ended, mut drafts, mut accepted) = (0, 0, 0, 0, 0);
     for seed in 0..100 {
         let world = simulate(seed);
         preempted += world.preempted;
+        embedded += world.embedded;
         ended += world.ended;
         drafts += world.drafts;
         accepted += world.accepted;
     }
     assert!(preempted > 50, "only {preempted} preemptions");
+    assert!(embedded > 50, "only {embedded} embeddings");
     assert!(ended > 1000, "only {ended} sequences ended");
     assert!(accepted > 2000 && drafts - accepted > 2000, "{accepted} of {drafts} drafts were right");
 }

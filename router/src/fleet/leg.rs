@@ -60,6 +60,17 @@ pub(crate) enum LegRole {
     Prefill { handoff: u64, worker: String, incarnation: u64, link: String },
     /// Expect the pages from this worker, then decode.
     Decode { handoff: u64, worker: String, incarnation: u64 },
+    /// Compute the prompt and answer with its embedding.
+    Embed(Pooling),
+}
+
+/// What an embedding is made of: hidden states of the prompt's tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pooling {
+    /// That of the last token.
+    Last,
+    /// The mean over all of them.
+    Mean,
 }
 
 /// How tokens are drawn.
@@ -88,6 +99,24 @@ pub(crate) struct Sampling {
 }
 
 impl Sampling {
+    /// The most likely token, and nothing reported of it.
+    pub(crate) fn greedy() -> Self {
+        Self {
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            seed: 0,
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            logit_bias: Vec::new(),
+            allowed_tokens: Vec::new(),
+            bad_words: Vec::new(),
+            logprobs: None,
+        }
+    }
+
     /// Whether the most likely token is always taken.
     pub(crate) fn is_greedy(&self) -> bool {
         self.temperature < 1e-5
@@ -141,7 +170,7 @@ pub(crate) struct Logprobs {
 }
 
 /// How a leg ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Ended {
     pub(crate) end: End,
     /// Prompt tokens it took from its prefix cache.
@@ -160,7 +189,7 @@ impl Ended {
 }
 
 /// Why a leg ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) enum End {
     /// This token ended the sequence. It was emitted too, by this leg or before it.
     Stop(TokenId),
@@ -168,6 +197,8 @@ pub(crate) enum End {
     Length,
     /// The decode worker owns the sequence now.
     HandedOff,
+    /// The prompt's embedding is there: of length 1.
+    Embedded(Vec<f32>),
     /// The worker died on it; another may not.
     Failed(String),
     /// The worker would not take it; another may.
@@ -194,20 +225,7 @@ pub(crate) mod tests {
             prompt_tokens: tokens as u32,
             salt: Bytes::new(),
             adapter: None,
-            sampling: Arc::new(Sampling {
-                temperature: 0.0,
-                top_p: 1.0,
-                top_k: 0,
-                min_p: 0.0,
-                seed: 0,
-                repetition_penalty: 1.0,
-                frequency_penalty: 0.0,
-                presence_penalty: 0.0,
-                logit_bias: Vec::new(),
-                allowed_tokens: Vec::new(),
-                bad_words: Vec::new(),
-                logprobs: None,
-            }),
+            sampling: Arc::new(Sampling::greedy()),
             grammar: None,
             choice: 0,
             stop: Arc::new(Stop { max_tokens: 16, min_tokens: 0, ignore_eos: false, token_ids: Vec::new() }),

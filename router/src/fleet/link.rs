@@ -20,6 +20,9 @@ use tonic::{Streaming, transport::Endpoint};
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
+/// How much of a worker's frames may be on its way before it is read.
+const WINDOW_BYTES: u32 = 1 << 20;
+
 /// A snapshot of a large pool comes in pieces, but one piece may still be large.
 const MAX_FRAME_BYTES: usize = 64 << 20;
 
@@ -75,7 +78,9 @@ async fn attach(fleet: &Fleet, worker: &Arc<Worker>, at: &Member, member: &mut w
 async fn greet(session: &Arc<Session>, at: &Member) -> Result<(u64, Streaming<WorkerFrame>), String> {
     let endpoint = Endpoint::from_shared(format!("http://{}", at.address))
         .map_err(|e| format!("address {:?}: {e}", at.address))?
-        .tcp_nodelay(true);
+        .tcp_nodelay(true)
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES);
     let channel = endpoint.connect().await.map_err(|e| format!("connect: {}", root_cause(&e)))?;
     let mut client = WorkerClient::new(channel).max_decoding_message_size(MAX_FRAME_BYTES);
     let outgoing = stream::unfold(session.clone(), |session| async move {

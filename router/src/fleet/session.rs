@@ -5,10 +5,11 @@
 //!
 //! Full, in either direction: beyond [`MAX_UNSENT`] unsent submissions the worker counts as busy and the request goes elsewhere; a
 //! request whose own queue is full belongs to a client that does not read, and its leg ends with [`End::Overflow`]. The last word of
-//! a leg has a place reserved and always arrives.
+//! a leg always arrives.
 
 use super::{
     adapters::{Adapter, Change, Refusal},
+    events::Speaker,
     leg::{End, Ended, LegEvent, Said, Submission},
     wire,
 };
@@ -20,7 +21,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard},
     time::{Duration, Instant},
 };
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, oneshot};
 
 /// Submissions that may wait for the stream's flow control.
 const MAX_UNSENT: usize = 4_096;
@@ -82,8 +83,7 @@ struct Inner {
 }
 
 struct Leg {
-    events: mpsc::Sender<LegEvent>,
-    last: mpsc::OwnedPermit<LegEvent>,
+    events: Speaker,
 }
 
 impl Session {
@@ -98,11 +98,9 @@ impl Session {
         self: &Arc<Self>,
         submission: Submission,
         asks: Asks,
-        events: &mpsc::Sender<LegEvent>,
+        events: &Speaker,
     ) -> Result<LegGuard, Unsent> {
         let attempt = submission.attempt;
-        // A request's queue is made with room for the last word of each of its legs.
-        let last = events.clone().try_reserve_owned().map_err(|_| Unsent::Busy)?;
         let mut inner = self.lock();
         if inner.closed {
             return Err(Unsent::Gone);
@@ -110,7 +108,7 @@ impl Session {
         if inner.submits.len() >= MAX_UNSENT {
             return Err(Unsent::Busy);
         }
-        inner.legs.insert(attempt, Leg { events: events.clone(), last });
+        inner.legs.insert(attempt, Leg { events: events.clone() });
         inner.ledger.submit(attempt, asks.compute_ms, asks.pages);
         inner.submits.push_back(wire::submit(submission));
         drop(inner);
@@ -309,7 +307,7 @@ impl Inner {
     fn say(&mut self, attempt: u64, said: Said) {
         let Some(leg) = self.legs.get_mut(&attempt) else { return };
         let event = LegEvent { attempt, said };
-        if let Err(mpsc::error::TrySendError::Full(_)) = leg.events.try_send(event) {
+        if leg.events.say(event).is_err() {
             self.end(attempt, Ended::without_numbers(End::Overflow));
             self.cancels.push(attempt);
         }
@@ -317,7 +315,7 @@ impl Inner {
 
     fn end(&mut self, attempt: u64, ended: Ended) {
         if let Some(leg) = self.forget(attempt) {
-            leg.last.send(LegEvent { attempt, said: Said::Ended(Box::new(ended)) });
+            leg.events.last_word(LegEvent { attempt, said: Said::Ended(Box::new(ended)) });
         }
     }
 
@@ -350,7 +348,7 @@ impl Drop for LegGuard {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fleet::leg::tests::submission;
+    use crate::fleet::{events::channel, leg::tests::submission};
 
     fn frame(session: &Session) -> Option<RouterFrame> {
         futures::FutureExt::now_or_never(session.next_frame()).flatten()
@@ -369,7 +367,7 @@ mod tests {
     #[test]
     fn submissions_and_cancels_share_a_frame() {
         let session = attached();
-        let (tx, _rx) = mpsc::channel(8);
+        let (tx, _rx) = channel(8);
         let first = session.submit(submission(1, 10), Asks::default(), &tx).unwrap();
         let _second = session.submit(submission(2, 10), Asks::default(), &tx).unwrap();
         let sent = frame(&session).unwrap();
@@ -386,7 +384,7 @@ mod tests {
     #[test]
     fn long_prompts_are_spread_over_frames() {
         let session = attached();
-        let (tx, _rx) = mpsc::channel(8);
+        let (tx, _rx) = channel(8);
         let _guards: Vec<_> = (0..3)
             .map(|attempt| session.submit(submission(attempt, 100 << 10), Asks::default(), &tx).unwrap())
             .collect();
@@ -399,12 +397,12 @@ mod tests {
     #[test]
     fn a_full_queue_ends_the_leg_and_its_last_word_still_arrives() {
         let session = attached();
-        let (tx, mut rx) = mpsc::channel(3);
+        let (tx, mut rx) = channel(2);
         let _guard = session.submit(submission(1, 10), Asks::default(), &tx).unwrap();
         frame(&session);
         let mut received = WorkerFrame { tokens: (0..5).map(|i| token(1, i)).collect(), ..WorkerFrame::default() };
         session.receive(&mut received);
-        let events: Vec<_> = std::iter::from_fn(|| rx.try_recv().ok()).collect();
+        let events = rx.heard();
         assert_eq!(events.len(), 3);
         assert!(matches!(&events[2].said, Said::Ended(ended) if ended.end == End::Overflow), "{:?}", events[2]);
         assert_eq!(frame(&session).unwrap().cancel, [1]);
@@ -413,10 +411,10 @@ mod tests {
     #[test]
     fn a_lost_stream_is_every_legs_last_word() {
         let session = attached();
-        let (tx, mut rx) = mpsc::channel(8);
+        let (tx, mut rx) = channel(8);
         let guard = session.submit(submission(1, 10), Asks::default(), &tx).unwrap();
         session.close("connection reset");
-        assert!(matches!(rx.try_recv().unwrap().said, Said::Ended(e) if e.end == End::Lost("connection reset".into())));
+        assert!(matches!(&rx.heard()[0].said, Said::Ended(e) if e.end == End::Lost("connection reset".into())));
         assert_eq!(session.submit(submission(2, 10), Asks::default(), &tx).unwrap_err(), Unsent::Gone);
         drop(guard);
         assert!(frame(&session).is_none());
@@ -425,7 +423,7 @@ mod tests {
     #[test]
     fn load_is_the_report_and_what_it_does_not_know_of() {
         let session = attached();
-        let (tx, _rx) = mpsc::channel(8);
+        let (tx, _rx) = channel(8);
         let load = || session.ledger(|ledger, now| (ledger.sequences(), ledger.backlog_ms(now)));
         let asks = Asks { compute_ms: 1e6, pages: 3 };
         let _a = session.submit(submission(1, 100), asks, &tx).unwrap();

@@ -2,7 +2,7 @@
 
 use super::{
     adapters::{Adapter, Change, Refusal},
-    leg::{End, Ended, LegRole, Logprobs, Submission, Token},
+    leg::{End, Ended, LegRole, Logprobs, Pooling, Submission, Token},
 };
 use grammar::{Kind, Spec};
 use kv_cache::PageHash;
@@ -27,6 +27,13 @@ pub(super) fn submit(from: Submission) -> proto::Submit {
         }
         LegRole::Decode { handoff, worker, incarnation } => {
             proto::submit::Leg::Decode(proto::DecodeLeg { handoff, worker, incarnation })
+        }
+        LegRole::Embed(pooling) => {
+            let pooling = match pooling {
+                Pooling::Last => proto::embed::Pooling::Last,
+                Pooling::Mean => proto::embed::Pooling::Mean,
+            };
+            proto::submit::Leg::Embed(proto::Embed { pooling: pooling.into() })
         }
     };
     let bias = from.sampling.logit_bias.iter().map(|&(token, bias)| proto::LogitBias { token, bias });
@@ -130,6 +137,7 @@ pub(super) fn ended(from: proto::Ended) -> (u64, Ended) {
         Reason::Stop => End::Stop(from.stop_token),
         Reason::Length => End::Length,
         Reason::HandedOff => End::HandedOff,
+        Reason::Embedded => End::Embedded(from.embedding),
         Reason::Refused => End::Refused(from.message),
         Reason::Invalid => End::Invalid(from.message),
         Reason::Failed => End::Failed(from.message),

@@ -1,14 +1,13 @@
 //! `/v1/completions`.
 
 use super::{
-    Head, Shape, StopReason, Usage,
+    Head, Opening, Shape, StopReason, Usage,
     fields::{Fields, integer, wrong},
     json,
     logprobs::{Names, PromptLogprobs, TextLogprobs},
     params::{Differences, Params},
     reasons,
     stream::{self, event},
-    write_json,
 };
 use crate::{
     error::Error,
@@ -46,7 +45,7 @@ impl CompletionRequest {
         fields.refuse(&["suffix"])?;
         best_of(&mut fields, params.n)?;
         let special = fields.bool("add_special_tokens")?.unwrap_or(true);
-        let prompts = prompts(&mut fields, special, router.model.vocab_size)?;
+        let prompts = prompts(&mut fields, ("prompt", MAX_PROMPTS), special, router.model.vocab_size)?;
         let choices = prompts.len() * params.n as usize;
         if choices > limits.max_choices as usize {
             let problem = format!(
@@ -71,28 +70,30 @@ fn best_of(fields: &mut Fields, n: u32) -> Result<(), Error> {
     }
 }
 
-/// A prompt is a text or a list of token ids, or a list of either.
-fn prompts(fields: &mut Fields, special: bool, vocab_size: u32) -> Result<Vec<PromptSource>, Error> {
-    let value = fields.take("prompt").ok_or_else(|| Error::invalid("prompt", "is required"))?;
+/// A prompt is a text or a list of token ids, or a list of at most `most` of either. `name` is its field.
+pub(super) fn prompts(
+    fields: &mut Fields,
+    (name, most): (&str, usize),
+    special: bool,
+    vocab_size: u32,
+) -> Result<Vec<PromptSource>, Error> {
+    let value = fields.take(name).ok_or_else(|| Error::invalid(name, "is required"))?;
     let list = match value {
         Value::String(text) => return Ok(vec![PromptSource::Text { text, special }]),
-        Value::Array(list) if list.is_empty() => return Err(Error::invalid("prompt", "must not be an empty list")),
+        Value::Array(list) if list.is_empty() => return Err(Error::invalid(name, "must not be an empty list")),
         Value::Array(list) => list,
-        other => return Err(wrong("prompt", "a string, a list of strings, or token ids", &other)),
+        other => return Err(wrong(name, "a string, a list of strings, or token ids", &other)),
     };
     if list[0].is_number() {
-        return Ok(vec![PromptSource::Tokens(token_ids("prompt", &list, vocab_size)?)]);
+        return Ok(vec![PromptSource::Tokens(token_ids(name, &list, vocab_size)?)]);
     }
-    if list.len() > MAX_PROMPTS {
-        return Err(Error::invalid(
-            "prompt",
-            format_args!("holds {} prompts, at most {MAX_PROMPTS} are allowed", list.len()),
-        ));
+    if list.len() > most {
+        return Err(Error::invalid(name, format_args!("holds {} prompts, at most {most} are allowed", list.len())));
     }
     let one = |(i, value): (usize, Value)| match value {
         Value::String(text) => Ok(PromptSource::Text { text, special }),
-        Value::Array(ids) => Ok(PromptSource::Tokens(token_ids(&format!("prompt[{i}]"), &ids, vocab_size)?)),
-        other => Err(wrong(&format!("prompt[{i}]"), "a string or a list of token ids", &other)),
+        Value::Array(ids) => Ok(PromptSource::Tokens(token_ids(&format!("{name}[{i}]"), &ids, vocab_size)?)),
+        other => Err(wrong(&format!("{name}[{i}]"), "a string or a list of token ids", &other)),
     };
     list.into_iter().enumerate().map(one).collect()
 }
@@ -110,7 +111,7 @@ fn token_ids(name: &str, values: &[Value], vocab_size: u32) -> Result<Vec<u32>, 
 #[derive(Debug)]
 pub(crate) struct CompletionShape {
     router: Arc<Router>,
-    head: Head,
+    opening: Opening,
     prompts: Vec<Arc<Prompt>>,
     n: usize,
     /// Alternatives per token; `None` = no log-probabilities.
@@ -147,11 +148,6 @@ struct TextChoice {
 /// The whole answer and its chunks have one shape.
 #[derive(Serialize)]
 struct Answer<'a, Choice> {
-    id: &'a str,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
-    system_fingerprint: &'a str,
     choices: &'a [Choice],
     /// Absent from chunks unless asked for; then `null` but on the last one.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -175,7 +171,7 @@ struct ChunkChoice<'a> {
 }
 
 impl CompletionShape {
-    pub(crate) fn new(router: Arc<Router>, head: Head, params: &Params, prompts: Vec<Arc<Prompt>>) -> Self {
+    pub(crate) fn new(router: Arc<Router>, head: &Head, params: &Params, prompts: Vec<Arc<Prompt>>) -> Self {
         let n = params.n as usize;
         let logprobs = params.sampling.logprobs;
         let choice = |index: usize| TextChoice {
@@ -195,7 +191,7 @@ impl CompletionShape {
         let (prompt_logprobs, prompt_only) = (params.prompt_logprobs, params.prompt_only());
         Self {
             router,
-            head,
+            opening: Opening::new(head, "text_completion"),
             n,
             logprobs,
             prompt_logprobs,
@@ -227,17 +223,7 @@ impl CompletionShape {
     }
 
     fn write<Choice: Serialize>(&self, choices: &[Choice], usage: Option<Option<Usage>>, out: &mut Vec<u8>) {
-        let head = &self.head;
-        let answer = Answer {
-            id: &head.id,
-            object: "text_completion",
-            created: head.created,
-            model: &head.model,
-            system_fingerprint: &head.fingerprint,
-            choices,
-            usage,
-        };
-        write_json(&answer, out);
+        self.opening.write(&Answer { choices, usage }, out);
     }
 
     fn write_chunk(&self, choice: Option<ChunkChoice<'_>>, usage: Option<Usage>, out: &mut Vec<u8>) {

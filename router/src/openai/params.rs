@@ -346,12 +346,12 @@ fn bad_words(fields: &mut Fields, router: &Router) -> Result<Vec<Vec<TokenId>>, 
 }
 
 /// Priorities beyond those of the wire are the first and the last.
-fn priority(fields: &mut Fields) -> Result<i32, Error> {
+pub(super) fn priority(fields: &mut Fields) -> Result<i32, Error> {
     let priority = fields.integer("priority", i64::MIN..=i64::MAX)?.unwrap_or(0);
     Ok(priority.clamp(i64::from(i32::MIN), i64::from(i32::MAX)) as i32)
 }
 
-fn truncation(fields: &mut Fields, max_tokens: Option<u32>) -> Result<Option<Truncation>, Error> {
+pub(super) fn truncation(fields: &mut Fields, max_tokens: Option<u32>) -> Result<Option<Truncation>, Error> {
     let keep = fields.integer("truncate_prompt_tokens", -1..=i64::from(u32::MAX))?;
     let first = match fields.string("truncation_side")?.as_deref() {
         None | Some("left") => false,
@@ -362,7 +362,7 @@ fn truncation(fields: &mut Fields, max_tokens: Option<u32>) -> Result<Option<Tru
     Ok(keep.map(|keep| Truncation { keep: u32::try_from(keep).ok(), first, answer }))
 }
 
-fn request_id(fields: &mut Fields) -> Result<Option<String>, Error> {
+pub(super) fn request_id(fields: &mut Fields) -> Result<Option<String>, Error> {
     let id = fields.string("request_id")?;
     match id.as_deref().filter(|id| !is_request_id(id)) {
         None => Ok(id),
@@ -376,7 +376,7 @@ pub(crate) fn is_request_id(id: &str) -> bool {
 }
 
 /// Requests of different salts never share cached prefixes.
-fn salt(fields: &mut Fields) -> Result<Bytes, Error> {
+pub(super) fn salt(fields: &mut Fields) -> Result<Bytes, Error> {
     let Some(salt) = fields.string("cache_salt")? else { return Ok(Bytes::new()) };
     if salt.is_empty() || salt.chars().count() > MAX_SALT_CHARS || salt.contains(['@', '/', '\\', '\0']) {
         let expected = format!("1 to {MAX_SALT_CHARS} characters without @, /, \\ and NUL");

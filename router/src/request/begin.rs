@@ -6,7 +6,7 @@ use crate::{
     error::Error,
     fleet::{
         Path, Wanted, Worker,
-        leg::{LegRole, Submission},
+        leg::{LegRole, Pooling, Submission},
     },
     prompt::Prompt,
     recovery::Failure,
@@ -85,8 +85,9 @@ impl Generation {
     fn try_place(&self, excluded: &[String], desperate: bool) -> Result<Path, NoPath> {
         let known = self.work.prompt.tokens.len() + self.output.len();
         let demand = Demand { tokens: known as u32, max_output: self.work.stop.max_tokens - self.output_tokens() };
-        // A prompt that is reported is computed whole, whatever is cached of it.
-        let pages = if self.wanted_prompt().is_some() { &[][..] } else { &self.work.prompt.pages };
+        // What all of a prompt is needed for is computed whole, whatever is cached of it.
+        let whole = self.wanted_prompt().is_some() || self.work.pooling == Some(Pooling::Mean);
+        let pages = if whole { &[][..] } else { &self.work.prompt.pages };
         let wanted = Wanted { demand, pages, excluded, adapter: self.adapter_id(), desperate };
         self.router.fleet.place(&wanted, rand::random())
     }
@@ -154,7 +155,7 @@ impl Generation {
             prompt_logprobs: self.wanted_prompt(),
             priority: work.priority,
             deadline: self.ends_at().saturating_duration_since(Instant::now()),
-            role: LegRole::Local,
+            role: work.pooling.map_or(LegRole::Local, LegRole::Embed),
         };
         let buffer = self.router.config.limits.stream_buffer_tokens;
         Attempt::start(&self.router.fleet, path, &submission, self.output_tokens(), rand::random(), buffer)

@@ -8,6 +8,7 @@ mod tokenizer;
 
 use super::{
     GenerationDefaults, TextModel,
+    embedding::EmbeddingShape,
     template::ChatTemplate,
     tokenizer::{Tokenizer, guarded},
 };
@@ -52,6 +53,7 @@ pub(super) fn text_model(file: &File<'_>) -> anyhow::Result<TextModel> {
         eos: file.end_tokens()?,
         context_tokens,
         vocab_size: vocabulary.len() as u32,
+        embedding: EmbeddingShape::of_gguf(file, architecture)?,
         fingerprint: format!("fp_{}", &blake3::hash(file.header()).to_hex()[..12]),
         grammars: OnceLock::new(),
     })

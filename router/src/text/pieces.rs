@@ -7,6 +7,7 @@
 //! which hardly depend on what is asked: the tokens of most are known, and so are those of whole *segments* of a beginning that prompts
 //! share. The cuts are only made for tokenizers whose every part is known to allow them; [`allows_cuts`] lists those.
 
+use super::words::Words;
 use crate::recent::Recent;
 use kv_cache::TokenId;
 use serde::Serialize;
@@ -16,9 +17,6 @@ use tokenizers::{AddedToken, ModelWrapper, Tokenizer as Inner};
 /// A segment ends at the first cut behind so many bytes: long enough to make look-ups cheap, short enough to waste little where prompts
 /// part.
 const SEGMENT_BYTES: usize = 1 << 10;
-
-/// Longer pieces are not remembered: they are no words.
-const PIECE_BYTES: usize = 64;
 
 /// Expressions that split at every cut: GPT-4's with its two ways to take digits (Llama 3, OLMo 2; Qwen), and GPT-4o's. GPT-2's is
 /// `ByteLevel`'s own.
@@ -32,13 +30,13 @@ const SPLITS: [&str; 3] = [
 #[derive(Debug)]
 pub(super) struct Pieces {
     segments: Recent<TokenId>,
-    words: Recent<TokenId>,
+    words: Words,
 }
 
 impl Pieces {
     /// Remembers at most `budget_bytes`.
     pub(super) fn new(budget_bytes: usize) -> Self {
-        Self { segments: Recent::new(budget_bytes / 4 * 3), words: Recent::new(budget_bytes / 4) }
+        Self { segments: Recent::new(budget_bytes / 4 * 3), words: Words::new(budget_bytes / 4) }
     }
 
     /// Appends the tokens of `text`; `encode` makes those of a part nobody has seen.
@@ -67,16 +65,15 @@ impl Pieces {
         out: &mut Vec<TokenId>,
         encode: &mut impl FnMut(&str, &mut Vec<TokenId>) -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut rest = text;
+        let (mut rest, mut known) = (text, self.words.known());
         while !rest.is_empty() {
             let (word, after) = rest.split_at(next_cut(rest, 1).unwrap_or(rest.len()));
-            let known = word.len() <= PIECE_BYTES && self.words.get(word.as_bytes(), out);
-            if !known {
+            if !known.get(word, out) {
+                drop(known);
                 let before = out.len();
                 encode(word, out)?;
-                if word.len() <= PIECE_BYTES {
-                    self.words.insert(word.as_bytes(), &out[before..]);
-                }
+                self.words.insert(word, &out[before..]);
+                known = self.words.known();
             }
             rest = after;
         }
@@ -101,6 +98,17 @@ fn next_cut(text: &str, from: usize) -> Option<usize> {
         }
         _ => false,
     })
+}
+
+/// Whether a piece is a space and small letters behind it, of which the first may be a capital. No expression splits that, composition
+/// leaves it as it is, and byte level only writes the space another way: what is left of encoding it are the merges.
+pub(super) fn is_plain(piece: &str) -> bool {
+    match piece.as_bytes() {
+        [b' ', first, rest @ ..] if first.is_ascii_lowercase() || (first.is_ascii_uppercase() && !rest.is_empty()) => {
+            rest.iter().all(u8::is_ascii_lowercase)
+        }
+        _ => false,
+    }
 }
 
 /// Whether each part of the tokenizer leaves a text's parts alone.

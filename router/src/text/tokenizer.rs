@@ -1,10 +1,10 @@
 //! Tokens of a text, and what each token stands for.
 
-use super::pieces::{Pieces, allows_cuts};
+use super::pieces::{Pieces, allows_cuts, is_plain};
 use anyhow::{Context, ensure};
 use kv_cache::TokenId;
 use std::{fmt, panic::AssertUnwindSafe, path::Path};
-use tokenizers::{DecoderWrapper, Tokenizer as Inner};
+use tokenizers::{AddedToken, DecoderWrapper, Model, Tokenizer as Inner};
 
 /// A model's tokenizer, as `tokenizer.json` or a GGUF file describes it.
 pub(crate) struct Tokenizer {
@@ -18,6 +18,8 @@ pub(crate) struct Tokenizer {
 /// The tokens of parts of texts, and what is put around a whole one on request.
 struct Parts {
     known: Pieces,
+    /// Whether no added token is made of letters alone, and so none stands in a plain piece.
+    plain: bool,
     before: Vec<TokenId>,
     behind: Vec<TokenId>,
 }
@@ -68,7 +70,9 @@ impl Tokenizer {
         let (bare, around) = (whole(false)?, whole(true)?);
         let at = around.windows(bare.len()).position(|part| part == bare).filter(|_| allows_cuts(&self.inner))?;
         let (before, behind) = (around[..at].to_vec(), around[at + bare.len()..].to_vec());
-        Some(Parts { known: Pieces::new(budget_bytes), before, behind })
+        let letters = |token: &AddedToken| token.content.bytes().all(|byte| byte.is_ascii_alphabetic());
+        let plain = !self.inner.get_added_tokens_decoder().values().any(letters);
+        Some(Parts { known: Pieces::new(budget_bytes), plain, before, behind })
     }
 
     /// Returns the tokens of `text`. `special` adds what the post-processor adds (BOS and such); special tokens spelled out
@@ -96,6 +100,9 @@ impl Tokenizer {
         let mut left = most_bytes;
         let encoded = parts.known.encode(text, &mut tokens, |part, tokens| {
             left = left.checked_sub(part.len()).ok_or(None)?;
+            if parts.plain && is_plain(part) {
+                return self.merge(part, tokens).map_err(Some);
+            }
             tokens.extend(self.encode_whole(part, false).map_err(Some)?);
             Ok(())
         });
@@ -108,6 +115,15 @@ impl Tokenizer {
             tokens.extend_from_slice(&parts.behind);
         }
         Ok(Some(tokens))
+    }
+
+    /// Encodes a plain piece: all but its merges would do nothing.
+    fn merge(&self, piece: &str, tokens: &mut Vec<TokenId>) -> Result<(), String> {
+        let word = piece.replacen(' ', "\u{120}", 1);
+        let merge = || self.inner.get_model().tokenize(&word).map_err(|error| anyhow::anyhow!("{error}"));
+        let merged = guarded(merge).map_err(|error| error.to_string())?;
+        tokens.extend(merged.iter().map(|token| token.id));
+        Ok(())
     }
 
     /// Encodes without cutting.

@@ -9,6 +9,11 @@ use hyper::Method;
 use proto::{PageEvents, ended::Reason, submit::Leg};
 use router::Policy;
 use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -51,6 +56,50 @@ async fn first_asked<'a>(a: &'a mut MockWorker, b: &'a mut MockWorker) -> (&'a m
         }
     };
     if within("a submission to either worker", asked).await { (a, b) } else { (b, a) }
+}
+
+/// Rounds of one small write and one read each.
+const ROUNDS: u32 = 16;
+
+/// Lets the reader's acknowledgement of what comes next wait for data to go with it, as it does in conversations: up to 40 ms.
+fn delay_acknowledgement(reader: &TcpStream) {
+    reader.set_quickack(false).unwrap();
+}
+
+/// How long the rounds take over a connection whose writer waits for acknowledgements before it sends more.
+async fn delayed() -> Duration {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (reader, accepted) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+    let ((mut writer, _), mut reader) = (accepted.unwrap(), reader.unwrap());
+    let began = Instant::now();
+    for _ in 0..ROUNDS {
+        delay_acknowledgement(&reader);
+        writer.write_all(b"x").await.unwrap();
+        reader.read_u8().await.unwrap();
+    }
+    began.elapsed()
+}
+
+#[tokio::test]
+async fn a_chunk_does_not_wait_for_the_acknowledgement_of_the_one_before() {
+    let (router, [mut worker]) = decoders(|_| {}).await;
+    let (token, mut client) = (tokens("word")[0], TcpStream::connect(router.address).await.unwrap());
+    let body = json!({"model": MODEL, "prompt": "x", "max_tokens": ROUNDS + 2, "stream": true}).to_string();
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: router\r\ncontent-type: application/json\r\ncontent-length";
+    client.write_all(format!("{head}: {}\r\n\r\n{body}", body.len()).as_bytes()).await.unwrap();
+    let submit = worker.submission().await;
+    let began = Instant::now();
+    for index in 0..ROUNDS {
+        delay_acknowledgement(&client);
+        worker.emit(&submit, index, &[token], None);
+        let mut read = Vec::new();
+        while !read.ends_with(b"}\n\n\r\n") {
+            let byte = within("a chunk", client.read_u8()).await.unwrap();
+            read.push(byte);
+        }
+    }
+    let (took, delayed) = (began.elapsed(), delayed().await);
+    assert!(took < delayed / 2, "{ROUNDS} chunks took {took:?}; with delayed acknowledgements it would be {delayed:?}");
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 
 mod answers;
 mod door;
+mod embeddings;
 mod foreign;
 mod inputs;
 mod life;

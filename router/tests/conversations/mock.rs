@@ -13,8 +13,8 @@ use std::{
     sync::{Arc, Mutex},
 };
 use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle};
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
-use tonic::{Request, Response, Status, Streaming};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming, transport::server::TcpIncoming};
 
 pub(crate) const MODEL: &str = "demo";
 pub(crate) const CONTEXT: u32 = 256;
@@ -126,7 +126,7 @@ impl MockWorker {
         let service = Service { id: id.to_string(), heard: sender, stream: stream.clone() };
         let server = tokio::spawn(async move {
             let server = tonic::transport::Server::builder().add_service(WorkerServer::new(service));
-            server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
+            server.serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true))).await.unwrap();
         });
         let registration = Some(directory.register(member).await.unwrap());
         Self { id: id.to_string(), heard, waiting: VecDeque::new(), stream, registration, server }
@@ -287,10 +287,19 @@ impl MockWorker {
                 let reason = if rest.len() == 1 { reason } else { Reason::HandedOff };
                 self.emit(submit, base, &rest[..1], Some(ended(reason, last)));
             }
+            Leg::Embed(_) => {
+                let ended = Ended { embedding: embedding(submit), ..ended(Reason::Embedded, 0) };
+                self.emit(submit, 0, &[], Some(ended));
+            }
             Leg::Decode(_) if rest.len() > 1 => self.emit(submit, base + 1, &rest[1..], Some(ended(reason, last))),
             Leg::Decode(_) => {}
         }
     }
+}
+
+/// What a mock makes of a prompt: a vector that tells it from others.
+pub(crate) fn embedding(submit: &Submit) -> Vec<f32> {
+    submit.tokens.iter().map(|token| *token as f32 + 0.1).collect()
 }
 
 /// A worker that answers by itself.

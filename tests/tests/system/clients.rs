@@ -27,7 +27,17 @@ fn installed(path: &str) -> PathBuf {
 async fn converse(mut scripts: Vec<(&'static str, Command)>) -> anyhow::Result<()> {
     let address = free_address().to_string();
     let url = format!("http://{address}");
-    let mut baton = Baton::start(&["up", "--listen", &address, "--placement", "remote", "--kv-memory", "64MiB"]);
+    let mut baton = Baton::start(&[
+        "up",
+        "--listen",
+        &address,
+        "--placement",
+        "remote",
+        "--kv-memory",
+        "64MiB",
+        "--embedding-pooling",
+        "last",
+    ]);
     baton.ready(&Client::new(&url), "/readyz", Duration::from_secs(20)).await;
     for (script, command) in &mut scripts {
         let run = command.arg(root().join("tests/clients").join(*script)).arg(&url).kill_on_drop(true).output();

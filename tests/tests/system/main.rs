@@ -6,6 +6,7 @@ mod bad_input;
 mod bench;
 mod cancel;
 mod clients;
+mod embeddings;
 mod etcd;
 mod failover;
 mod fuzz_openapi;

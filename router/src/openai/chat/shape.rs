@@ -3,12 +3,11 @@
 use crate::{
     dialect::Event,
     openai::{
-        Head, Shape, StopReason, Usage,
+        Head, Opening, Shape, StopReason, Usage,
         logprobs::{ChatLogprobs, Names, PromptLogprobs},
         params::Params,
         reasons,
         stream::event,
-        write_json,
     },
     prompt::Prompt,
     request::{Router, Step},
@@ -21,7 +20,7 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub(crate) struct ChatShape {
     router: Arc<Router>,
-    head: Head,
+    opening: Opening,
     /// Alternatives per token; `None` = no log-probabilities.
     logprobs: Option<u32>,
     include_usage: bool,
@@ -106,13 +105,8 @@ impl Message {
 
 #[derive(Serialize)]
 struct Answer<'a> {
-    id: &'a str,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
     choices: &'a [ChatChoice],
     service_tier: Option<()>,
-    system_fingerprint: &'a str,
     usage: Usage,
     prompt_logprobs: Option<&'a PromptLogprobs>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -123,11 +117,6 @@ struct Answer<'a> {
 
 #[derive(Serialize)]
 struct Chunk<'a> {
-    id: &'a str,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
-    system_fingerprint: &'a str,
     choices: &'a [ChunkChoice<'a>],
     /// This and the next on the first chunk only.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -204,7 +193,7 @@ impl<'a> Delta<'a> {
 }
 
 impl ChatShape {
-    pub(crate) fn new(router: Arc<Router>, head: Head, params: &Params, prompt: &Prompt) -> Self {
+    pub(crate) fn new(router: Arc<Router>, head: &Head, params: &Params, prompt: &Prompt) -> Self {
         let logprobs = params.sampling.logprobs;
         let prompt_text = params.prompt_text.then(|| router.model.tokenizer.decode(&prompt.tokens, false));
         let choice = |index| ChatChoice {
@@ -217,7 +206,7 @@ impl ChatShape {
         };
         Self {
             router,
-            head,
+            opening: Opening::new(head, if params.stream { "chat.completion.chunk" } else { "chat.completion" }),
             logprobs,
             include_usage: params.include_usage,
             tokens_by_id: params.tokens_by_id,
@@ -230,19 +219,13 @@ impl ChatShape {
     }
 
     fn write_chunk(&self, choices: &[ChunkChoice<'_>], usage: Option<Usage>, first: bool, out: &mut Vec<u8>) {
-        let head = &self.head;
         let chunk = Chunk {
-            id: &head.id,
-            object: "chat.completion.chunk",
-            created: head.created,
-            model: &head.model,
-            system_fingerprint: &head.fingerprint,
             choices,
             prompt_text: self.prompt_text.as_deref().filter(|_| first),
             prompt_token_ids: self.prompt_token_ids.as_deref().filter(|_| first),
             usage: (self.include_usage || usage.is_some()).then_some(usage),
         };
-        event(out, |out| write_json(&chunk, out));
+        event(out, |out| self.opening.write(&chunk, out));
     }
 
     fn names(&self) -> Names<'_> {
@@ -309,22 +292,16 @@ impl Shape for ChatShape {
     }
 
     fn answer(&mut self, usage: Usage) -> Vec<u8> {
-        let head = &self.head;
         let mut out = Vec::new();
         let answer = Answer {
-            id: &head.id,
-            object: "chat.completion",
-            created: head.created,
-            model: &head.model,
             choices: &self.choices,
             service_tier: None,
-            system_fingerprint: &head.fingerprint,
             usage,
             prompt_logprobs: self.prompt.as_ref(),
             prompt_text: self.prompt_text.as_deref(),
             prompt_token_ids: self.prompt_token_ids.as_deref(),
         };
-        write_json(&answer, &mut out);
+        self.opening.write(&answer, &mut out);
         out
     }
 }
