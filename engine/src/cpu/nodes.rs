@@ -2,9 +2,9 @@
 //!
 //! A machine with several sockets reads the memory of another socket at a fraction of the speed of its own. Weights are what a
 //! step reads, and which part of them a thread reads is ours to say. So everything that comes in a row (the panels of a matrix, the
-//! tasks of a job, the threads of a pool) is cut in one way, into a contiguous share for each node that is as large as the node has
-//! cores: a thread packs panels of its node's share, so that the system puts them into its node's memory, and takes tasks of
-//! its node's share before it helps the others.
+//! tasks of a job, the threads of a pool) is cut in one way, into a contiguous share for each thread and with that for each node: a
+//! thread packs panels of its share, so that the system puts them into its node's memory, and takes tasks of its share and of its
+//! node's before it helps the others. A node has as many threads, of all, as it has cores.
 //!
 //! With one node there is one share. Several have been tried as made-up ones only: no machine with two was at hand.
 //!
@@ -55,7 +55,7 @@ impl Nodes {
     }
 
     /// Returns the share of node `node` in `items` things that come in a row.
-    pub(crate) fn share(&self, node: usize, items: usize) -> Range<usize> {
+    fn share(&self, node: usize, items: usize) -> Range<usize> {
         if self.cores.len() == 1 {
             return 0..items;
         }

@@ -7,16 +7,17 @@
 //! closes it when no task is left, and waits only for the threads that joined before that. When the cores are shared with
 //! others, a thread that gets no time costs nothing but its help.
 //!
-//! Tasks that follow each other read weights that do. On a machine with several memory nodes ([`super::nodes`]) a thread takes the
-//! tasks of its node's share first, and those of the others when there are no more. For that it must stay on its node's cores,
-//! which it does when the pool has a thread for every core: a smaller one is best placed by the system. The caller stays on its own
-//! for a [while](Pool::stay) only, because threads that it starts inherit that.
+//! Tasks that follow each other read weights that do, so each thread has a contiguous share of them: what it asks for beyond the end
+//! of a task is the start of its next. One that is done with its own helps the others, those of its memory node
+//! ([`super::nodes`]) first. A thread stays on its node's cores when the pool has a thread for every core: a smaller one is best
+//! placed by the system. The caller stays on its own for a [while](Pool::stay) only, because threads that it starts inherit that.
 
 use super::nodes::{Nodes, Stay};
 use crate::Error;
 use std::{
     cell::UnsafeCell,
     fmt,
+    ops::Range,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
@@ -49,17 +50,17 @@ struct Shared {
     state: AtomicU64,
     job: UnsafeCell<Option<Job>>,
     nodes: Nodes,
-    /// The next task of each node's share.
+    /// The next task of each thread's share.
     next: Vec<Counter>,
-    /// The node of each thread.
-    home: Vec<usize>,
+    /// Whose shares each thread takes from, in this order.
+    turns: Vec<Vec<usize>>,
     parked: Vec<AtomicBool>,
     caller_parked: AtomicBool,
     panicked: AtomicBool,
     stop: AtomicBool,
 }
 
-/// On cache lines of its own: threads of one node do not disturb the others, nor those that wait.
+/// On cache lines of its own: a thread that takes from its share does not disturb the others, nor those that wait.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 struct Counter(AtomicUsize);
@@ -92,11 +93,12 @@ impl Pool {
 
     /// Starts threads that are spread over `nodes`.
     fn on(nodes: Nodes, threads: usize) -> Result<Self, Error> {
+        let threads = threads.max(1);
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
             job: UnsafeCell::new(None),
-            next: (0..nodes.count()).map(|_| Counter::default()).collect(),
-            home: (0..threads.max(1)).map(|thread| nodes.of_thread(thread, threads)).collect(),
+            next: (0..threads).map(|_| Counter::default()).collect(),
+            turns: (0..threads).map(|thread| turns(&nodes, thread, threads)).collect(),
             nodes,
             parked: (1..threads).map(|_| AtomicBool::new(false)).collect(),
             caller_parked: AtomicBool::new(false),
@@ -148,8 +150,8 @@ impl Pool {
         let job = Job { tasks, run, caller: thread::current() };
         // SAFETY: no job is open and no thread joined (the last `run` ended with `close`), so nobody reads the slot.
         unsafe { *shared.job.get() = Some(job) };
-        for (node, next) in shared.next.iter().enumerate() {
-            next.0.store(shared.nodes.share(node, tasks).start, Ordering::Relaxed);
+        for (thread, next) in shared.next.iter().enumerate() {
+            next.0.store(shared.share(thread, tasks).start, Ordering::Relaxed);
         }
         shared.state.fetch_add(JOB | OPEN, Ordering::SeqCst);
         for (worker, parked) in self.workers.iter().zip(&shared.parked) {
@@ -168,12 +170,18 @@ impl Pool {
 }
 
 impl Shared {
+    /// Returns the share of thread `thread` in a job of `tasks` tasks.
+    fn share(&self, thread: usize, tasks: usize) -> Range<usize> {
+        let threads = self.next.len();
+        tasks * thread / threads..tasks * (thread + 1) / threads
+    }
+
     fn take_tasks(&self, tasks: usize, task: &Task<'_>, thread: usize) {
-        let nodes = self.next.len();
-        for node in (0..nodes).map(|turn| (self.home[thread] + turn) % nodes) {
-            let end = self.nodes.share(node, tasks).end;
-            loop {
-                let index = self.next[node].0.fetch_add(1, Ordering::Relaxed);
+        for &owner in &self.turns[thread] {
+            let (next, end) = (&self.next[owner].0, self.share(owner, tasks).end);
+            // Looking first leaves the line of a share that is done with all who look.
+            while next.load(Ordering::Relaxed) < end {
+                let index = next.fetch_add(1, Ordering::Relaxed);
                 if index >= end {
                     break;
                 }
@@ -246,6 +254,14 @@ impl Shared {
     }
 }
 
+/// Returns the threads whose shares `thread` takes from: itself, then those of its node, then the rest, each from it onwards.
+fn turns(nodes: &Nodes, thread: usize, threads: usize) -> Vec<usize> {
+    let node = |thread| nodes.of_thread(thread, threads);
+    let mut turns: Vec<usize> = (0..threads).map(|turn| (thread + turn) % threads).collect();
+    turns.sort_by_key(|&other| node(other) != node(thread));
+    turns
+}
+
 /// A bounded spin.
 struct Spin {
     start: Instant,
@@ -297,6 +313,14 @@ mod tests {
         });
         let of_first_node = |thread: usize| first[thread].load(Ordering::SeqCst) < 20;
         assert_eq!((0..threads).map(of_first_node).collect::<Vec<_>>(), [true, true, false, false]);
+    }
+
+    #[test]
+    fn a_thread_helps_itself_then_its_node_then_the_others() {
+        let nodes = nodes::made_up();
+        let of = |thread| turns(&nodes, thread, 4);
+        assert_eq!([of(0), of(1), of(2), of(3)], [[0, 1, 2, 3], [1, 0, 2, 3], [2, 3, 0, 1], [3, 2, 0, 1]]);
+        assert_eq!(turns(&Nodes::one(), 1, 3), [1, 2, 0]);
     }
 
     #[test]
