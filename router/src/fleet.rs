@@ -522,6 +522,17 @@ impl Worker {
             attached: None,
         };
         Self {
+    /// The path of what ends with its prompt, as an embedding does: whoever would compute the prompt is all there is to it.
+    pub(crate) fn without_handoff(mut self) -> Self {
+        if let Some(prefill) = self.prefill.take() {
+            for way in self.considered.iter_mut().filter(|way| way.chosen) {
+                (way.prefill, way.decode) = (None, prefill.worker.clone());
+            }
+            self.decode = prefill;
+        }
+        self
+    }
+
             id: member.id.clone(),
             serial,
             kind,

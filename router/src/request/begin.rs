@@ -89,7 +89,8 @@ impl Generation {
         let whole = self.wanted_prompt().is_some() || self.work.pooling == Some(Pooling::Mean);
         let pages = if whole { &[][..] } else { &self.work.prompt.pages };
         let wanted = Wanted { demand, pages, excluded, adapter: self.adapter_id(), desperate };
-        self.router.fleet.place(&wanted, rand::random())
+        let path = self.router.fleet.place(&wanted, rand::random())?;
+        Ok(if self.work.pooling.is_some() { path.without_handoff() } else { path })
     }
 
     /// Turns the request away if it could not meet its objective.

@@ -69,13 +69,15 @@ async fn every_form_of_input_becomes_its_prompts_in_order() {
 #[tokio::test]
 async fn whoever_would_compute_the_prompt_embeds_it() {
     let (router, mut prefill, mut decode) = started(EmbeddingPooling::Mean, Policy::Remote).await;
-    let request = json!({"input": "some text", "priority": 3, "cache_salt": "mine"});
+    let request = json!({"input": "some text", "priority": 3, "cache_salt": "mine", "request_id": "embedded"});
     let (answer, submit) = tokio::join!(router.post(EMBEDDINGS, request), async {
         let submit = prefill.submission().await;
         prefill.answer(&submit, &[1], Reason::Stop);
         submit
     });
     assert_eq!(vectors(&answer), [expected(&tokens("some text"))]);
+    let why = router.get("/v1/requests/embedded/why").await.json();
+    assert_eq!(why["attempts"][0]["chosen"], "local prefill", "nothing is handed over: {why}");
     assert_eq!((pooling(&submit), submit.priority, &submit.salt[..]), ("MEAN", 3, &b"mine"[..]));
     assert_eq!(submit.prompt_tokens as usize, submit.tokens.len());
     assert!(!decode.has_submission(), "nobody decodes");
