@@ -15,6 +15,8 @@
 
 mod adapters;
 mod address;
+#[cfg(any(fuzzing, test))]
+pub mod fuzz;
 mod inbox;
 mod legs;
 mod life;
