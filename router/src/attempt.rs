@@ -84,6 +84,7 @@ impl Attempt {
             incarnation: holder.incarnation,
             link: holder.link.clone(),
             pages: *pages,
+            required: false,
         });
         let parts: Vec<(Part, &Target, LegRole)> = match &path.prefill {
             None => vec![(Part::Local, decode, submission.role.clone())],
@@ -111,7 +112,7 @@ impl Attempt {
             if part == Part::Decode {
                 submission.prompt_logprobs = None;
             } else {
-                submission.fetch.clone_from(&fetch);
+                submission.fetch = submission.fetch.or_else(|| fetch.clone());
             }
             let worker = target.worker.id.clone();
             match target.session.submit(submission, target.asks, &sender) {

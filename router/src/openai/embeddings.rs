@@ -163,6 +163,7 @@ fn work(origin: Origin, prompt: Arc<Prompt>, pooling: Pooling, priority: i32) ->
         prompt_logprobs: None,
         priority,
         pooling: Some(pooling),
+        transfer: None,
         expected: 0,
     }
 }
