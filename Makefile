@@ -19,7 +19,7 @@ bench:
 # What reads models from disk and what peers, models and clients say, each for ten minutes; wants `cargo install cargo-fuzz`. Stable Rust does: coverage guides without a sanitizer.
 FUZZ_SECONDS ?= 600
 fuzz:
-	for target in $(or $(ONLY),safetensors_index gguf tokenizer frames tool_parsers templates chat_bodies); do \
+	for target in $(or $(ONLY),safetensors_index gguf tokenizer frames tool_parsers templates chat_bodies grpc_bodies); do \
 		mkdir -p fuzz/corpus/$$target && \
 		cargo fuzz run --sanitizer none $$target fuzz/corpus/$$target fuzz/seeds/$$target -- \
 			-max_total_time=$(FUZZ_SECONDS) -timeout=20 -rss_limit_mb=4096 -max_len=65536 || exit 1; \

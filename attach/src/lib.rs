@@ -15,7 +15,10 @@
 
 mod adapters;
 mod address;
+#[cfg(any(fuzzing, test))]
+pub mod fuzz;
 mod inbox;
+mod kept;
 mod legs;
 mod life;
 mod load;
@@ -37,7 +40,7 @@ pub use outbox::Router;
 pub use prefixes::Prefixes;
 pub use routers::{End, Routers};
 pub use rpc::{Profile, serve};
-pub use submission::{Leg, Submission};
+pub use submission::{Borrowing, Keep, Leg, Submission};
 pub use thread::{Stepper, start_thread};
 
 /// Names a router's stream within this worker's life.

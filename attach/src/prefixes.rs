@@ -2,42 +2,96 @@
 //!
 //! A router may send a prompt to a worker that lacks its prefix, and say who has it. The sequence takes its place in the line at once and is
 //! passed over until the prefix is there, or is known not to come: then it is computed as any other. Whoever is asked hands over what
-//! it has, through an ordinary hand-off. Where any of it fails, nothing is lost but time.
+//! it has, through an ordinary hand-off. Where any of it fails, nothing is lost but time, unless the router wants the prefix or nothing.
+//!
+//! Prompts that peers were told of are [`kept`](crate::kept) for them.
 
+use crate::{Borrowing, Keep, Parts, kept::Kept};
 use engine::scheduler::{Hold, Prefix, Scheduler, SequenceId};
 use kv_cache::PageHash;
-use kv_transfer::{Begin, Commit, Event, Fetch, HandoffId, Peer, Transfer};
-use std::collections::HashMap;
+use kv_transfer::{Begin, Commit, Event, HandoffId, Outcome, Peer, Transfer};
+use metrics::{Counter, Gauge, counter, gauge};
+use std::{collections::HashMap, time::Instant};
 
 /// The prefixes of one worker that are under way.
-#[derive(Debug, Default)]
 pub struct Prefixes {
     wanted: HashMap<HandoffId, Wanted>,
     /// Pages of prefixes that will not come, and that may still be written.
     quarantine: HashMap<HandoffId, Hold>,
-    /// Pages that peers read.
-    lent: HashMap<HandoffId, Hold>,
+    /// Pages that peers read, and the name of the last one.
+    lent: HashMap<HandoffId, (Hold, PageHash)>,
+    kept: Kept,
+    /// Sequences that were to have their prefix or nothing, and why they do not have it.
+    deprived: Vec<(SequenceId, String)>,
+    /// Tokens asked for, and those that came, under the names that vLLM gives what comes from elsewhere.
+    queries: Counter,
+    hits: Counter,
+    /// Sequences whose prefix has not begun to come, and those whose prefix is coming.
+    stages: [Gauge; 2],
 }
 
 #[derive(Debug)]
 struct Wanted {
     sequence: SequenceId,
     pages: Vec<PageHash>,
+    /// Whether the sequence is not to be computed without it.
+    required: bool,
     /// Where they land, once the peer has begun.
     prefix: Option<Prefix>,
 }
 
+impl std::fmt::Debug for Prefixes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Prefixes")
+            .field("wanted", &self.wanted)
+            .field("quarantine", &self.quarantine)
+            .field("lent", &self.lent)
+            .field("kept", &self.kept)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Prefixes {
+    /// Starts with none.
+    pub fn new(parts: &Parts) -> Self {
+        let labels = [("model_name", parts.model_name.clone()), ("engine", parts.worker.clone())];
+        let stages = ["waiting_to_start", "in_progress"].map(|stage| {
+            let staged = [&labels[..], &[("stage", stage.to_owned())]].concat();
+            gauge!("vllm:num_requests_kv_fetch_by_stage", &staged)
+        });
+        Self {
+            wanted: HashMap::new(),
+            quarantine: HashMap::new(),
+            lent: HashMap::new(),
+            kept: Kept::new(&parts.worker),
+            deprived: Vec::new(),
+            queries: counter!("vllm:external_prefix_cache_queries_total", &labels),
+            hits: counter!("vllm:external_prefix_cache_hits_total", &labels),
+            stages,
+        }
+    }
+
     /// Asks a peer for the prefix of a sequence that waits. One whose pages are here already asks nobody.
-    pub fn fetch(&mut self, fetch: Fetch, sequence: SequenceId, scheduler: &mut Scheduler, transfer: &Transfer) {
+    pub fn fetch(&mut self, from: Borrowing, sequence: SequenceId, scheduler: &mut Scheduler, transfer: &Transfer) {
+        let Borrowing { fetch, required } = from;
         let used = self.wanted.contains_key(&fetch.handoff) || self.quarantine.contains_key(&fetch.handoff);
-        if used || scheduler.pool().matching(&fetch.pages) >= fetch.pages.len() {
+        let here = scheduler.pool().matching(&fetch.pages);
+        if used || here >= fetch.pages.len() {
             return;
         }
+        self.queries.increment(((fetch.pages.len() - here) * scheduler.page_tokens()) as u64);
         scheduler.await_prefix(sequence, fetch.pages.len());
-        let wanted = Wanted { sequence, pages: fetch.pages.clone(), prefix: None };
+        let wanted = Wanted { sequence, pages: fetch.pages.clone(), required, prefix: None };
         self.wanted.insert(fetch.handoff, wanted);
         transfer.fetch(fetch);
+        self.count();
+    }
+
+    /// Shows how many are under way.
+    fn count(&self) {
+        let coming = self.wanted.values().filter(|wanted| wanted.prefix.is_some()).count();
+        self.stages[0].set((self.wanted.len() - coming) as f64);
+        self.stages[1].set(coming as f64);
     }
 
     /// Takes in what a link reports. Returns what is no concern of prefixes.
@@ -48,16 +102,17 @@ impl Prefixes {
                 self.begun(handoff, scheduler, transfer);
             }
             Event::Landed { handoff, .. } if self.wanted.contains_key(&handoff) => {
-                let Wanted { sequence, pages, prefix } = self.wanted.remove(&handoff)?;
+                let Wanted { sequence, pages, prefix, .. } = self.wanted.remove(&handoff)?;
                 if let Some(prefix) = prefix {
+                    self.hits.increment(((pages.len() - prefix.have()) * scheduler.page_tokens()) as u64);
                     scheduler.keep_prefix(prefix, &pages);
                 }
                 scheduler.settle_prefix(sequence);
             }
             Event::Lost { handoff, ref reason } if self.wanted.contains_key(&handoff) => {
-                tracing::debug!(handoff = handoff.0, reason, "a prefix does not come and is computed");
-                let sequence = self.give_up(handoff)?;
-                scheduler.settle_prefix(sequence);
+                tracing::debug!(handoff = handoff.0, reason, "a prefix does not come");
+                let wanted = self.give_up(handoff)?;
+                self.settle(&wanted, reason, scheduler);
             }
             Event::Quiet { handoff } if self.quarantine.contains_key(&handoff) => {
                 scheduler.give_back(self.quarantine.remove(&handoff)?);
@@ -66,19 +121,51 @@ impl Prefixes {
                 // It was given up while the news was on its way. Nobody writes there any more.
                 scheduler.give_back(self.quarantine.remove(&handoff)?);
             }
-            Event::SourceDone { handoff, .. } if self.lent.contains_key(&handoff) => {
-                scheduler.give_back(self.lent.remove(&handoff)?);
+            Event::SourceDone { handoff, ref outcome } if self.lent.contains_key(&handoff) => {
+                let (hold, last) = self.lent.remove(&handoff)?;
+                scheduler.give_back(hold);
+                if *outcome == Outcome::Landed {
+                    self.kept.fetched(last, scheduler);
+                }
             }
             other => return Some(other),
         }
+        self.count();
         None
     }
 
-    /// Calls off what was asked for a sequence that is over.
+    /// Returns the sequences that must not go on, for their prefix does not come, and why.
+    pub fn deprived(&mut self) -> Vec<(SequenceId, String)> {
+        std::mem::take(&mut self.deprived)
+    }
+
+    /// Notes what is to be kept of a sequence for peers when it has ended.
+    pub fn announce(&mut self, sequence: SequenceId, keep: Keep) {
+        self.kept.announce(sequence, keep);
+    }
+
+    /// A sequence has come to its end.
+    pub fn ended(&mut self, sequence: SequenceId, scheduler: &mut Scheduler) {
+        self.kept.keep(Instant::now(), sequence, scheduler);
+    }
+
+    /// Lets go of what was kept long enough.
+    pub fn expire(&mut self, scheduler: &mut Scheduler) {
+        self.kept.expire(Instant::now(), scheduler);
+    }
+
+    /// Returns when [`Prefixes::expire`] should be called next.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.kept.next_deadline()
+    }
+
+    /// Calls off what was asked for a sequence that came to nothing, and keeps nothing of it.
     pub fn cancel(&mut self, sequence: SequenceId, transfer: &Transfer) {
+        self.kept.forget(sequence);
         let waits = self.wanted.iter().find(|(_, wanted)| wanted.sequence == sequence);
         if let Some((&handoff, _)) = waits {
             self.give_up(handoff);
+            self.count();
             transfer.abort(handoff, "the leg ended before its prefix came".into());
         }
     }
@@ -103,7 +190,7 @@ impl Prefixes {
         transfer.begin(Begin { handoff, targets: vec![by], tokens, pages: hold.pages().to_vec() });
         transfer.push(handoff, 0..layers, 0..count);
         transfer.commit(handoff, Commit { first_token: 0 });
-        self.lent.insert(handoff, hold);
+        self.lent.insert(handoff, (hold, pages[pages.len() - 1]));
     }
 
     fn begun(&mut self, handoff: HandoffId, scheduler: &mut Scheduler, transfer: &Transfer) {
@@ -114,20 +201,29 @@ impl Prefixes {
                 wanted.prefix = Some(prefix);
             }
             None => {
-                transfer.refuse(handoff, "no pages are free for the prefix".into());
-                let sequence = wanted.sequence;
-                self.wanted.remove(&handoff);
-                scheduler.settle_prefix(sequence);
+                let reason = "no pages are free for the prefix";
+                transfer.refuse(handoff, reason.into());
+                let wanted = self.wanted.remove(&handoff).expect("it was looked up above");
+                self.settle(&wanted, reason, scheduler);
             }
         }
     }
 
     /// Forgets what was asked for; its pages are kept until nobody can write there.
-    fn give_up(&mut self, handoff: HandoffId) -> Option<SequenceId> {
-        let Wanted { sequence, prefix, .. } = self.wanted.remove(&handoff)?;
-        if let Some(prefix) = prefix {
+    fn give_up(&mut self, handoff: HandoffId) -> Option<Wanted> {
+        let mut wanted = self.wanted.remove(&handoff)?;
+        if let Some(prefix) = wanted.prefix.take() {
             self.quarantine.insert(handoff, prefix.forgo());
         }
-        Some(sequence)
+        Some(wanted)
+    }
+
+    /// Goes on without the prefix, or not at all.
+    fn settle(&mut self, wanted: &Wanted, reason: &str, scheduler: &mut Scheduler) {
+        if wanted.required {
+            self.deprived.push((wanted.sequence, format!("its pages could not be fetched: {reason}")));
+        } else {
+            scheduler.settle_prefix(wanted.sequence);
+        }
     }
 }

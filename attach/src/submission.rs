@@ -6,7 +6,7 @@ use engine::{
     scheduler::{History, Request, Stop, Until},
 };
 use grammar::{Kind, Spec, Thoughts};
-use kv_cache::root_salt;
+use kv_cache::{PageHash, root_salt};
 use kv_transfer::{Fetch, HandoffId, Peer};
 use std::{
     sync::Arc,
@@ -34,7 +34,27 @@ pub struct Submission {
     /// Which part of it is this worker's.
     pub leg: Leg,
     /// What of its prefix a peer holds.
-    pub fetch: Option<Fetch>,
+    pub fetch: Option<Borrowing>,
+    /// What is kept of it for peers, once it has ended.
+    pub keep: Option<Keep>,
+}
+
+/// A prefix to be had from a peer.
+#[derive(Clone, Debug)]
+pub struct Borrowing {
+    /// From whom, and which.
+    pub fetch: Fetch,
+    /// Whether the leg is refused when it does not come; otherwise it is computed.
+    pub required: bool,
+}
+
+/// What is kept of a sequence for peers.
+#[derive(Clone, Debug)]
+pub struct Keep {
+    /// Names of the pages that they can use: the full ones of its prompt, without its last token's.
+    pub pages: Vec<PageHash>,
+    /// How long, counted from its end.
+    pub time: Duration,
 }
 
 /// A worker's part in a request.
@@ -152,8 +172,12 @@ impl Submission {
         };
         let deadline = (submit.deadline_ms > 0).then(|| Duration::from_millis(submit.deadline_ms.into()));
         let fetch = submit.fetch.map(|fetch| decode_fetch(fetch, &sequence.history)).transpose()?;
+        let keep = (submit.keep_ms > 0).then(|| Keep {
+            pages: sequence.history.hashes()[..(prompt_tokens - 1) / model.page_tokens].to_vec(),
+            time: Duration::from_millis(submit.keep_ms.into()),
+        });
         let (request, traceparent) = (submit.request, submit.traceparent);
-        Ok(Self { id, request, traceparent, received: Instant::now(), deadline, sequence, leg, fetch })
+        Ok(Self { id, request, traceparent, received: Instant::now(), deadline, sequence, leg, fetch, keep })
     }
 }
 
@@ -164,8 +188,8 @@ fn check_token(token: TokenId, model: &Model, what: impl FnOnce() -> String) -> 
     Err(format!("{} is {token}, outside the vocabulary of {}", what(), model.vocab_size))
 }
 
-fn decode_fetch(fetch: proto::Fetch, history: &History) -> Result<Fetch, String> {
-    let proto::Fetch { handoff, worker, incarnation, link, pages } = fetch;
+fn decode_fetch(fetch: proto::Fetch, history: &History) -> Result<Borrowing, String> {
+    let proto::Fetch { handoff, worker, incarnation, link, pages, required } = fetch;
     if worker.is_empty() || link.is_empty() {
         return Err("fetch names no worker or no link".into());
     }
@@ -174,7 +198,8 @@ fn decode_fetch(fetch: proto::Fetch, history: &History) -> Result<Fetch, String>
         return Err(format!("fetch asks for {pages} pages, not 1 to {known}, the full pages of the tokens given"));
     }
     let source = Peer { worker, incarnation, link };
-    Ok(Fetch { handoff: HandoffId(handoff), source, pages: history.hashes()[..pages].to_vec() })
+    let fetch = Fetch { handoff: HandoffId(handoff), source, pages: history.hashes()[..pages].to_vec() };
+    Ok(Borrowing { fetch, required })
 }
 
 fn decode_leg(leg: proto::submit::Leg) -> Result<Leg, String> {

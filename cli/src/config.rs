@@ -2,7 +2,10 @@
 
 use crate::{
     model::Located,
-    settings::{Adapters, Common, Compute, Dialect, Door, KvDtype, LogFormat, Membership, Placement, Tables, Worker},
+    settings::{
+        Adapters, Common, Compute, Dialect, Door, KvDtype, KvLoadFailure, LogFormat, Membership, Placement, Tables,
+        Worker,
+    },
 };
 use anyhow::{Context, anyhow, bail};
 use cluster::EtcdDirectory;
@@ -98,7 +101,7 @@ pub(crate) fn prefill_process(
     check_advertised(worker)?;
     let mut config = prefill(tables, located, &worker.adapters, worker.membership.name.clone())?;
     config.listen = worker.listen;
-    config.advertise = worker.membership.advertise.clone();
+    config.advertise = reached_at(worker);
     config.drain_timeout_ms = worker.drain_timeout.as_millis() as u64;
     link(worker, &mut config.transfer);
     check_links("prefill-worker", worker.cluster_token_file.is_some(), &config.transfer)?;
@@ -114,7 +117,7 @@ pub(crate) fn decode_process(
     check_advertised(worker)?;
     let mut config = decode(tables, located, &worker.adapters, worker.membership.name.clone())?;
     config.listen = worker.listen;
-    config.advertise = worker.membership.advertise.clone();
+    config.advertise = reached_at(worker);
     config.drain_timeout_ms = worker.drain_timeout.as_millis() as u64;
     link(worker, &mut config.transfer);
     check_links("decode-worker", worker.cluster_token_file.is_some(), &config.transfer)?;
@@ -136,6 +139,11 @@ pub(crate) fn check_links(table: &str, token_flag: bool, transfer: &kv_transfer:
         }
         other => other.into(),
     })
+}
+
+/// Routers reach the worker at its advertised host; its own door, which is in this process, at what it listens on.
+fn reached_at(worker: &Worker) -> Option<String> {
+    worker.membership.advertise.clone().filter(|_| worker.http.http.is_none())
 }
 
 fn link(worker: &Worker, transfer: &mut kv_transfer::Config) {
@@ -194,12 +202,30 @@ pub(crate) fn router(
     Ok(config)
 }
 
+/// Returns the settings of a worker's own door.
+pub(crate) fn door(
+    worker: &Worker,
+    tables: &Tables,
+    located: &Located,
+    prefill: bool,
+) -> anyhow::Result<router::Config> {
+    let http = &worker.http;
+    let mut config = router(tables, located, Placement::Local, false, &http.dialect, Some(&http.door))?;
+    config.kv_transfer = Some(router::KvTransfer {
+        peers: http.kv_peers.clone(),
+        required: http.kv_load_failure == KvLoadFailure::Fail,
+        lease: http.kv_lease,
+        first_token_only: prefill,
+    });
+    Ok(config)
+}
+
 /// Returns the directory over etcd. It connects by itself, also later.
 pub(crate) fn directory(membership: &Membership) -> anyhow::Result<EtcdDirectory> {
     if membership.etcd.is_empty() {
         bail!(
             "--etcd is missing: give the URL of the etcd that joins this cluster, such as http://127.0.0.1:2379 \
-             (`baton up` runs a whole cluster without one)"
+             (`baton up` runs a whole cluster without one; a worker with --http runs alone)"
         );
     }
     EtcdDirectory::connect(membership.etcd.clone(), &membership.cluster).context("--etcd")

@@ -279,6 +279,38 @@ pub(crate) struct Worker {
     pub(crate) transport: Option<Transport>,
     #[command(flatten)]
     pub(crate) ucx: Ucx,
+    #[command(flatten)]
+    pub(crate) http: Http,
+}
+
+/// The OpenAI endpoint of one worker, for a proxy that is none of ours.
+#[derive(Debug, Args)]
+pub(crate) struct Http {
+    /// Serve the OpenAI API of this worker alone, for somebody else's proxy (`kv_transfer_params`): no etcd, no cluster
+    #[arg(long, value_name = "ADDR", env = "BATON_HTTP", value_parser = units::address, conflicts_with = "etcd")]
+    pub(crate) http: Option<SocketAddr>,
+    /// Worker that pages may be fetched from when a proxy says so: HOST or HOST:PORT; repeatable [default: none]
+    #[arg(long = "kv-peer", value_name = "PEER", env = "BATON_KV_PEER", value_delimiter = ',', requires = "http")]
+    pub(crate) kv_peers: Vec<router::KvPeer>,
+    /// What becomes of a request whose pages cannot be fetched
+    #[arg(long, value_name = "POLICY", env = "BATON_KV_LOAD_FAILURE", default_value = "recompute")]
+    pub(crate) kv_load_failure: KvLoadFailure,
+    /// How long the pages of a prompt are kept for whoever a proxy sends for them
+    #[arg(long, value_name = "TIME", env = "BATON_KV_LEASE", default_value = "30s", value_parser = units::duration)]
+    pub(crate) kv_lease: Duration,
+    #[command(flatten)]
+    pub(crate) door: Door,
+    #[command(flatten)]
+    pub(crate) dialect: Dialect,
+}
+
+/// What becomes of a request whose pages cannot be fetched. The names are vLLM's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KvLoadFailure {
+    /// Its prompt is computed here
+    Recompute,
+    /// It is refused, with 503
+    Fail,
 }
 
 /// Settings of `baton decode-worker` alone.
@@ -594,8 +626,8 @@ impl Command {
         match self {
             Self::Up(_) | Self::Doctor(_) => &["router", "prefill-worker", "decode-worker", "engine"],
             Self::Router(_) => &["router"],
-            Self::PrefillWorker(_) => &["prefill-worker", "engine"],
-            Self::DecodeWorker(_) => &["decode-worker", "engine"],
+            Self::PrefillWorker(_) => &["prefill-worker", "engine", "router"],
+            Self::DecodeWorker(_) => &["decode-worker", "engine", "router"],
             Self::Chat(_) | Self::Bench(_) | Self::Simulate(_) => &[],
         }
     }

@@ -6,15 +6,15 @@
 
 use crate::reservation::{self, Action, Awaited, Reservations};
 use attach::{
-    Command, End, Input, Leg, LegId, Legs, Load, Meters, Parts, Prefixes, Routers, StepTokens, Stepper, StreamId,
-    Submission,
+    Borrowing, Command, End, Input, Keep, Leg, LegId, Legs, Load, Meters, Parts, Prefixes, Routers, StepTokens,
+    Stepper, StreamId, Submission,
 };
 use engine::{
     scheduler::{Drawn, Embedded, Ended, Fault, Finish, Plan, Request, SequenceId, Usage},
     speculation::Speculator,
 };
 use kv_cache::CacheDelta;
-use kv_transfer::{Event, Fetch, HandoffId};
+use kv_transfer::{Event, HandoffId};
 use std::{
     collections::HashMap,
     time::{Duration, Instant},
@@ -105,7 +105,7 @@ impl Runner {
             legs: Legs::default(),
             sequences: HashMap::new(),
             reservations: Reservations::new(reservations),
-            prefixes: Prefixes::default(),
+            prefixes: Prefixes::new(&parts),
             routers: Routers::default(),
             meters: Meters::new(&parts),
             parts,
@@ -116,7 +116,7 @@ impl Runner {
     fn wait(&mut self) {
         let deadlines = [self.legs.next_deadline(), self.reservations.next_deadline()];
         let deadline = deadlines.into_iter().flatten().min().map(|deadline| self.epoch + deadline);
-        let until = [deadline, self.routers.load_due()].into_iter().flatten().min();
+        let until = [deadline, self.routers.load_due(), self.prefixes.next_deadline()].into_iter().flatten().min();
         if let Some(input) = self.parts.inbox.wait(until) {
             self.react(input);
         }
@@ -160,7 +160,7 @@ impl Runner {
     }
 
     fn submit(&mut self, submission: Submission) {
-        let Submission { id, request, traceparent, received, deadline, sequence, leg, fetch } = submission;
+        let Submission { id, request, traceparent, received, deadline, sequence, leg, fetch, keep } = submission;
         if self.legs.get(id).is_some() {
             return self.expel(id);
         }
@@ -174,7 +174,7 @@ impl Runner {
         telemetry::set_parent(&span, &traceparent);
         let deadline = deadline.map(|deadline| arrived + deadline);
         match leg {
-            Leg::Local | Leg::Embed(_) => self.submit_local(id, sequence, fetch, arrived, deadline, span),
+            Leg::Local | Leg::Embed(_) => self.submit_local(id, sequence, (fetch, keep), arrived, deadline, span),
             Leg::Decode { handoff, worker, .. } => {
                 let handoff = HandoffId(handoff);
                 let part = Part { at: At::Reserved(handoff), span };
@@ -195,13 +195,16 @@ impl Runner {
         &mut self,
         id: LegId,
         request: Request,
-        fetch: Option<Fetch>,
+        (fetch, keep): (Option<Borrowing>, Option<Keep>),
         arrived: Duration,
         deadline: Option<Duration>,
         span: Span,
     ) {
         match self.parts.scheduler.submit(request, arrived) {
             Ok(sequence) => {
+                if let Some(keep) = keep {
+                    self.prefixes.announce(sequence, keep);
+                }
                 if let Some(fetch) = fetch {
                     let Parts { scheduler, transfer, .. } = &mut self.parts;
                     self.prefixes.fetch(fetch, sequence, scheduler, transfer);
@@ -228,6 +231,7 @@ impl Runner {
     }
 
     fn expire(&mut self) {
+        self.prefixes.expire(&mut self.parts.scheduler);
         let now = self.now();
         for id in self.legs.overdue(now) {
             self.end_leg(id, End::Failed("the leg's deadline passed on the decode worker".into()));
@@ -240,9 +244,15 @@ impl Runner {
 
     fn event(&mut self, event: Event) {
         let now = self.now();
-        let Self { parts: Parts { scheduler, transfer, engine, .. }, reservations, .. } = self;
+        let Self { parts: Parts { scheduler, transfer, engine, .. }, .. } = self;
         let layers = engine.memory().layout().layers;
-        let Some(event) = self.prefixes.take(event, layers, scheduler, transfer) else { return };
+        let event = self.prefixes.take(event, layers, scheduler, transfer);
+        for (sequence, why) in self.prefixes.deprived() {
+            let id = self.sequences[&sequence];
+            self.end_leg(id, End::Refused(why));
+        }
+        let Some(event) = event else { return };
+        let Self { parts: Parts { scheduler, .. }, reservations, .. } = self;
         match event {
             Event::Begun { handoff, from, tokens } => {
                 reservations.begun(handoff, from, tokens as usize, now, scheduler);
@@ -317,11 +327,13 @@ impl Runner {
             Finish::FirstToken => unreachable!("sequences here go to their end"),
         };
         self.sequences.remove(&sequence);
+        self.prefixes.ended(sequence, &mut self.parts.scheduler);
         self.close_leg(id, end, usage);
     }
 
     fn fault(&mut self, fault: Fault) {
         let id = self.sequences.remove(&fault.id).expect("a faulty sequence has a live leg");
+        self.prefixes.cancel(fault.id, &self.parts.transfer);
         let Fault { error, hopeless, ended, .. } = fault;
         tracing::error!(leg = %id, error, "a sequence could not be computed");
         self.close_leg(id, if hopeless { End::Invalid(error) } else { End::Failed(error) }, ended.usage);

@@ -279,6 +279,22 @@ impl AsyncWrite for Socket {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::net::TcpListener;
+
+    #[tokio::test]
+    async fn neither_end_waits_for_acknowledgements() {
+        let sockets = Sockets::new(None).expect("clear text needs no files");
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
+        let address = listener.local_addr().expect("it is bound").to_string();
+        let (dialled, accepted) = tokio::join!(sockets.connect(&address), listener.accept());
+        let mut dialled = dialled.expect("somebody listens");
+        dialled.write_all(b"who?").await.expect("it is open");
+        let accepted = sockets.accept(accepted.expect("somebody dials").0).await.expect("clear text");
+        for socket in [dialled, accepted] {
+            let Socket::Clear(stream) = socket else { panic!("nobody spoke of TLS") };
+            assert!(stream.nodelay().expect("it is a TCP socket"));
+        }
+    }
 
     #[test]
     fn tls_is_told_from_a_greeting() {

@@ -5,7 +5,8 @@
 //! given back when kv-transfer says that nobody reads them, which may be later than the leg's end (a cancel) but never
 //! before.
 //!
-//! An embed leg has no hand-off: it is over when its prompt is computed.
+//! Two kinds of leg have no hand-off: an embed leg is over when its prompt is computed, a local one with its first token. That is all a
+//! prefill worker does of those; their pages may be kept for a peer that fetches them.
 
 use attach::{
     Command, End, Input, Leg, LegId, Legs, Load, Meters, Parts, Prefixes, Routers, StepTokens, Stepper, StreamId,
@@ -13,7 +14,7 @@ use attach::{
 };
 use engine::{
     TokenId,
-    scheduler::{Chunk, Computed, Drawn, Embedded, Ended, Fault, Finish, Hold, Plan, SequenceId, Usage},
+    scheduler::{Chunk, Computed, Drawn, Embedded, Ended, Fault, Finish, Hold, Plan, Request, SequenceId, Usage},
 };
 use kv_cache::CacheDelta;
 use kv_transfer::{Begin, Commit, Event, HandoffId, Outcome, Peer};
@@ -113,7 +114,7 @@ impl Runner {
             legs: Legs::default(),
             sequences: HashMap::new(),
             handoffs: HashMap::new(),
-            prefixes: Prefixes::default(),
+            prefixes: Prefixes::new(&parts),
             routers: Routers::default(),
             meters: Meters::new(&parts),
             parts,
@@ -123,7 +124,7 @@ impl Runner {
     /// Waits until there is something to do.
     fn wait(&mut self) {
         let deadline = self.legs.next_deadline().map(|deadline| self.epoch + deadline);
-        let until = [deadline, self.routers.load_due()].into_iter().flatten().min();
+        let until = [deadline, self.routers.load_due(), self.prefixes.next_deadline()].into_iter().flatten().min();
         if let Some(input) = self.parts.inbox.wait(until) {
             self.react(input);
         }
@@ -167,13 +168,13 @@ impl Runner {
     }
 
     fn submit(&mut self, submission: Submission) {
-        let Submission { id, request, traceparent, received, deadline, sequence, leg, fetch } = submission;
+        let Submission { id, request, traceparent, received, deadline, sequence, leg, fetch, keep } = submission;
         if self.legs.get(id).is_some() {
             return self.expel(id);
         }
         self.routers.received(id);
         let arrived = received.saturating_duration_since(self.epoch);
-        let destination = match self.admit(leg) {
+        let destination = match self.admit(leg, &sequence) {
             Ok(destination) => destination,
             Err(end) => return self.routers.ended(id, end, Usage::default()),
         };
@@ -181,6 +182,9 @@ impl Runner {
             Ok(sequence) => sequence,
             Err(refusal) => return self.routers.ended(id, End::Refused(refusal.to_string()), Usage::default()),
         };
+        if let Some(keep) = keep {
+            self.prefixes.announce(sequence, keep);
+        }
         if let Some(fetch) = fetch {
             let Parts { scheduler, transfer, .. } = &mut self.parts;
             self.prefixes.fetch(fetch, sequence, scheduler, transfer);
@@ -193,16 +197,22 @@ impl Runner {
     }
 
     /// Checks what only this worker can check.
-    fn admit(&self, leg: Leg) -> Result<Option<(HandoffId, Peer)>, End> {
+    fn admit(&self, leg: Leg, sequence: &Request) -> Result<Option<(HandoffId, Peer)>, End> {
         let (handoff, target) = match leg {
             _ if self.draining() => return Err(End::Refused(format!("{} is draining", self.parts.worker))),
             Leg::Prefill { handoff, worker, incarnation, link } => {
                 (HandoffId(handoff), Peer { worker, incarnation, link })
             }
             Leg::Embed(_) => return Ok(None),
-            Leg::Local | Leg::Decode { .. } => {
-                let why = format!("{} is a prefill worker and takes prefill and embed legs only", self.parts.worker);
+            Leg::Local if sequence.stop.max_tokens == 1 => return Ok(None),
+            Leg::Local => {
+                let (worker, most) = (&self.parts.worker, sequence.stop.max_tokens);
+                let why =
+                    format!("{worker} is a prefill worker and goes no further than the first token, not to {most}");
                 return Err(End::Invalid(why));
+            }
+            Leg::Decode { .. } => {
+                return Err(End::Invalid(format!("{} is a prefill worker: nothing lands here", self.parts.worker)));
             }
         };
         if self.handoffs.contains_key(&handoff) {
@@ -225,6 +235,7 @@ impl Runner {
     }
 
     fn expire(&mut self) {
+        self.prefixes.expire(&mut self.parts.scheduler);
         for id in self.legs.overdue(self.now()) {
             self.end_leg(id, End::Failed("the leg's deadline passed on the prefill worker".into()));
         }
@@ -292,12 +303,16 @@ impl Runner {
         let prompt = self.legs.get_mut(id).expect("a drawn sequence has a live leg");
         prompt.sequence = None;
         prompt.usage = usage;
-        let handoff = prompt.handoff().expect("a leg without a hand-off draws nothing");
-        self.hold(Some(handoff), hold);
+        let handoff = prompt.handoff();
+        self.hold(handoff, hold);
+        self.prefixes.ended(sequence, &mut self.parts.scheduler);
         let first_token: TokenId = sampled.token;
         self.routers.token(id, index, sampled);
         match finish {
-            Finish::FirstToken => self.parts.transfer.commit(handoff, Commit { first_token }),
+            Finish::FirstToken => {
+                let handoff = handoff.expect("who goes on to decode elsewhere has a hand-off");
+                self.parts.transfer.commit(handoff, Commit { first_token });
+            }
             Finish::Stop(token) => self.end_leg(id, End::Stop(token)),
             Finish::Length => self.end_leg(id, End::Length),
         }
@@ -315,6 +330,7 @@ impl Runner {
     fn fault(&mut self, fault: Fault) {
         let Fault { id: sequence, error, hopeless, ended } = fault;
         let id = self.sequences.remove(&sequence).expect("a faulty sequence has a live leg");
+        self.prefixes.cancel(sequence, &self.parts.transfer);
         tracing::error!(leg = %id, error, "a sequence could not be computed");
         let prompt = self.legs.get_mut(id).expect("a faulty sequence has a live leg");
         prompt.sequence = None;
@@ -328,7 +344,12 @@ impl Runner {
 
     fn event(&mut self, event: Event) {
         let Parts { scheduler, transfer, .. } = &mut self.parts;
-        let Some(event) = self.prefixes.take(event, self.layers, scheduler, transfer) else { return };
+        let event = self.prefixes.take(event, self.layers, scheduler, transfer);
+        for (sequence, why) in self.prefixes.deprived() {
+            let id = self.sequences[&sequence];
+            self.end_leg(id, End::Refused(why));
+        }
+        let Some(event) = event else { return };
         match event {
             Event::SourceDone { handoff, outcome } => self.source_done(handoff, outcome),
             Event::Begun { handoff, from, .. } => {

@@ -5,6 +5,9 @@
 #![forbid(unsafe_code)]
 #![allow(missing_debug_implementations, unreachable_pub, clippy::all)]
 
+/// Reads and writes messages outside a stream.
+pub use prost::Message;
+
 tonic::include_proto!("baton.v1");
 
 /// Version of this protocol; both ends refuse another one, naming both.

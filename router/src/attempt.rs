@@ -67,7 +67,7 @@ pub(crate) enum News {
 }
 
 impl Attempt {
-    /// Submits all legs at once. `submission` is the same for each but for its number and, where tokens are to be drawn, its role; the first token wanted is `next`.
+    /// Submits all legs at once. `submission` is the same for each but for its number and, where there are two, its role; the first token wanted is `next`.
     pub(crate) fn start(
         fleet: &Fleet,
         path: Path,
@@ -84,13 +84,10 @@ impl Attempt {
             incarnation: holder.incarnation,
             link: holder.link.clone(),
             pages: *pages,
+            required: false,
         });
         let parts: Vec<(Part, &Target, LegRole)> = match &path.prefill {
-            // Nobody decodes: whoever would compute the prompt does, and that is all.
-            prefill if let LegRole::Embed(_) = submission.role => {
-                vec![(Part::Local, prefill.as_ref().unwrap_or(decode), submission.role.clone())]
-            }
-            None => vec![(Part::Local, decode, LegRole::Local)],
+            None => vec![(Part::Local, decode, submission.role.clone())],
             Some(prefill) => vec![
                 (
                     Part::Prefill,
@@ -115,7 +112,7 @@ impl Attempt {
             if part == Part::Decode {
                 submission.prompt_logprobs = None;
             } else {
-                submission.fetch.clone_from(&fetch);
+                submission.fetch = submission.fetch.or_else(|| fetch.clone());
             }
             let worker = target.worker.id.clone();
             match target.session.submit(submission, target.asks, &sender) {

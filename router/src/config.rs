@@ -56,6 +56,57 @@ pub struct Config {
     pub reasoning_parser: ReasoningParser,
     /// How hidden states make an embedding.
     pub embedding_pooling: EmbeddingPooling,
+    /// Makes this the door of one worker, which may be driven by somebody else's proxy; unset = a cluster's router.
+    #[serde(skip)]
+    pub kv_transfer: Option<KvTransfer>,
+}
+
+/// What `kv_transfer_params` may ask of the worker behind this door.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KvTransfer {
+    /// Who pages may be fetched from.
+    pub peers: Vec<KvPeer>,
+    /// Whether a request whose pages cannot be fetched is refused; otherwise they are computed.
+    pub required: bool,
+    /// How long a prompt's pages are kept for whoever was told of them.
+    pub lease: Duration,
+    /// Whether this is a prefill worker's door.
+    pub first_token_only: bool,
+}
+
+/// A host that pages may be fetched from, and the port if only one will do. Nothing is resolved: the host is compared as written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KvPeer {
+    host: String,
+    port: Option<u16>,
+}
+
+impl KvPeer {
+    /// Says whether pages may be fetched from there.
+    pub(crate) fn allows(&self, host: &str, port: u16) -> bool {
+        self.host.eq_ignore_ascii_case(host) && self.port.is_none_or(|own| own == port)
+    }
+}
+
+impl std::str::FromStr for KvPeer {
+    type Err = String;
+
+    /// Reads `host`, `host:port`, `[v6]` or `[v6]:port`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let port = |text: &str| text.parse::<u16>().ok().filter(|port| *port > 0);
+        let (host, port) = match text.rsplit_once(':') {
+            Some((host, digits)) if !digits.ends_with(']') && (!host.contains(':') || host.ends_with(']')) => {
+                (host, Some(port(digits).ok_or("expected a port from 1 to 65535 behind the colon")?))
+            }
+            _ => (text, None),
+        };
+        let v6 = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+        let named = !host.is_empty() && host.chars().all(|c| c.is_ascii_alphanumeric() || "-._".contains(c));
+        if !named && v6.is_none_or(|host| host.parse::<std::net::Ipv6Addr>().is_err()) {
+            return Err("expected HOST or HOST:PORT, such as 10.0.0.7 or 10.0.0.7:7001".into());
+        }
+        Ok(Self { host: host.to_owned(), port })
+    }
 }
 
 impl Default for Config {
@@ -81,6 +132,7 @@ impl Default for Config {
             tool_call_parser: ToolCallParser::Auto,
             reasoning_parser: ReasoningParser::Auto,
             embedding_pooling: EmbeddingPooling::Auto,
+            kv_transfer: None,
         }
     }
 }
@@ -359,6 +411,24 @@ fn is_origin(text: &str, of: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn peers_are_hosts_with_or_without_a_port() {
+        let check = |peer: &str, host: &str, port: u16, expected: bool| {
+            let read: KvPeer = peer.parse().unwrap_or_else(|problem| panic!("{peer}: {problem}"));
+            assert_eq!(read.allows(host, port), expected, "{peer} and {host}:{port}");
+        };
+        check("10.0.0.7", "10.0.0.7", 7001, true);
+        check("10.0.0.7", "10.0.0.8", 7001, false);
+        check("10.0.0.7:7001", "10.0.0.7", 7001, true);
+        check("10.0.0.7:7001", "10.0.0.7", 7002, false);
+        check("Worker-3.prefill", "worker-3.prefill", 1, true);
+        check("[fd00::3]", "[fd00::3]", 1, true);
+        check("[fd00::3]:7001", "[fd00::3]", 7002, false);
+        for wrong in ["", ":7001", "host:", "host:0", "host:70000", "fd00::3", "[fd00::3", "http://host", "a b"] {
+            assert!(wrong.parse::<KvPeer>().is_err(), "{wrong:?}");
+        }
+    }
 
     #[test]
     fn defaults_are_valid_and_errors_name_the_field() {

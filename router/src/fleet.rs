@@ -48,6 +48,8 @@ pub(crate) struct Inner {
     /// This router's member id, told to the workers.
     router: String,
     model_name: String,
+    /// Whether there is one worker, and this is its own door.
+    alone: bool,
     policy: Policy,
     weights: Weights,
     limits: Limits,
@@ -162,6 +164,15 @@ impl Drop for Computing {
     }
 }
 
+/// Where peers fetch pages of the only worker.
+#[derive(Clone, Debug)]
+pub(crate) struct Door {
+    pub(crate) worker: String,
+    pub(crate) incarnation: u64,
+    /// `host:port` of its link listener.
+    pub(crate) link: String,
+}
+
 /// A prompt as placement sees it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Wanted<'a> {
@@ -196,6 +207,7 @@ impl Fleet {
         let inner = Inner {
             router: router.to_string(),
             model_name: config.model_name.clone(),
+            alone: config.kv_transfer.is_some(),
             policy: config.placement,
             weights: config.weights.clone(),
             limits: config.limits.clone(),
@@ -379,6 +391,16 @@ impl Fleet {
         self.cards(|card| card.page_tokens).next().unwrap_or(DEFAULT_PAGE_TOKENS).max(1) as usize
     }
 
+    /// Returns the worker that this router is the door of, if it is attached.
+    pub(crate) fn door(&self) -> Option<Door> {
+        let workers = self.workers();
+        let worker = workers.first()?;
+        let connection = worker.state().attached.clone()?;
+        let member = worker.member.borrow();
+        let incarnation = connection.incarnation.max(member.incarnation);
+        Some(Door { worker: worker.id.clone(), incarnation, link: member.link.clone() })
+    }
+
     /// Bytes the prefix index uses.
     pub(crate) fn prefix_index_bytes(&self) -> usize {
         self.index().bytes()
@@ -459,6 +481,8 @@ impl Fleet {
 
     fn serves_us<'a>(&self, member: &'a Member) -> Option<(Kind, &'a ModelCard)> {
         let kind = match member.role {
+            // At its own door it takes prompts whole, as far as their first token.
+            Role::Prefill if self.alone => Kind::Decode,
             Role::Prefill => Kind::Prefill,
             Role::Decode => Kind::Decode,
             Role::Router => return None,
@@ -498,6 +522,17 @@ impl Fleet {
 }
 
 impl Path {
+    /// The path of what ends with its prompt, as an embedding does: whoever would compute the prompt is all there is to it.
+    pub(crate) fn without_handoff(mut self) -> Self {
+        if let Some(prefill) = self.prefill.take() {
+            for way in self.considered.iter_mut().filter(|way| way.chosen) {
+                (way.prefill, way.decode) = (None, prefill.worker.clone());
+            }
+            self.decode = prefill;
+        }
+        self
+    }
+
     /// Returns those who take part.
     fn workers(&self) -> impl Iterator<Item = &Arc<Worker>> {
         self.prefill.iter().chain([&self.decode]).map(|target| &target.worker)

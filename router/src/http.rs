@@ -2,6 +2,7 @@
 
 mod messages;
 mod responses;
+mod route;
 mod server;
 mod text;
 mod why;
@@ -32,8 +33,8 @@ use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header},
     middleware,
     response::{IntoResponse, Response},
-    routing::{get, post},
 };
+use route::{Route, get, post};
 use serde::Serialize;
 use std::{
     sync::Arc,
@@ -57,27 +58,37 @@ pub(crate) struct Service {
     pub(crate) health: Health,
 }
 
-/// Returns the routes.
+/// Every route.
+fn table() -> Vec<Route> {
+    let mut table = vec![
+        post("/v1/chat/completions", chat),
+        post("/v1/completions", completions),
+        post("/v1/embeddings", embeddings),
+        post("/v1/load_lora_adapter", load_adapter),
+        post("/v1/unload_lora_adapter", unload_adapter),
+        get("/v1/models", list_models),
+        get("/v1/models/{*name}", find_model),
+        get("/health", health),
+        get("/livez", live),
+        get("/readyz", ready),
+        get("/metrics", metrics),
+        get("/version", version),
+    ];
+    table.extend(messages::routes());
+    table.extend(responses::routes());
+    table.extend(server::routes());
+    table.extend(text::routes());
+    table.extend(why::routes());
+    table
+}
+
+/// Returns the service that clients meet.
 pub(crate) fn routes(service: Service) -> axum::Router {
     let router = service.router.clone();
-    axum::Router::new()
-        .route("/v1/chat/completions", post(chat))
-        .route("/v1/completions", post(completions))
-        .route("/v1/embeddings", post(embeddings))
-        .route("/v1/load_lora_adapter", post(load_adapter))
-        .route("/v1/unload_lora_adapter", post(unload_adapter))
-        .route("/v1/models", get(list_models))
-        .route("/v1/models/{*name}", get(find_model))
-        .route("/health", get(health))
-        .route("/livez", get(live))
-        .route("/readyz", get(ready))
-        .route("/metrics", get(metrics))
-        .route("/version", get(version))
-        .merge(messages::routes())
-        .merge(responses::routes())
-        .merge(server::routes())
-        .merge(text::routes())
-        .merge(why::routes())
+    let routes = table()
+        .into_iter()
+        .fold(axum::Router::new(), |routes, Route { path, handler, .. }| routes.route(path, handler));
+    routes
         .fallback(|uri: Uri| async move {
             error::not_served(StatusCode::NOT_FOUND, &format!("there is nothing at {}", uri.path()))
         })
@@ -400,29 +411,6 @@ async fn version() -> Json<Version> {
 mod tests {
     use std::collections::BTreeSet;
 
-    const SOURCES: [&str; 6] = [
-        include_str!("http.rs"),
-        include_str!("http/messages.rs"),
-        include_str!("http/responses.rs"),
-        include_str!("http/server.rs"),
-        include_str!("http/text.rs"),
-        include_str!("http/why.rs"),
-    ];
-
-    /// Every route of these files, as method and path: axum does not list them.
-    fn routes() -> BTreeSet<String> {
-        let calls = SOURCES.iter().flat_map(|source| source.split(concat!(".ro", "ute(\"")).skip(1));
-        let routes = calls.flat_map(|call| {
-            let (path, rest) = call.split_once('"').expect("a path ends");
-            let handlers = rest.lines().next().unwrap_or_default();
-            let taken = ["get", "post", "put", "delete", "patch"].into_iter().filter(move |method| {
-                handlers.contains(&format!(" {method}(")) || handlers.contains(&format!(".{method}("))
-            });
-            taken.map(move |method| format!("{method} {path}"))
-        });
-        routes.map(|route| route.replace("{*name}", "{model}")).collect()
-    }
-
     #[test]
     fn openapi_describes_every_route_and_nothing_else() {
         let api: serde_json::Value = serde_json::from_str(include_str!("../openapi.json")).unwrap();
@@ -430,6 +418,10 @@ mod tests {
             api["paths"].as_object().unwrap().iter().flat_map(|(path, item)| {
                 item.as_object().unwrap().keys().map(move |method| format!("{method} {path}"))
             });
-        assert_eq!(described.collect::<BTreeSet<_>>(), routes());
+        let served = super::table().into_iter().map(|route| {
+            let method = route.method.as_str().to_ascii_lowercase();
+            format!("{method} {}", route.path.replace("{*name}", "{model}"))
+        });
+        assert_eq!(described.collect::<BTreeSet<_>>(), served.collect::<BTreeSet<_>>());
     }
 }

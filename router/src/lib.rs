@@ -46,7 +46,7 @@ mod server;
 mod text;
 mod why;
 
-pub use config::{Config, EmbeddingPooling, Limits, ReasoningParser, ToolCallParser};
+pub use config::{Config, EmbeddingPooling, KvPeer, KvTransfer, Limits, ReasoningParser, ToolCallParser};
 pub use placement::{Policy, Weights};
 pub use server::TlsFiles;
 

@@ -11,6 +11,7 @@ pub(crate) mod embeddings;
 pub(crate) mod error;
 pub(crate) mod fields;
 mod hearing;
+pub(crate) mod kv_transfer;
 mod logprobs;
 pub(crate) mod models;
 pub(crate) mod params;
@@ -201,6 +202,7 @@ pub(crate) async fn accept(
     render: impl FnOnce(&Router) -> Result<Vec<PromptSource>, Error> + Send + 'static,
 ) -> Result<Accepted, (Error, RequestGuard)> {
     let prepared = async {
+        params.check_reach(&router)?;
         let place = router.admission.enter(params.priority)?;
         let root = (params.salt.clone(), params.adapter.clone());
         let (kept, bytes) = ((params.echo, params.truncation), origin.body_bytes);
@@ -274,6 +276,7 @@ impl Accepted {
                 prompt_logprobs: self.params.reported_prompt(),
                 priority: self.params.priority,
                 pooling: None,
+                transfer: self.params.transfer.clone(),
                 expected: self.params.expected_output(&self.router),
             })
         });

@@ -26,6 +26,7 @@ use crate::{
         leg::{LegEvent, Pooling, Sampling, Stop, Token},
     },
     metrics::{Metrics, Told},
+    openai::kv_transfer::Part,
     page_names::PageNames,
     prompt::{Prompt, PromptSource, Truncation},
     recovery::{self, Failure, FailureKind, Remedy},
@@ -125,6 +126,8 @@ pub(crate) struct Work {
     pub(crate) priority: i32,
     /// Asks for the prompt's embedding, and for no token.
     pub(crate) pooling: Option<Pooling>,
+    /// What a client's proxy says of the prompt's pages.
+    pub(crate) transfer: Option<Arc<Part>>,
     /// Tokens it was expected to write when it got its turn.
     pub(crate) expected: u32,
 }

@@ -228,3 +228,37 @@ fn every_version_stands_in_the_root_manifest() {
         }
     }
 }
+
+/// Fields of the API that a row of docs/openai.md speaks of, and the tests that it names.
+fn rows(page: &str) -> Vec<(Vec<String>, Vec<String>)> {
+    let names = |cell: &str| cell.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>();
+    let mut rows: Vec<(Vec<String>, Vec<String>)> = Vec::new();
+    for line in page.lines().filter(|line| line.starts_with("| `")) {
+        let cells: Vec<&str> = line.trim_matches('|').split('|').collect();
+        // Other tables are not about fields.
+        if let [fields, _, _, _, tests] = cells[..] {
+            let same = rows.last().filter(|_| tests.trim() == "the same").map(|(_, tests)| tests.clone());
+            rows.push((names(fields), same.unwrap_or_else(|| names(tests))));
+        }
+    }
+    rows
+}
+
+#[test]
+fn every_field_of_the_api_has_a_test_that_speaks_of_it() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap_or_else(|error| panic!("{path}: {error}"));
+    let rows = rows(&read("docs/openai.md"));
+    assert!(rows.len() > 40, "{} rows were found", rows.len());
+    for (fields, tests) in rows {
+        let source = |test: &String| match test.contains('/') {
+            true => read(test),
+            false => read(&format!("router/tests/conversations/{test}.rs")),
+        };
+        let sources: Vec<String> = tests.iter().map(source).collect();
+        for field in fields {
+            let spoken = sources.iter().any(|source| source.contains(&field));
+            assert!(spoken, "docs/openai.md says that `{field}` is tested in {tests:?}, and none of them speaks of it");
+        }
+    }
+}

@@ -158,3 +158,20 @@ fn secrets_are_hidden() {
 fn a_certificate_needs_its_key() {
     check_refused(read(&["router", "--tls-cert", "cert.pem"]), &["--tls-key"]);
 }
+
+#[test]
+fn a_door_of_a_worker_s_own_needs_no_cluster() {
+    let args = ["decode-worker", "--http", "127.0.0.1:0", "--kv-peer", "10.0.0.7,[fd00::3]:7001", "--kv-lease", "5s"];
+    let Command::DecodeWorker(decode) = read(&args).expect("good settings").command else { panic!("another command") };
+    let http = decode.worker.http;
+    assert_eq!(
+        (http.kv_peers.len(), http.kv_lease, http.kv_load_failure),
+        (2, Duration::from_secs(5), KvLoadFailure::Recompute)
+    );
+    check_refused(read(&[&args[..], &["--etcd", "http://127.0.0.1:2379"]].concat()), &["--http", "--etcd"]);
+    check_refused(read(&["prefill-worker", "--kv-peer", "10.0.0.7"]), &["--http"]);
+    check_refused(
+        read(&["prefill-worker", "--http", "127.0.0.1:0", "--kv-peer", "a b"]),
+        &["--kv-peer", "a b", "HOST:PORT"],
+    );
+}

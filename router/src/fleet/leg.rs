@@ -38,6 +38,8 @@ pub(crate) struct Submission {
     pub(crate) role: LegRole,
     /// What whoever computes the prompt fetches first.
     pub(crate) fetch: Option<Fetch>,
+    /// How long the prompt's pages are kept for peers; zero = no longer than others.
+    pub(crate) keep: Duration,
 }
 
 /// Leading pages of a prompt to be had from a peer.
@@ -49,6 +51,8 @@ pub(crate) struct Fetch {
     pub(crate) incarnation: u64,
     pub(crate) link: String,
     pub(crate) pages: u32,
+    /// Whether the leg is refused if they do not come; otherwise they are computed.
+    pub(crate) required: bool,
 }
 
 /// What this worker's part is.
@@ -234,6 +238,7 @@ pub(crate) mod tests {
             deadline: Duration::from_secs(1),
             role: LegRole::Local,
             fetch: None,
+            keep: Duration::ZERO,
         }
     }
 }

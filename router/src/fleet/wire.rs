@@ -78,7 +78,9 @@ pub(super) fn submit(from: Submission) -> proto::Submit {
             incarnation: fetch.incarnation,
             link: fetch.link,
             pages: fetch.pages,
+            required: fetch.required,
         }),
+        keep_ms: u32::try_from(from.keep.as_millis()).unwrap_or(u32::MAX),
         leg: Some(leg),
     }
 }

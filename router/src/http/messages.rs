@@ -1,6 +1,9 @@
 //! `/v1/messages` and `/v1/messages/count_tokens`.
 
-use super::{Service, head, name, origin, read};
+use super::{
+    Service, head, name, origin, read,
+    route::{Route, post},
+};
 use crate::{
     error::Error,
     messages::{self, answer::MessagesShape, request},
@@ -9,17 +12,15 @@ use crate::{
     request::{Origin, Router},
 };
 use axum::{
-    Router as Routes,
     body::Bytes,
     extract::{State, rejection::BytesRejection},
     http::HeaderMap,
     response::Response,
-    routing::post,
 };
 use std::sync::Arc;
 
-pub(super) fn routes() -> Routes<Service> {
-    Routes::new().route("/v1/messages", post(create)).route("/v1/messages/count_tokens", post(count_tokens))
+pub(super) fn routes() -> Vec<Route> {
+    vec![post("/v1/messages", create), post("/v1/messages/count_tokens", count_tokens)]
 }
 
 async fn create(State(service): State<Service>, headers: HeaderMap, body: Result<Bytes, BytesRejection>) -> Response {

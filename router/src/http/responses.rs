@@ -1,6 +1,9 @@
 //! `/v1/responses`, and what can be done with a stored one.
 
-use super::{Service, finish, name, named, origin, read, refuse};
+use super::{
+    Service, finish, name, named, origin, read, refuse,
+    route::{Route, delete, get, post},
+};
 use crate::{
     error::Error,
     metrics::{Endpoint, Outcome},
@@ -9,7 +12,6 @@ use crate::{
     responses::{answer::ResponsesShape, object::Title, request::ResponsesRequest},
 };
 use axum::{
-    Router as Routes,
     body::Bytes,
     extract::{
         Path, State,
@@ -17,15 +19,16 @@ use axum::{
     },
     http::HeaderMap,
     response::Response,
-    routing::{get, post},
 };
 use std::sync::Arc;
 
-pub(super) fn routes() -> Routes<Service> {
-    Routes::new()
-        .route("/v1/responses", post(create))
-        .route("/v1/responses/{id}", get(retrieve).delete(delete))
-        .route("/v1/responses/{id}/cancel", post(cancel))
+pub(super) fn routes() -> Vec<Route> {
+    vec![
+        post("/v1/responses", create),
+        get("/v1/responses/{id}", retrieve),
+        delete("/v1/responses/{id}", forget),
+        post("/v1/responses/{id}/cancel", cancel),
+    ]
 }
 
 async fn create(State(service): State<Service>, headers: HeaderMap, body: Result<Bytes, BytesRejection>) -> Response {
@@ -80,7 +83,7 @@ async fn retrieve(State(service): State<Service>, id: Result<Path<String>, PathR
     object(named(id).and_then(|id| service.router.responses.get(&id)))
 }
 
-async fn delete(State(service): State<Service>, id: Result<Path<String>, PathRejection>) -> Response {
+async fn forget(State(service): State<Service>, id: Result<Path<String>, PathRejection>) -> Response {
     let deleted = named(id).and_then(|id| {
         service.router.responses.delete(&id)?;
         Ok(serde_json::json!({"id": id, "object": "response", "deleted": true}).to_string().into())

@@ -1,13 +1,15 @@
 //! What the server says of itself: whether it is well, how busy it is, what it runs, how its API is described.
 
-use super::Service;
+use super::{
+    Service,
+    route::{Route, get, post},
+};
 use crate::config::Limits;
 use axum::{
-    Json, Router as Routes,
+    Json,
     extract::State,
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
-    routing::get,
 };
 use placement::Policy;
 use serde::Serialize;
@@ -18,13 +20,15 @@ const OPENAPI: &str = include_str!("../../openapi.json");
 /// A page that shows it.
 const DOCS: &str = include_str!("docs.html");
 
-pub(super) fn routes() -> Routes<Service> {
-    Routes::new()
-        .route("/ping", get(ping).post(ping))
-        .route("/load", get(load))
-        .route("/server_info", get(server_info))
-        .route("/openapi.json", get(openapi))
-        .route("/docs", get(docs))
+pub(super) fn routes() -> Vec<Route> {
+    vec![
+        get("/ping", ping),
+        post("/ping", ping),
+        get("/load", load),
+        get("/server_info", server_info),
+        get("/openapi.json", openapi),
+        get("/docs", docs),
+    ]
 }
 
 /// `/health` under the name SageMaker asks for.

@@ -1,6 +1,9 @@
 //! `/tokenize` and `/detokenize`.
 
-use super::{Service, read};
+use super::{
+    Service, read,
+    route::{Route, post},
+};
 use crate::{
     error::Error,
     openai::{
@@ -11,18 +14,17 @@ use crate::{
     request::Router,
 };
 use axum::{
-    Json, Router as Routes,
+    Json,
     body::Bytes,
     extract::{State, rejection::BytesRejection},
     http::HeaderMap,
     response::{IntoResponse, Response},
-    routing::post,
 };
 use serde::Serialize;
 use std::sync::Arc;
 
-pub(super) fn routes() -> Routes<Service> {
-    Routes::new().route("/tokenize", post(tokenize)).route("/detokenize", post(detokenize))
+pub(super) fn routes() -> Vec<Route> {
+    vec![post("/tokenize", tokenize), post("/detokenize", detokenize)]
 }
 
 async fn tokenize(State(service): State<Service>, headers: HeaderMap, body: Result<Bytes, BytesRejection>) -> Response {

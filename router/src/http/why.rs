@@ -1,21 +1,23 @@
 //! `/v1/requests/{id}/why`, and the headers by which a request says when it wants its first token and asks how it went.
 
-use super::{Service, named};
+use super::{
+    Service, named,
+    route::{Route, get},
+};
 use crate::{error::Error, openai::error};
 use axum::{
-    Json, Router as Routes,
+    Json,
     extract::{Path, State, rejection::PathRejection},
     http::{HeaderMap, HeaderValue},
     response::{IntoResponse, Response},
-    routing::get,
 };
 use std::time::Duration;
 
 /// Longest time to a first token that may be asked for: a day, which no request lives.
 const MAX_TTFT_MS: u64 = 24 * 60 * 60 * 1_000;
 
-pub(super) fn routes() -> Routes<Service> {
-    Routes::new().route("/v1/requests/{id}/why", get(why))
+pub(super) fn routes() -> Vec<Route> {
+    vec![get("/v1/requests/{id}/why", why)]
 }
 
 async fn why(State(service): State<Service>, id: Result<Path<String>, PathRejection>) -> Response {

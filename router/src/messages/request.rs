@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 const NOT_HERE: [&str; 6] = ["n", "logprobs", "top_logprobs", "prompt_logprobs", "stream_options", "return_token_ids"];
 
 /// Fields that need what no worker has.
-const UNSUPPORTED: [&str; 3] = ["mcp_servers", "container", "context_management"];
+const UNSUPPORTED: [&str; 4] = ["mcp_servers", "container", "context_management", "kv_transfer_params"];
 
 /// Reads and checks a body.
 pub(crate) fn parse(mut fields: Fields, router: &Router) -> Result<ChatRequest, Error> {

@@ -4,6 +4,7 @@ use super::{
     Head, Opening, Shape, StopReason, Usage,
     fields::{Fields, integer, wrong},
     json,
+    kv_transfer::Told,
     logprobs::{Names, PromptLogprobs, TextLogprobs},
     params::{Differences, Params},
     reasons,
@@ -46,6 +47,10 @@ impl CompletionRequest {
         best_of(&mut fields, params.n)?;
         let special = fields.bool("add_special_tokens")?.unwrap_or(true);
         let prompts = prompts(&mut fields, ("prompt", MAX_PROMPTS), special, router.model.vocab_size)?;
+        if params.transfer.is_some() && prompts.len() > 1 {
+            let problem = format!("speaks of one prompt, and there are {}", prompts.len());
+            return Err(Error::invalid("kv_transfer_params", problem));
+        }
         let choices = prompts.len() * params.n as usize;
         if choices > limits.max_choices as usize {
             let problem = format!(
@@ -124,6 +129,10 @@ pub(crate) struct CompletionShape {
     token_ids: bool,
     /// Whether log-probabilities name tokens by their ids.
     tokens_by_id: bool,
+    /// Where the prompt's pages are, for a proxy that asked.
+    transfer: Option<Told>,
+    /// Choices whose last chunk has not been written.
+    open: usize,
     choices: Vec<TextChoice>,
     /// Where each choice's text stands, in characters: streamed log-probabilities count on.
     offsets: Vec<usize>,
@@ -149,6 +158,8 @@ struct TextChoice {
 #[derive(Serialize)]
 struct Answer<'a, Choice> {
     choices: &'a [Choice],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kv_transfer_params: Option<&'a Told>,
     /// Absent from chunks unless asked for; then `null` but on the last one.
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Option<Usage>>,
@@ -189,6 +200,9 @@ impl CompletionShape {
         let offsets = vec![0; choices.len()];
         let (include_usage, token_ids) = (params.include_usage, params.token_ids);
         let (prompt_logprobs, prompt_only) = (params.prompt_logprobs, params.prompt_only());
+        // Nothing is computed for a prompt that is only repeated.
+        let computed = params.transfer.as_ref().filter(|_| !prompt_only);
+        let transfer = computed.and_then(|part| part.told(&router, prompts.first()?, &head.id));
         Self {
             router,
             opening: Opening::new(head, "text_completion"),
@@ -199,6 +213,8 @@ impl CompletionShape {
             include_usage,
             token_ids,
             tokens_by_id: params.tokens_by_id,
+            transfer,
+            open: choices.len(),
             choices,
             offsets,
             prompts,
@@ -223,7 +239,8 @@ impl CompletionShape {
     }
 
     fn write<Choice: Serialize>(&self, choices: &[Choice], usage: Option<Option<Usage>>, out: &mut Vec<u8>) {
-        self.opening.write(&Answer { choices, usage }, out);
+        let kv_transfer_params = self.transfer.as_ref().filter(|_| self.open == 0 && !choices.is_empty());
+        self.opening.write(&Answer { choices, kv_transfer_params, usage }, out);
     }
 
     fn write_chunk(&self, choice: Option<ChunkChoice<'_>>, usage: Option<Usage>, out: &mut Vec<u8>) {
@@ -259,6 +276,7 @@ impl Shape for CompletionShape {
         if !step.text.is_empty() || logprobs.is_some() || token_ids.is_some() || finish_reason.is_some() {
             let stop_reason = stop_reason.flatten();
             let text = &step.text;
+            self.open -= usize::from(finish_reason.is_some());
             let prompt_text = self.choices[index].prompt_text.as_deref().filter(|_| first);
             let choice = ChunkChoice {
                 index,
@@ -298,6 +316,7 @@ impl Shape for CompletionShape {
         }
         if let Some(finish) = &step.finish {
             let (finish_reason, stop_reason) = reasons(finish, false);
+            self.open -= 1;
             (choice.finish_reason, choice.stop_reason) = (Some(finish_reason), stop_reason);
         }
     }

@@ -18,6 +18,7 @@ use crate::{
     prompt::{Prompt, PromptSource, Truncation},
     request::{Finish, Generation, Origin, Router, Step, Work},
     text::embedding::Shorter,
+    why::Arrival,
 };
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
@@ -95,6 +96,8 @@ impl EmbeddingRequest {
             objective: None,
         };
         let _turn = place.turn(claim, || None).await?;
+        let arrival = Arrival { class: self.priority, waited: origin.arrived.elapsed(), objective: None };
+        router.why.admitted(&origin.request, arrival);
         let work = |prompt| work(origin.clone(), prompt, self.pooling, self.priority);
         let embedded: Vec<(Vec<f32>, Usage)> = stream::iter(prompts)
             .map(|prompt| embed(router.clone(), work(prompt)))
@@ -160,6 +163,7 @@ fn work(origin: Origin, prompt: Arc<Prompt>, pooling: Pooling, priority: i32) ->
         prompt_logprobs: None,
         priority,
         pooling: Some(pooling),
+        transfer: None,
         expected: 0,
     }
 }

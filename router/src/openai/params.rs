@@ -3,6 +3,7 @@
 use super::{
     constraint::Constraint,
     fields::{Fields, integer, shown, wrong},
+    kv_transfer::{self, Part},
 };
 use crate::{
     dialect::Reading,
@@ -33,11 +34,10 @@ const MAX_REQUEST_ID: usize = 128;
 const MAX_SALT_CHARS: usize = 128;
 
 /// Fields of vLLM and OpenAI that would change the answer and are not served yet.
-const UNSUPPORTED: [&str; 8] = [
+const UNSUPPORTED: [&str; 7] = [
     "logprob_token_ids",
     "use_beam_search",
     "repetition_detection",
-    "kv_transfer_params",
     "ec_transfer_params",
     "prompt_embeds",
     "functions",
@@ -80,6 +80,8 @@ pub(crate) struct Params {
     pub(crate) echo: bool,
     /// Alternatives listed beside each token of the prompt; `None` = the prompt is not listed.
     pub(crate) prompt_logprobs: Option<u32>,
+    /// What a proxy asks of this worker as to the prompt's pages.
+    pub(crate) transfer: Option<Arc<Part>>,
     /// The field that holds the prompt, for errors.
     pub(crate) prompt_field: &'static str,
     /// `None` = up to the context's end.
@@ -149,12 +151,24 @@ impl Params {
             request_id: request_id(fields)?,
             echo: differences.echo,
             prompt_logprobs,
+            transfer: kv_transfer::take(fields, router)?,
             prompt_field: differences.prompt_field,
             max_tokens,
             min_tokens,
             ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
             stop_token_ids: stop_token_ids(fields, router)?,
         })
+    }
+
+    /// Refuses what a prefill worker, behind a door of its own, does not do: it goes no further than the first token.
+    pub(crate) fn check_reach(&self, router: &Router) -> Result<(), Error> {
+        let bounded = router.config.kv_transfer.as_ref().is_some_and(|config| config.first_token_only);
+        if !bounded || self.max_tokens.is_some_and(|most| most <= 1) {
+            return Ok(());
+        }
+        let got = self.max_tokens.map_or_else(|| "none".to_owned(), |most| most.to_string());
+        let problem = format!("must be 1 at a prefill worker, which computes prompts and their first token, got {got}");
+        Err(Error::invalid("max_tokens", problem))
     }
 
     /// Adds a constraint of the endpoint's own; a request that has one already cannot have both.

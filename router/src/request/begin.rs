@@ -6,7 +6,7 @@ use crate::{
     error::Error,
     fleet::{
         Path, Wanted, Worker,
-        leg::{LegRole, Pooling, Submission},
+        leg::{Fetch, LegRole, Pooling, Submission},
     },
     prompt::Prompt,
     recovery::Failure,
@@ -89,7 +89,8 @@ impl Generation {
         let whole = self.wanted_prompt().is_some() || self.work.pooling == Some(Pooling::Mean);
         let pages = if whole { &[][..] } else { &self.work.prompt.pages };
         let wanted = Wanted { demand, pages, excluded, adapter: self.adapter_id(), desperate };
-        self.router.fleet.place(&wanted, rand::random())
+        let path = self.router.fleet.place(&wanted, rand::random())?;
+        Ok(if self.work.pooling.is_some() { path.without_handoff() } else { path })
     }
 
     /// Turns the request away if it could not meet its objective.
@@ -147,7 +148,8 @@ impl Generation {
             prompt_tokens: self.prompt_tokens(),
             salt: work.prompt.salt.clone(),
             adapter: work.prompt.adapter.clone(),
-            fetch: None,
+            fetch: self.borrowed(),
+            keep: work.transfer.as_ref().map_or(Duration::ZERO, |transfer| transfer.keep()),
             sampling: work.sampling.clone(),
             grammar: work.grammar.clone(),
             choice: work.choice,
@@ -159,6 +161,12 @@ impl Generation {
         };
         let buffer = self.router.config.limits.stream_buffer_tokens;
         Attempt::start(&self.router.fleet, path, &submission, self.output_tokens(), rand::random(), buffer)
+    }
+
+    /// Returns what a client's proxy says to fetch from a peer. A prompt that is reported is computed whole.
+    fn borrowed(&self) -> Option<Fetch> {
+        let transfer = self.work.transfer.as_ref().filter(|_| self.wanted_prompt().is_none())?;
+        transfer.fetch(&self.router, self.prompt_tokens())
     }
 
     fn adapter_id(&self) -> Option<&str> {

@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 const NOT_HERE: [&str; 6] = ["n", "logprobs", "top_logprobs", "prompt_logprobs", "stream_options", "return_token_ids"];
 
 /// Fields that need what is not served.
-const UNSUPPORTED: [&str; 2] = ["conversation", "prompt"];
+const UNSUPPORTED: [&str; 3] = ["conversation", "prompt", "kv_transfer_params"];
 
 /// A request that makes sense.
 #[derive(Debug)]

@@ -8,6 +8,7 @@ use cluster::Role;
 use proto::{Submit, ended::Reason, submit::Leg};
 use router::{EmbeddingPooling, Policy};
 use serde_json::{Value, json};
+use std::path::Path;
 
 const EMBEDDINGS: &str = "/v1/embeddings";
 
@@ -69,12 +70,14 @@ async fn every_form_of_input_becomes_its_prompts_in_order() {
 #[tokio::test]
 async fn whoever_would_compute_the_prompt_embeds_it() {
     let (router, mut prefill, mut decode) = started(EmbeddingPooling::Mean, Policy::Remote).await;
-    let request = json!({"input": "some text", "priority": 3, "cache_salt": "mine"});
+    let request = json!({"input": "some text", "priority": 3, "cache_salt": "mine", "request_id": "embedded"});
     let (answer, submit) = tokio::join!(router.post(EMBEDDINGS, request), async {
         let submit = prefill.submission().await;
         prefill.answer(&submit, &[1], Reason::Stop);
         submit
     });
+    let why = router.get("/v1/requests/embedded/why").await.json();
+    assert_eq!(why["attempts"][0]["chosen"], "local prefill", "nothing is handed over: {why}");
     assert_eq!(vectors(&answer), [expected(&tokens("some text"))]);
     assert_eq!((pooling(&submit), submit.priority, &submit.salt[..]), ("MEAN", 3, &b"mine"[..]));
     assert_eq!(submit.prompt_tokens as usize, submit.tokens.len());
@@ -88,6 +91,30 @@ async fn whoever_would_compute_the_prompt_embeds_it() {
     });
     assert_eq!((vectors(&answer), pooling(&submit)), (vec![expected(&[7, 8])], "LAST"));
     assert!(!prefill.has_submission());
+}
+
+#[tokio::test]
+async fn special_tokens_are_there_unless_they_are_not_wanted() {
+    let router = TestRouter::start_with(Policy::Local, |config| {
+        config.embedding_pooling = EmbeddingPooling::Last;
+        config.model_dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/llama");
+    })
+    .await;
+    let mut decode = MockWorker::start(&*router.directory, "decode", Role::Decode).await;
+    router.ready().await;
+    let mut asked = [Vec::new(), Vec::new(), Vec::new()];
+    for (tokens, add) in asked.iter_mut().zip([json!(null), json!(true), json!(false)]) {
+        let request = json!({"model": MODEL, "input": "one two", "add_special_tokens": add});
+        let (answer, submit) = tokio::join!(router.post(EMBEDDINGS, request), async {
+            let submit = decode.submission().await;
+            decode.answer(&submit, &[1], Reason::Stop);
+            submit
+        });
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        *tokens = submit.tokens;
+    }
+    let [default, with, without] = asked;
+    assert_eq!((&default, with.len(), &with[1..]), (&with, without.len() + 1, &without[..]));
 }
 
 #[tokio::test]
@@ -147,12 +174,16 @@ async fn what_is_wrong_is_named() {
     check(json!({"input": "x", "dimensions": 64}), "dimensions", &["256", "64", "is_matryoshka"]).await;
     check(json!({"input": "x", "messages": [{"role": "user", "content": "x"}]}), "messages", &["not supported"]).await;
     check(json!({"input": "x", "embed_dtype": "float16"}), "embed_dtype", &["not supported"]).await;
+    check(json!({"input": "x", "endianness": "big"}), "endianness", &["not supported"]).await;
+    check(json!({"input": "x", "truncation_side": "middle"}), "truncation_side", &["left", "right", "middle"]).await;
     let answer = router.post(EMBEDDINGS, json!({"input": "x", "model": "other"})).await;
     assert_eq!((answer.status, answer.error().contains("other")), (404, true));
     assert!(!decode.has_submission(), "nothing wrong is computed");
     let fits = json!({"input": vec![1; 900], "truncate_prompt_tokens": 3, "dimensions": 256});
     let _decode = decode.answer_all(&[1], Reason::Stop);
     assert_eq!(vectors(&router.post(EMBEDDINGS, fits).await), [expected(&[1, 1, 1])]);
+    let cut = json!({"input": [1, 2, 3], "truncate_prompt_tokens": 2, "truncation_side": "right"});
+    assert_eq!(vectors(&router.post(EMBEDDINGS, cut).await), [expected(&[1, 2])]);
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@ use crate::{
     mock::{MODEL, MockWorker, ended, failed},
     support::{EOS, TestRouter, output, streamed, tokens, within},
 };
-use cluster::Role;
+use cluster::{Member, Role};
 use hyper::Method;
 use proto::{PageEvents, ended::Reason, submit::Leg};
 use router::Policy;
@@ -100,6 +100,55 @@ async fn a_chunk_does_not_wait_for_the_acknowledgement_of_the_one_before() {
     }
     let (took, delayed) = (began.elapsed(), delayed().await);
     assert!(took < delayed / 2, "{ROUNDS} chunks took {took:?}; with delayed acknowledgements it would be {delayed:?}");
+}
+
+/// Passes on what goes between a router and the worker at `address`, and is slow to acknowledge what the router sends. Returns its own
+/// address.
+fn relay(address: &str) -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let (own, worker) = (listener.local_addr().unwrap(), address.to_owned());
+    tokio::spawn(async move {
+        let (mut router, _) = TcpListener::from_std(listener).unwrap().accept().await.unwrap();
+        let mut worker = TcpStream::connect(worker).await.unwrap();
+        for socket in [&router, &worker] {
+            socket.set_nodelay(true).unwrap();
+        }
+        let (mut down, mut up) = (vec![0; 4096], vec![0; 4096]);
+        loop {
+            delay_acknowledgement(&router);
+            tokio::select! {
+                Ok(read @ 1..) = router.read(&mut down) => worker.write_all(&down[..read]).await.unwrap(),
+                Ok(read @ 1..) = worker.read(&mut up) => router.write_all(&up[..read]).await.unwrap(),
+                else => return,
+            }
+        }
+    });
+    own.to_string()
+}
+
+#[tokio::test]
+async fn a_submission_does_not_wait_for_the_acknowledgement_of_the_one_before() {
+    let router = TestRouter::start(Policy::Local).await;
+    let slow = |member: &mut Member| member.address = relay(&member.address);
+    let mut worker = MockWorker::start_with(&*router.directory, "decode", Role::Decode, slow).await;
+    router.ready().await;
+    let body = json!({"model": MODEL, "prompt": "x", "max_tokens": 9}).to_string();
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: router\r\ncontent-type: application/json\r\ncontent-length";
+    let request = format!("{head}: {}\r\n\r\n{body}", body.len());
+    let mut clients = Vec::new();
+    let began = Instant::now();
+    for _ in 0..ROUNDS {
+        let mut client = TcpStream::connect(router.address).await.unwrap();
+        client.write_all(request.as_bytes()).await.unwrap();
+        worker.submission().await;
+        clients.push(client);
+    }
+    let (took, delayed) = (began.elapsed(), delayed().await);
+    assert!(
+        took < delayed / 2,
+        "{ROUNDS} submissions took {took:?}; with delayed acknowledgements it would be {delayed:?}"
+    );
 }
 
 #[tokio::test]

@@ -10,6 +10,7 @@ mod mock;
 mod rows;
 mod support;
 mod tools;
+mod transfer;
 mod turns;
 mod two_routers;
 mod workers;

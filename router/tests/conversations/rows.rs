@@ -2,7 +2,7 @@
 
 use crate::{
     mock::{MODEL, MockWorker},
-    support::{TestRouter, output, streamed, tokens},
+    support::{EOS, TestRouter, output, streamed, tokens},
 };
 use cluster::Role;
 use hyper::Method;
@@ -74,6 +74,8 @@ async fn what_changes_nothing_is_accepted_and_what_would_is_refused() {
         let answer = router.post(CHAT, chat(json!({name: value}))).await;
         assert_eq!((answer.status, answer.json()["error"]["param"].as_str()), (400, Some(name)), "{}", answer.body);
         assert!(answer.error().contains("not supported"), "{}", answer.body);
+        // A router says where it is served.
+        assert_eq!(name == "kv_transfer_params", answer.error().contains("started with --http"), "{}", answer.body);
     }
     for (extra, words) in [
         (json!({"reasoning_effort": "huge"}), "none, minimal"),
@@ -212,6 +214,75 @@ async fn special_tokens_before_a_template_are_for_the_asking() {
     };
     let without = beginning(&router, &mut worker, false).await;
     assert_eq!(beginning(&router, &mut worker, true).await, without + 1, "one BOS more");
+}
+
+#[tokio::test]
+async fn special_tokens_before_a_plain_prompt_are_there_unless_they_are_not_wanted() {
+    let (router, mut worker) = start(|config| config.model_dir = root().join("tests/golden/llama")).await;
+    let mut asked = [Vec::new(), Vec::new(), Vec::new()];
+    for (tokens, add) in asked.iter_mut().zip([json!(null), json!(true), json!(false)]) {
+        let request = json!({"model": MODEL, "prompt": "one two", "add_special_tokens": add});
+        *tokens = answered(&router, &mut worker, COMPLETIONS, request).await.1.tokens;
+    }
+    let [default, with, without] = asked;
+    assert_eq!((&default, with.len(), &with[1..]), (&with, without.len() + 1, &without[..]));
+}
+
+#[tokio::test]
+async fn special_tokens_of_an_answer_are_shown_for_the_asking() {
+    let (router, mut worker) = start(|_| {}).await;
+    // The beginning of a turn, which the demo model has as a token of its own.
+    let said = [&[1], &tokens("well")[..], &[EOS]].concat();
+    for (skip, expected) in [(json!(null), "well"), (json!(true), "well"), (json!(false), "<|im_start|>well")] {
+        let request = json!({"model": MODEL, "prompt": "x", "skip_special_tokens": skip});
+        let (answer, ()) = tokio::join!(router.post(COMPLETIONS, request), async {
+            let submit = worker.submission().await;
+            worker.answer(&submit, &said, Reason::Stop);
+        });
+        assert_eq!(answer.json()["choices"][0]["text"], expected, "{}", answer.body);
+    }
+}
+
+#[tokio::test]
+async fn ids_of_tokens_are_told_for_the_asking_those_of_the_prompt_once() {
+    let (router, mut worker) = start(|_| {}).await;
+    let ids = json!({"return_token_ids": true});
+    let (body, submit) = answered(&router, &mut worker, CHAT, chat(ids.clone())).await;
+    assert_eq!(
+        (&body["prompt_token_ids"], &body["choices"][0]["token_ids"]),
+        (&json!(submit.tokens), &json!(output("well then")))
+    );
+    let (body, _) = answered(&router, &mut worker, CHAT, chat(json!({}))).await;
+    assert_eq!((body.get("prompt_token_ids"), body["choices"][0].get("token_ids")), (None, None));
+    let streamed = with(chat(ids), json!({"stream": true}));
+    let (stream, submit) = tokio::join!(router.open(CHAT, streamed), async {
+        let submit = worker.submission().await;
+        worker.answer(&submit, &output("well then"), Reason::Stop);
+        submit
+    });
+    let chunks = stream.chunks().await;
+    let prompts: Vec<usize> = (0..chunks.len()).filter(|&i| chunks[i].get("prompt_token_ids").is_some()).collect();
+    assert_eq!((prompts, &chunks[0]["prompt_token_ids"]), (vec![0], &json!(submit.tokens)));
+    let ids = chunks.iter().filter_map(|chunk| chunk["choices"][0]["token_ids"].as_array()).flatten().cloned();
+    assert_eq!(Value::from_iter(ids), json!(output("well then")));
+}
+
+#[tokio::test]
+async fn the_fields_before_structured_outputs_are_served() {
+    let (router, mut worker) = start(|_| {}).await;
+    for (extra, kind, text) in [
+        (json!({"guided_choice": ["a", "b"]}), Kind::Choice, Some("[\"a\",\"b\"]")),
+        (json!({"guided_regex": "[ab]+"}), Kind::Regex, Some("[ab]+")),
+        (json!({"guided_json": {"type": "string"}}), Kind::JsonSchema, None),
+        (json!({"guided_json_object": true}), Kind::JsonSchema, None),
+        (json!({"guided_grammar": "root ::= \"a\""}), Kind::Lark, None),
+    ] {
+        let pattern = json!({"guided_whitespace_pattern": " ?"});
+        let (_, submit) = answered(&router, &mut worker, CHAT, chat(with(extra.clone(), pattern))).await;
+        let grammar = submit.grammar.unwrap_or_else(|| panic!("{extra} is no constraint"));
+        assert_eq!((grammar.kind(), grammar.whitespace.as_deref()), (kind, Some(" ?")), "{extra}");
+        assert!(text.is_none_or(|text| grammar.text == text), "{extra}: {}", grammar.text);
+    }
 }
 
 fn thoughts(submit: &Submit) -> Option<Thoughts> {

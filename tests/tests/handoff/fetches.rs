@@ -12,8 +12,8 @@ const PAGES: u32 = 18;
 const PAGE_TOKENS: u32 = 16;
 
 fn fetching(submit: Submit, handoff: u64, holder: &Member, pages: u32) -> Submit {
-    let fetch =
-        Fetch { handoff, worker: holder.id.clone(), incarnation: holder.incarnation, link: holder.link.clone(), pages };
+    let Member { id: worker, incarnation, link, .. } = holder.clone();
+    let fetch = Fetch { handoff, worker, incarnation, link, pages, required: false };
     Submit { fetch: Some(fetch), ..submit }
 }
 
@@ -126,4 +126,69 @@ async fn a_worker_without_room_for_the_prefix_computes() {
     to_asker.all_pages_back().await;
     holder.stop().await.unwrap();
     asker.stop().await.unwrap();
+}
+
+/// Has `router`'s worker compute the prompt's first token, and keep its pages this long.
+async fn keep(router: &mut Router, attempt: u64, prompt: &Golden, keep_ms: u32) {
+    router.submit(Submit { keep_ms, ..request(attempt, &prompt.ids, 1, local()) }).await;
+    let said = router.ended(attempt).await;
+    assert_eq!((said.reason(), said.tokens), (Some(Reason::Length), numbered(&prompt.greedy[..1], 0)));
+}
+
+fn held(router: &Router) -> u32 {
+    router.load.pages_total - router.load.pages_free
+}
+
+#[tokio::test]
+async fn a_prefill_worker_keeps_a_prompt_until_it_is_fetched() {
+    let (directory, prompt) = (MemoryDirectory::default(), longest());
+    let holder = Worker::prefill(&directory, "keep-holder", small()).await;
+    let asker = Worker::decode(&directory, "keep-asker", small()).await;
+    let (mut to_holder, mut to_asker) = (Router::attach(&holder.member).await, Router::attach(&asker.member).await);
+    keep(&mut to_holder, 1, &prompt, 600_000).await;
+    to_holder.until("the kept pages", |router| held(router) == PAGES).await;
+    let submit = request(1, &prompt.ids, prompt.greedy.len(), local());
+    to_asker.submit(fetching(submit, 0xfa1, &holder.member, PAGES)).await;
+    check(&mut to_asker, 1, &prompt, PAGES).await;
+    to_holder.all_pages_back().await;
+    // It goes no further than that.
+    to_holder.submit(request(2, &prompt.ids, 2, local())).await;
+    let said = to_holder.ended(2).await;
+    assert_eq!(said.reason(), Some(Reason::Invalid));
+    assert!(said.message().ends_with("goes no further than the first token, not to 2"), "{}", said.message());
+    to_asker.all_pages_back().await;
+    holder.stop().await.unwrap();
+    asker.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_nobody_fetches_is_kept_for_its_time_and_no_longer() {
+    let (directory, prompt) = (MemoryDirectory::default(), longest());
+    let holder = Worker::decode(&directory, "keep-in-vain", small()).await;
+    let mut to_holder = Router::attach(&holder.member).await;
+    keep(&mut to_holder, 1, &prompt, 300).await;
+    to_holder.until("the kept pages", |router| held(router) == PAGES).await;
+    to_holder.all_pages_back().await;
+    holder.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_leg_that_needs_its_prefix_is_refused_without() {
+    let (directory, prompt) = (MemoryDirectory::default(), longest());
+    let cold = Worker::decode(&directory, "need-cold", small()).await;
+    let asker = Worker::decode(&directory, "need-asker", small()).await;
+    let prefill = Worker::prefill(&directory, "need-prefill", small()).await;
+    for worker in [&asker, &prefill] {
+        let mut router = Router::attach(&worker.member).await;
+        let mut submit = fetching(request(1, &prompt.ids, 1, local()), rand::random(), &cold.member, PAGES);
+        submit.fetch.as_mut().unwrap().required = true;
+        router.submit(submit).await;
+        let said = router.ended(1).await;
+        assert_eq!(said.reason(), Some(Reason::Refused), "{said:?}");
+        assert_eq!(said.message(), format!("its pages could not be fetched: 0 of {PAGES} pages are here"));
+        router.all_pages_back().await;
+    }
+    for worker in [cold, asker, prefill] {
+        worker.stop().await.unwrap();
+    }
 }

@@ -16,6 +16,7 @@ mod grammars;
 mod messages;
 mod one_request;
 mod prompt_logprobs;
+mod proxy;
 mod responses;
 mod speculation;
 mod tokens;

@@ -4,6 +4,7 @@ use crate::{
     dialect::Event,
     openai::{
         Head, Opening, Shape, StopReason, Usage,
+        kv_transfer::Told,
         logprobs::{ChatLogprobs, Names, PromptLogprobs},
         params::Params,
         reasons,
@@ -33,6 +34,10 @@ pub(crate) struct ChatShape {
     /// Alternatives listed beside each token of the prompt; `None` = they are not listed.
     prompt_logprobs: Option<u32>,
     prompt: Option<PromptLogprobs>,
+    /// Where the prompt's pages are, for a proxy that asked.
+    transfer: Option<Told>,
+    /// Choices whose last chunk has not been written.
+    open: usize,
     choices: Vec<ChatChoice>,
 }
 
@@ -110,6 +115,8 @@ struct Answer<'a> {
     usage: Usage,
     prompt_logprobs: Option<&'a PromptLogprobs>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    kv_transfer_params: Option<&'a Told>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     prompt_text: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<&'a [TokenId]>,
@@ -118,6 +125,9 @@ struct Answer<'a> {
 #[derive(Serialize)]
 struct Chunk<'a> {
     choices: &'a [ChunkChoice<'a>],
+    /// On the last chunk of the last choice only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kv_transfer_params: Option<&'a Told>,
     /// This and the next on the first chunk only.
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_text: Option<&'a str>,
@@ -196,6 +206,7 @@ impl ChatShape {
     pub(crate) fn new(router: Arc<Router>, head: &Head, params: &Params, prompt: &Prompt) -> Self {
         let logprobs = params.sampling.logprobs;
         let prompt_text = params.prompt_text.then(|| router.model.tokenizer.decode(&prompt.tokens, false));
+        let transfer = params.transfer.as_ref().and_then(|part| part.told(&router, prompt, &head.id));
         let choice = |index| ChatChoice {
             index: index as usize,
             message: Message { role: "assistant", ..Message::default() },
@@ -214,13 +225,17 @@ impl ChatShape {
             prompt_token_ids: params.token_ids.then(|| prompt.tokens.clone()),
             prompt_logprobs: params.prompt_logprobs,
             prompt: None,
+            transfer,
+            open: params.n as usize,
             choices: (0..params.n).map(choice).collect(),
         }
     }
 
     fn write_chunk(&self, choices: &[ChunkChoice<'_>], usage: Option<Usage>, first: bool, out: &mut Vec<u8>) {
+        let over = self.open == 0 && choices.iter().any(|choice| choice.finish_reason.is_some());
         let chunk = Chunk {
             choices,
+            kv_transfer_params: self.transfer.as_ref().filter(|_| over),
             prompt_text: self.prompt_text.as_deref().filter(|_| first),
             prompt_token_ids: self.prompt_token_ids.as_deref().filter(|_| first),
             usage: (self.include_usage || usage.is_some()).then_some(usage),
@@ -252,6 +267,7 @@ impl Shape for ChatShape {
         if let Some(finish) = &step.finish {
             let (reason, stop) = reasons(finish, step.calls_tools);
             (finish_reason, stop_reason) = (Some(reason), Some(stop));
+            self.open -= 1;
         }
         let mut deltas: Vec<Delta<'_>> = step.events.iter().map(Delta::of).collect();
         if deltas.is_empty() && (logprobs.is_some() || token_ids.is_some() || finish_reason.is_some()) {
@@ -298,6 +314,7 @@ impl Shape for ChatShape {
             service_tier: None,
             usage,
             prompt_logprobs: self.prompt.as_ref(),
+            kv_transfer_params: self.transfer.as_ref(),
             prompt_text: self.prompt_text.as_deref(),
             prompt_token_ids: self.prompt_token_ids.as_deref(),
         };
