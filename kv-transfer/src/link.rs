@@ -308,15 +308,18 @@ async fn write(
     let mut frame = Vec::new();
     loop {
         // Both arms are cancel safe: a message is taken or stays, a tick happens or does not.
-        tokio::select! {
+        let message = tokio::select! {
             message = outgoing.recv() => match message {
-                Some(message) => message.encode(&mut frame),
+                Some(message) => message,
                 None => return io::Error::other("shutting down"),
             },
-            _ = pings.tick() => Message::Ping.encode(&mut frame),
+            _ = pings.tick() => Message::Ping,
+        };
+        message.encode(&mut frame);
+        if matches!(message, Message::Pages { .. }) {
+            // What is ready to be said now goes in the same write: the commit with the frame before it.
+            tokio::task::yield_now().await;
         }
-        // What is ready to be said now goes in the same write: the commit with the frame before it.
-        tokio::task::yield_now().await;
         while let Ok(message) = outgoing.try_recv() {
             message.encode(&mut frame);
         }
