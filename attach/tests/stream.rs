@@ -176,7 +176,9 @@ async fn relay(address: &str) -> String {
     tokio::spawn(async move {
         let (mut router, _) = listener.accept().await.unwrap();
         let mut worker = TcpStream::connect(worker).await.unwrap();
-        [&router, &worker].map(|socket| socket.set_nodelay(true).unwrap());
+        for socket in [&router, &worker] {
+            socket.set_nodelay(true).unwrap();
+        }
         let (mut down, mut up) = (vec![0; 4096], vec![0; 4096]);
         loop {
             delay_acknowledgement(&worker);

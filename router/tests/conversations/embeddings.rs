@@ -58,7 +58,7 @@ async fn every_form_of_input_becomes_its_prompts_in_order() {
         assert_eq!(usage["completion_tokens"], 0);
     };
     let (one, two) = (tokens("one text"), tokens("and another"));
-    check(json!("one text"), &[one.clone()]).await;
+    check(json!("one text"), std::slice::from_ref(&one)).await;
     check(json!(["one text", "and another"]), &[one, two]).await;
     check(json!([5, 6, 7]), &[vec![5, 6, 7]]).await;
     check(json!([[5, 6, 7], [8]]), &[vec![5, 6, 7], vec![8]]).await;

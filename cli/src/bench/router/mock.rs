@@ -144,6 +144,11 @@ impl Worker {
             }
             Leg::Decode { .. } => 1,
             Leg::Local => 0,
+            Leg::Embed(_) => {
+                let why = "this worker of a benchmark has no embeddings".to_string();
+                self.routers.ended(submission.id, End::Invalid(why), Usage::default());
+                return;
+            }
         };
         self.legs.insert(submission.id, Progress { next, end });
     }
