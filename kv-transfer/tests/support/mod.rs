@@ -1,7 +1,6 @@
 //! A worker without an engine: a pool of random bytes, a transfer over it, and its events.
 #![allow(dead_code)] // Each test file uses its part.
 
-pub(crate) mod late;
 pub(crate) mod proxy;
 pub(crate) mod tls;
 
