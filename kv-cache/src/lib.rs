@@ -1,14 +1,16 @@
 //! Pages as bookkeeping.
 //!
-//! Owns the names of pages and prefixes, the shape of a page in bytes, and which page is free, held or cached. It knows no
-//! device, no clock and no I/O: whoever owns the bytes ([`PageLayout`] says where they lie) asks a [`PagePool`] which of
-//! them to use. Everything here is a decision, so everything here can be simulated.
+//! Owns the names of pages and prefixes, the shape of a page in bytes, how values become elements of one byte, and which page is
+//! free, held or cached. It knows no device, no clock and no I/O: whoever owns the bytes ([`PageLayout`] says where they lie)
+//! asks a [`PagePool`] which of them to use. Everything here is a decision, so everything here can be simulated.
 #![forbid(unsafe_code)]
 
+mod byte_code;
 mod hash;
 mod layout;
 mod pool;
 
+pub use byte_code::ByteCode;
 pub use hash::{PageHash, PrefixHasher, page_hashes, root_salt};
 pub use layout::{KvDtype, PageLayout, Plane};
 pub use pool::{CacheDelta, PagePool, PoolStats};

@@ -1,12 +1,12 @@
 //! Turns blocks of one element type into blocks of another.
 //!
 //! Done at the source, by its movers: the source's cores compute prompts in large steps and can spare some, the target's decode
-//! in small ones; and the target reads what comes straight into its pages whatever the source keeps. Rounding is that of the
-//! engine (`engine/src/cpu/pages.rs`): to the nearest, ties to even, and elements of one byte get the scale that they would have
-//! had there. So a converted page has the bits that the target would have written, had it been given the same keys and values.
+//! in small ones; and the target reads what comes straight into its pages whatever the source keeps. Rounding is that of engines:
+//! to the nearest, ties to even, and elements of one byte by the same [`ByteCode`], scale included. So a converted page has the bits
+//! that the target would have written, had it been given the same keys and values.
 
 use half::{bf16, f16};
-use kv_cache::{KvDtype, PageLayout};
+use kv_cache::{ByteCode, KvDtype, PageLayout};
 
 /// Appends `block`, a block of `from`, as a block of `to`, which differs in its dtype alone.
 pub(crate) fn convert(from: &PageLayout, block: &[u8], to: &PageLayout, out: &mut Vec<u8>) {
@@ -46,15 +46,15 @@ fn narrow(dtype: KvDtype, values: &[f32], elements: &mut [u8], scale: &mut [u8])
         KvDtype::F32 => fill(elements, values, f32::to_le_bytes),
         KvDtype::Bf16 => fill(elements, values, |value| bf16::from_f32(value).to_le_bytes()),
         KvDtype::F16 => fill(elements, values, |value| f16::from_f32(value).to_le_bytes()),
-        KvDtype::Fp8 | KvDtype::Int8 => {
-            let (largest, code): (f32, fn(f32) -> u8) =
-                if dtype == KvDtype::Int8 { (127.0, narrow_i8) } else { (448.0, narrow_e4m3) };
-            let unit = unit(values, largest);
-            scale.copy_from_slice(&bf16::from_bits((unit.to_bits() >> 16) as u16).to_le_bytes());
-            // What is not finite has no code: all of it is zero times NaN.
-            fill(elements, values, |value| [if unit.is_nan() { 0 } else { code(value / unit) }]);
-        }
+        KvDtype::Fp8 => narrow_byte(ByteCode::E4m3, values, elements, scale),
+        KvDtype::Int8 => narrow_byte(ByteCode::Int8, values, elements, scale),
     }
+}
+
+fn narrow_byte(code: ByteCode, values: &[f32], elements: &mut [u8], scale: &mut [u8]) {
+    let unit = code.scale(values);
+    scale.copy_from_slice(&bf16::from_bits((unit.to_bits() >> 16) as u16).to_le_bytes());
+    code.encode(values, unit, elements);
 }
 
 fn each<const N: usize>(elements: &[u8], values: &mut [f32], read: impl Fn([u8; N]) -> f32) {
@@ -67,37 +67,11 @@ fn fill<const N: usize>(elements: &mut [u8], values: &[f32], write: impl Fn(f32)
     elements.iter_mut().zip(values).for_each(|(element, value)| *element = write(*value));
 }
 
-/// Returns the scale under which no value exceeds `largest`: a normal bf16, rounded up; NaN where a value is not finite.
-fn unit(values: &[f32], largest: f32) -> f32 {
-    let magnitude = values.iter().fold(0, |most, value| most.max(value.to_bits() & 0x7fff_ffff));
-    if magnitude >= f32::INFINITY.to_bits() {
-        return f32::from_bits(0x7fc0_0000);
-    }
-    let wanted = f32::from_bits(magnitude) / largest;
-    f32::from_bits((wanted.to_bits() + 0xffff) & 0xffff_0000).max(f32::MIN_POSITIVE)
-}
-
-fn narrow_i8(value: f32) -> u8 {
-    value.round_ties_even().clamp(-127.0, 127.0) as i8 as u8
-}
-
 /// Returns a finite e4m3 (arXiv 2209.05433, table 1): four exponent bits with a bias of 7, three of the significand.
 fn widen_e4m3(byte: u8) -> f32 {
     let magnitude = f32::from_bits((u32::from(byte) & 0x7f) << 20);
     // The exponent is too small by 120; multiplying also makes normal numbers of subnormal ones.
     magnitude * f32::from_bits((127 + 120) << 23) * if byte < 0x80 { 1.0 } else { -1.0 }
-}
-
-fn narrow_e4m3(value: f32) -> u8 {
-    let (sign, magnitude) = ((value.to_bits() >> 24 & 0x80) as u8, value.abs());
-    // Steps of 2^-9 below 2^-6, then eight to each power of two.
-    let code = if magnitude < 0.015_625 {
-        (magnitude * 512.0).round_ties_even() as u32
-    } else {
-        let rounded = magnitude.to_bits() + 0x7_ffff + (magnitude.to_bits() >> 20 & 1);
-        ((rounded >> 20) - ((127 - 7) << 3)).min(0x7e)
-    };
-    sign | code as u8
 }
 
 #[cfg(test)]
@@ -169,16 +143,21 @@ mod tests {
 
     #[test]
     fn every_code_of_a_byte_comes_back() {
+        let narrow = |code: ByteCode, value: f32| {
+            let mut element = [0];
+            code.encode(&[value], 1.0, &mut element);
+            element[0]
+        };
         for code in 0..=255u8 {
             if code & 0x7f < 0x7f {
-                assert_eq!(narrow_e4m3(widen_e4m3(code)), code, "{code:#x}");
+                assert_eq!(narrow(ByteCode::E4m3, widen_e4m3(code)), code, "{code:#x}");
             }
             if code != 0x80 {
-                assert_eq!(narrow_i8(f32::from(code as i8)), code, "{code:#x}");
+                assert_eq!(narrow(ByteCode::Int8, f32::from(code as i8)), code, "{code:#x}");
             }
         }
         assert_eq!(widen_e4m3(0x7e), 448.0);
-        assert_eq!(narrow_e4m3(1e9), 0x7e);
+        assert_eq!(narrow(ByteCode::E4m3, 1e9), 0x7e);
     }
 
     #[test]

@@ -35,6 +35,10 @@ use tracing::Span;
 
 /// How precisely deadlines are kept.
 const TICK: Duration = Duration::from_millis(50);
+/// Longest that the thread stays awake for what is due from a peer: at a source the acknowledgement of a commit, at a target the commit
+/// after frames of the last layer. A few such moments a hand-off; being woken for it instead costs tens of microseconds, as long as
+/// copying half a megabyte, and what takes longer than this has something else to wait for.
+const AWAKE: Duration = Duration::from_micros(80);
 /// How long hand-offs get to end when the worker stops.
 const STOP_LIMIT: Duration = Duration::from_millis(500);
 
@@ -103,6 +107,8 @@ pub(crate) struct Driver {
     spans: HashMap<(Side, HandoffId), Span>,
     /// Committed and not yet answered.
     committed: HashSet<HandoffId>,
+    /// Until when not to sleep, for something is due from a peer.
+    awake_until: Option<Instant>,
 }
 
 impl Driver {
@@ -116,6 +122,7 @@ impl Driver {
             outbox: VecDeque::new(),
             spans: HashMap::new(),
             committed: HashSet::new(),
+            awake_until: None,
         }
     }
 
@@ -128,6 +135,10 @@ impl Driver {
         let mut stop_at = None;
         let events = self.parts.events.clone();
         while stop_at.is_none() || self.parts.handoffs.live() > 0 || !self.outbox.is_empty() {
+            if !self.outbox.is_empty() {
+                // Messages first: a peer waits for them, and waking the worker's thread takes as long as writing one.
+                tokio::task::yield_now().await;
+            }
             // Every arm is cancel safe: notes and arrivals are taken or stay, a reserved place is given back.
             tokio::select! {
                 () = self.parts.inbox.take(&mut notes) => self.handle_notes(&mut notes),
@@ -136,6 +147,7 @@ impl Driver {
                     (Ok(place), Some(event)) => place.send(event),
                     _ => self.outbox.clear(),
                 },
+                () = stay_awake(self.awake_until), if self.awake_until.is_some() => self.awake_until = None,
                 _ = ticks.tick(), if self.parts.handoffs.live() > 0 => self.act(|handoffs, now, out| handoffs.tick(now, out)),
                 () = shutdown.cancelled(), if stop_at.is_none() => stop_at = Some(self.stop()),
                 () = events.closed(), if stop_at.is_none() => stop_at = Some(self.stop()),
@@ -223,6 +235,9 @@ impl Driver {
                 // Said by a source that writes by itself; who else says it has no landing that listens.
                 let up = self.links.get(&id).filter(|link| link.address.is_none()).and_then(|link| link.up.as_ref());
                 if let Some(up) = up {
+                    if is_of_last_layer(&frame, &up.terms) {
+                        self.awake_until = Some(Instant::now() + AWAKE);
+                    }
                     self.parts.links.written(up.token, frame);
                 }
             }
@@ -328,6 +343,7 @@ impl Driver {
     fn send(&mut self, link: LinkId, message: Message) {
         if let Message::Commit { handoff, .. } = message {
             self.committed.insert(handoff);
+            self.awake_until = Some(Instant::now() + AWAKE);
             self.parts.speed.started(Instant::now());
         }
         // A link that is gone has told its hand-offs, or is about to.
@@ -365,6 +381,9 @@ impl Driver {
             self.parts.landings.forget(handoff);
         } else if self.committed.remove(&handoff) {
             self.parts.speed.finished(Instant::now(), 0);
+            if self.committed.is_empty() {
+                self.awake_until = None;
+            }
         }
         let link = link.and_then(|link| self.links.get(&link));
         let kind = link.and_then(|link| link.up.as_ref()).map(|up| up.kind);
@@ -379,6 +398,20 @@ impl Driver {
         let span = self.spans.remove(&(side, handoff)).unwrap_or_else(Span::none);
         let peer = link.map_or("", |link| &link.peer);
         span.in_scope(|| tracing::debug!(%handoff, ?side, ?end, peer, ?took, "hand-off ended"));
+    }
+}
+
+/// Says whether `frame` holds blocks of the last layer: a commit may be due.
+fn is_of_last_layer(frame: &Message, terms: &Terms) -> bool {
+    let is_last = |layer: u32| layer.checked_add(1) == Some(terms.target.pool.layers);
+    matches!(frame, Message::Pages { pieces, .. } if pieces.iter().any(|piece| is_last(piece.layer)))
+}
+
+/// Returns at `until`, and keeps this thread from sleeping before. Cancel safe.
+async fn stay_awake(until: Option<Instant>) {
+    while until.is_some_and(|until| Instant::now() < until) {
+        // Looks at the sockets of the thread's reactor, and lets everybody else on it run.
+        tokio::task::yield_now().await;
     }
 }
 

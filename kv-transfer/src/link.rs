@@ -308,15 +308,18 @@ async fn write(
     let mut frame = Vec::new();
     loop {
         // Both arms are cancel safe: a message is taken or stays, a tick happens or does not.
-        tokio::select! {
+        let message = tokio::select! {
             message = outgoing.recv() => match message {
-                Some(message) => message.encode(&mut frame),
+                Some(message) => message,
                 None => return io::Error::other("shutting down"),
             },
-            _ = pings.tick() => Message::Ping.encode(&mut frame),
+            _ = pings.tick() => Message::Ping,
+        };
+        message.encode(&mut frame);
+        if matches!(message, Message::Pages { .. }) {
+            // What is ready to be said now goes in the same write: the commit with the frame before it.
+            tokio::task::yield_now().await;
         }
-        // What is ready to be said now goes in the same write: the commit with the frame before it.
-        tokio::task::yield_now().await;
         while let Ok(message) = outgoing.try_recv() {
             message.encode(&mut frame);
         }
@@ -410,6 +413,35 @@ mod tests {
         let (_say, mut arrived, _stop) = start(ours, ping);
         assert_eq!(down(&mut arrived).await, "nothing heard for 900ms");
         assert!((2 * ping..=Duration::from_secs(1)).contains(&started.elapsed()), "{:?}", started.elapsed());
+    }
+
+    /// However the other end goes, this one knows within a second.
+    #[tokio::test(start_paused = true)]
+    async fn every_end_is_noticed_within_a_second() {
+        let ping = Duration::from_millis(Config::default().ping_interval_ms);
+        let mut half = Vec::new();
+        Message::Abort { handoff: HandoffId(3), reason: "so".into() }.encode(&mut half);
+        half.truncate(half.len() / 2);
+        let (closed, silent) = ("the other end closed the link", "nothing heard for 900ms");
+        for (says, stays, reason) in
+            [(vec![], false, closed), (half.clone(), false, closed), (vec![], true, silent), (half, true, silent)]
+        {
+            // As little room as a socket whose other end does not read.
+            let (ours, mut theirs) = duplex(16);
+            let (_say, mut arrived, _stop) = start(ours, ping);
+            let writing = tokio::spawn(async move {
+                theirs.write_all(&says).await.expect("write");
+                // Reads nothing, and says nothing more.
+                if stays {
+                    std::future::pending::<()>().await;
+                }
+            });
+            let started = Instant::now();
+            assert_eq!(down(&mut arrived).await, reason);
+            let limit = if stays { Duration::from_secs(1) } else { Duration::ZERO };
+            assert!(started.elapsed() <= limit, "{reason}: {:?}", started.elapsed());
+            writing.abort();
+        }
     }
 
     #[tokio::test(start_paused = true)]

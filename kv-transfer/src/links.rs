@@ -21,7 +21,7 @@ use crate::{
         memory::{self, Registration},
         shm::{self, Door, Remote, Shared, Writer},
         tcp::{self, Receiver},
-        ucx::{LinkPath, Ucx, Window},
+        ucx::{LinkPath, Ucx, Way, Window},
     },
 };
 use ::metrics::Counter;
@@ -219,9 +219,16 @@ impl Links {
         let (digest, emulated) = (welcome.digest, self.offer.without(TransportKind::Ucx).is_none());
         let path = LinkPath { terms: terms.clone(), digest, emulated, say: say.clone() };
         let reason = match ucx.connect(window, path, remote, stop).await {
-            Ok(source) => {
+            Ok(way) => {
                 link::send(&mut stream, &Greeting::Connected).await?;
-                return Ok((stream, welcome, terms, Arc::new(source)));
+                let transport: Arc<dyn Transport> = match way {
+                    Way::Puts(source) => Arc::new(source),
+                    Way::Map(mapped) => {
+                        let path = shm::Path { pool: self.pool.clone(), terms: terms.clone(), digest, say };
+                        Arc::new(shm::start(mapped, &path, &self.movers, stop))
+                    }
+                };
+                return Ok((stream, welcome, terms, transport));
             }
             Err(reason) => reason,
         };

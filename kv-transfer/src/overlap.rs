@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 /// Smallest group worth a wake-up.
-pub(crate) const LEAST_GROUP_BYTES: usize = 256 << 10;
+const LEAST_GROUP_BYTES: usize = 256 << 10;
 /// Largest group, also that of a link so slow that only its bytes count.
 const MOST_GROUP_BYTES: usize = 16 << 20;
 /// Group while nothing is known yet.
@@ -35,6 +35,12 @@ pub(crate) fn group_bytes(total_bytes: u64, computed_per_s: f64, moved_per_s: f6
     let sizes = std::iter::successors(Some(LEAST_GROUP_BYTES), |bytes| Some(bytes * 2));
     let sizes = sizes.take_while(|bytes| *bytes <= MOST_GROUP_BYTES);
     sizes.min_by(|a, b| tail(*a as f64).total_cmp(&tail(*b as f64))).unwrap_or(FIRST_GROUP_BYTES)
+}
+
+/// Returns the smallest frame worth its report on a link that moves `moved_per_s` (0: not known yet): what takes longer to move than to
+/// tell of.
+pub(crate) fn least_frame_bytes(moved_per_s: f64) -> usize {
+    ((moved_per_s * GROUP_OVERHEAD.as_secs_f64()) as usize).max(LEAST_GROUP_BYTES)
 }
 
 /// The time that one hand-off was moving, and how much of it came before the last push. Moving is while frames are under way, and
@@ -94,6 +100,13 @@ mod tests {
         check(16 * MIB, 0.0, 1e9, 1024);
         check(16 * MIB, 1e9, 0.0, 1024);
         check(0, 1e9, 1e9, 256);
+    }
+
+    #[test]
+    fn frames_of_faster_links_are_larger() {
+        for (moved, expected) in [(0.0, 256 << 10), (2e9, 256 << 10), (10e9, 500_000), (40e9, 2_000_000)] {
+            assert_eq!(least_frame_bytes(moved), expected, "{moved}");
+        }
     }
 
     proptest! {

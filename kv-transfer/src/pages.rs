@@ -9,7 +9,7 @@
 //!   engine does not touch it.
 //! - Every other block is none of our business.
 //!
-//! The mapping is followed by an inaccessible guard page, so that running over the end is a fault and not somebody's memory.
+//! A mapping made here is followed by an inaccessible guard page, so that running over the end is a fault and not somebody's memory.
 
 use crate::{
     Error,
@@ -20,12 +20,13 @@ use crate::{
 use kv_cache::{PageId, PageLayout};
 use std::{fs::File, io, os::fd::AsRawFd, ptr};
 
-/// A page pool as this crate sees it. Unmapped on drop.
+/// A page pool as this crate sees it. Unmapped on drop, if it was mapped here.
 #[derive(Debug)]
 pub(crate) struct Pages {
     base: *mut u8,
-    /// The whole reservation: up to a huge page before the pool, the pool rounded up to system pages, and the guard.
-    reserved: (*mut libc::c_void, usize),
+    /// The whole reservation: up to a huge page before the pool, the pool rounded up to system pages, and the guard. `None`: mapped by
+    /// somebody else.
+    reserved: Option<(*mut libc::c_void, usize)>,
     layout: PageLayout,
 }
 
@@ -41,7 +42,7 @@ impl Pages {
     pub(crate) fn map(file: &File, layout: PageLayout) -> Result<Self, Error> {
         let bytes = layout.pool_bytes();
         Self::reserve_and_map(file, &layout)
-            .map(|(base, reserved)| Self { base, reserved, layout })
+            .map(|(base, reserved)| Self { base, reserved: Some(reserved), layout })
             .map_err(|source| Error::Map { bytes, source })
     }
 
@@ -49,12 +50,25 @@ impl Pages {
     /// this process is gone.
     pub(crate) fn map_foreign(file: &File, layout: PageLayout) -> Result<Self, Error> {
         let pages = Self::map(file, layout)?;
-        #[cfg(target_os = "linux")]
-        pages.advise(0, pages.layout.pool_bytes(), libc::MADV_DONTFORK).map_err(|source| {
-            let bytes = pages.layout.pool_bytes();
-            Error::Map { bytes, source }
-        })?;
+        let bytes = pages.layout.pool_bytes();
+        pages.keep_from_children().map_err(|source| Error::Map { bytes, source })?;
         Ok(pages)
+    }
+
+    /// Views a pool that somebody else mapped. Children of this process do not inherit it.
+    ///
+    /// # Safety
+    /// All of it is mapped at `base` for writing, shared with its owner, for as long as this lives.
+    pub(crate) unsafe fn lent(base: *mut u8, layout: PageLayout) -> io::Result<Self> {
+        let pages = Self { base, reserved: None, layout };
+        pages.keep_from_children()?;
+        Ok(pages)
+    }
+
+    fn keep_from_children(&self) -> io::Result<()> {
+        #[cfg(target_os = "linux")]
+        self.advise(0, self.layout.pool_bytes(), libc::MADV_DONTFORK)?;
+        Ok(())
     }
 
     fn reserve_and_map(file: &File, layout: &PageLayout) -> io::Result<(*mut u8, (*mut libc::c_void, usize))> {
@@ -213,8 +227,10 @@ impl Pages {
 
 impl Drop for Pages {
     fn drop(&mut self) {
-        // SAFETY: the reservation made in `map`; whoever uses the bytes holds `self`, so nobody does any more.
-        unsafe { libc::munmap(self.reserved.0, self.reserved.1) };
+        if let Some((start, bytes)) = self.reserved {
+            // SAFETY: the reservation made in `map`; whoever uses the bytes holds `self`, so nobody does any more.
+            unsafe { libc::munmap(start, bytes) };
+        }
     }
 }
 

@@ -27,7 +27,7 @@ use crate::{
     coverage::Coverage,
     digest::Digest,
     message::{Message, Sent},
-    overlap::{LEAST_GROUP_BYTES, Overlap, group_bytes},
+    overlap::{Overlap, group_bytes, least_frame_bytes},
     plan::{self, Piece, Terms},
 };
 use kv_cache::{PageId, PageLayout};
@@ -357,7 +357,8 @@ impl Source {
         if flush || gathered >= group {
             // What came all at once leaves in few frames, since each costs a report on both sides.
             let leaves = if self.limits.group_bytes.is_none() { gathered.max(group) } else { group };
-            let frame = (leaves / self.limits.group_frames).clamp(LEAST_GROUP_BYTES.min(group), MOST_FRAME_BYTES);
+            let least = least_frame_bytes(way.bytes_per_s).min(group).min(MOST_FRAME_BYTES);
+            let frame = (leaves / self.limits.group_frames).clamp(least, MOST_FRAME_BYTES);
             let limit = (frame / terms.block_bytes()).max(1) as u32;
             let gathered = std::mem::take(&mut self.gathered);
             let travel = |pages| self.travel_of(pages, &terms);

@@ -4,14 +4,9 @@ mod support;
 
 use kv_cache::{KvDtype, PageId};
 use kv_transfer::{Config, Event, HandoffId, Identity, Outcome, TransportKind, Verify};
-use std::{
-    ops::Range,
-    time::{Duration, Instant},
-};
+use std::{ops::Range, time::Duration};
 use support::{
-    LAYERS, SOON, Worker, assert_same, identity, kinds_that_break,
-    late::Lateness,
-    only,
+    LAYERS, SOON, Worker, assert_same, identity, kinds_that_break, only,
     proxy::{Proxy, Way},
     some_pages,
 };
@@ -24,8 +19,6 @@ use tokio::{
 const H: HandoffId = HandoffId(0xBA70);
 /// Pages of most hand-offs here.
 const COUNT: u32 = 6;
-/// Within which both sides have ended what a dead link carried.
-const DEATH: Duration = Duration::from_secs(1);
 
 async fn pair(config: Config) -> (Worker, Worker) {
     let source = Worker::start(config.clone(), identity("prefill-0", 40), 1).await;
@@ -60,13 +53,16 @@ async fn quiet(target: &mut Worker) {
 }
 
 /// Begins, opens and pushes the first half.
-async fn half_way(source: &Worker, target: &mut Worker, link: Option<&Proxy>) {
+async fn half_way(source: &mut Worker, target: &mut Worker, link: Option<&Proxy>) {
     let mut peer = target.peer();
     if let Some(proxy) = link {
         peer.link = proxy.address.clone();
     }
     source.begin(H, peer, &source_pages(source));
-    target.begun(H).await;
+    tokio::select! {
+        () = target.begun(H) => {}
+        event = source.event() => panic!("{event:?} before the target heard of it"),
+    }
     target.transfer.open(H, landing(target), 0);
     source.push(H, 0..COUNT / 2);
 }
@@ -148,7 +144,7 @@ async fn the_source_calls_off_half_way() {
     for kind in kinds_that_break() {
         let (mut source, mut target) = pair(only(kind)).await;
         let before = target.contents();
-        half_way(&source, &mut target, None).await;
+        half_way(&mut source, &mut target, None).await;
         source.transfer.abort(H, "client left".into());
         assert_eq!(source_done(&mut source).await, Outcome::Aborted("client left".into()));
         assert_eq!(lost(&mut target).await, "client left");
@@ -163,7 +159,7 @@ async fn the_target_calls_off_half_way() {
     for kind in kinds_that_break() {
         let (mut source, mut target) = pair(only(kind)).await;
         let before = target.contents();
-        half_way(&source, &mut target, None).await;
+        half_way(&mut source, &mut target, None).await;
         target.transfer.abort(H, "client left".into());
         quiet(&mut target).await;
         let quiet_bytes = target.contents();
@@ -183,7 +179,7 @@ async fn calling_off_after_the_end_changes_nothing() {
     let before = target.contents();
     source.transfer.abort(HandoffId(0xF00D), "late".into());
     target.transfer.abort(HandoffId(0xF00D), "late".into());
-    half_way(&source, &mut target, None).await;
+    half_way(&mut source, &mut target, None).await;
     source.transfer.abort(H, "x".into());
     assert_eq!(source_done(&mut source).await, Outcome::Aborted("x".into()));
     assert_eq!(lost(&mut target).await, "x");
@@ -302,7 +298,7 @@ async fn deadlines_end_both_sides() {
     }
 
     let (mut source, mut target) = pair(Config { progress_timeout_ms: 200, ..only(TransportKind::Tcp) }).await;
-    half_way(&source, &mut target, None).await;
+    half_way(&mut source, &mut target, None).await;
     let outcome = source_done(&mut source).await;
     assert!(matches!(outcome, Outcome::Expired(_) | Outcome::Aborted(_)), "{outcome:?}");
     assert_eq!(lost(&mut target).await, "no progress for 200ms");
@@ -310,23 +306,20 @@ async fn deadlines_end_both_sides() {
     still_works(&mut source, &mut target).await;
 }
 
-/// Both sides end within a second of the link's death, and the next hand-off gets a new link.
+/// Both sides end what a dead link carried, and the next hand-off gets a new link. How soon a link is known to be dead is checked in
+/// virtual time (`link`), and what it carried ends in that moment (`source`, `target`): a busy machine does not show either.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_dead_link_ends_both_sides_within_a_second() {
+async fn a_dead_link_ends_both_sides() {
     for (kind, way) in kinds_that_break().into_iter().flat_map(|kind| [(kind, Way::Cut), (kind, Way::Frozen)]) {
         println!("{kind:?} {way:?}"); // Shown with what fails.
         let (mut source, mut target) = pair(only(kind)).await;
         let before = target.contents();
         let proxy = Proxy::start(target.transfer.address(), 64 << 10, None).await;
-        half_way(&source, &mut target, Some(&proxy)).await;
+        half_way(&mut source, &mut target, Some(&proxy)).await;
         proxy.set(way);
-        let (died, late) = (Instant::now(), Lateness::start());
         let outcome = source_done(&mut source).await;
         let reason = lost(&mut target).await;
         quiet(&mut target).await;
-        let took = died.elapsed();
-        let late = late.taken();
-        assert!(took < DEATH + Duration::from_millis(300) + late, "{kind:?} {way:?}: {took:?}, {late:?} late");
         assert!(
             matches!(&outcome, Outcome::Aborted(reason) if reason.contains("link to decode-0 lost")),
             "{outcome:?}"
@@ -339,7 +332,7 @@ async fn a_dead_link_ends_both_sides_within_a_second() {
 
 /// The process at the other end is gone, sockets and all.
 #[test]
-fn a_dead_peer_ends_the_survivor_within_a_second() {
+fn a_dead_peer_ends_the_survivor() {
     let runtime =
         || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("runtime");
     for source_dies in [false, true] {
@@ -348,8 +341,7 @@ fn a_dead_peer_ends_the_survivor_within_a_second() {
             let mut source = one.block_on(Worker::start(only(kind), identity("prefill-0", 40), 1));
             let mut target = other.block_on(Worker::start(only(kind), identity("decode-0", 64), 2));
             let before = target.contents();
-            one.block_on(half_way(&source, &mut target, None));
-            let (died, late) = (Instant::now(), Lateness::start());
+            one.block_on(half_way(&mut source, &mut target, None));
             if source_dies {
                 one.shutdown_background();
                 other.block_on(async {
@@ -364,8 +356,6 @@ fn a_dead_peer_ends_the_survivor_within_a_second() {
                     settled(&source, &target, &before).await;
                 });
             }
-            let (took, late) = (died.elapsed(), late.taken());
-            assert!(took < DEATH + late, "{kind:?}: {took:?}, {late:?} late");
         }
     }
 }
@@ -373,7 +363,7 @@ fn a_dead_peer_ends_the_survivor_within_a_second() {
 #[tokio::test]
 async fn stopping_a_worker_ends_its_handoffs_and_tells_it() {
     let (mut source, mut target) = pair(only(TransportKind::Tcp)).await;
-    half_way(&source, &mut target, None).await;
+    half_way(&mut source, &mut target, None).await;
     target.shutdown.cancel();
     assert!(lost(&mut target).await.contains("shutting down"));
     quiet(&mut target).await;
@@ -391,7 +381,7 @@ async fn a_flipped_bit_is_refused() {
     // Beyond every greeting and header: within the blocks of each data connection. The control connection says less.
     let proxy = Proxy::start(target.transfer.address(), 64 << 10, Some(20_000)).await;
     let before = target.contents();
-    half_way(&source, &mut target, Some(&proxy)).await;
+    half_way(&mut source, &mut target, Some(&proxy)).await;
     source.push(H, COUNT / 2..COUNT);
     source.commit(H, 1);
     let reason = lost(&mut target).await;
@@ -407,7 +397,7 @@ async fn a_flipped_bit_is_refused() {
 async fn a_flipped_bit_passes_when_only_counts_are_checked() {
     let (mut source, mut target) = pair(Config { verify: Verify::Counts, ..only(TransportKind::Tcp) }).await;
     let proxy = Proxy::start(target.transfer.address(), 64 << 10, Some(20_000)).await;
-    half_way(&source, &mut target, Some(&proxy)).await;
+    half_way(&mut source, &mut target, Some(&proxy)).await;
     source.push(H, COUNT / 2..COUNT);
     source.commit(H, 1);
     assert!(matches!(target.event().await, Event::Landed { .. }));

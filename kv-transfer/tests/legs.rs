@@ -160,17 +160,22 @@ impl Run {
         source.begin(FIRST, peer, &self.pages[..1]);
         source.push(FIRST, 0..1);
         source.commit(FIRST, 1);
-        let mut done = false;
-        while !(done && target.transfer.in_flight() == 0) {
+        let (mut done, mut opened) = (false, false);
+        // Nothing of it may be left, its events either: they are told after it has ended.
+        while !(done && !opened && target.transfer.in_flight() == 0) {
             tokio::select! {
-                Some(event) = target.events.recv() => if let Event::Begun { .. } = event {
-                    target.transfer.open(FIRST, vec![landing], 0);
+                Some(event) = target.events.recv() => match event {
+                    Event::Begun { .. } => {
+                        opened = true;
+                        target.transfer.open(FIRST, vec![landing], 0);
+                    }
+                    Event::Landed { .. } | Event::Quiet { .. } => opened = false,
+                    _ => {}
                 },
                 Some(event) = source.events.recv() => done |= matches!(event, Event::SourceDone { .. }),
                 () = sleep(Duration::from_millis(20)) => {}
             }
         }
-        while target.events.try_recv().is_ok() {}
         fill(target, landing, |_| POISON);
     }
 
@@ -254,6 +259,8 @@ impl Run {
     fn handle(&mut self, event: Event) {
         let (seed, fault) = (self.seed, self.fault);
         match event {
+            // Of one that ended before the target's worker heard of it.
+            Event::Begun { handoff: FIRST, .. } | Event::Lost { handoff: FIRST, .. } => {}
             Event::Begun { .. } => {
                 self.ends.opened = true;
                 self.target.worker.transfer.open(H, self.landing.clone(), 0);

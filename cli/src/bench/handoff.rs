@@ -5,11 +5,12 @@
 //! | `copy`    | 24 MiB in 1,536 blocks of 16 KiB, scattered over both pools            | moved plainly                        |
 //! | `merged`  | the same bytes in neighbouring pages: runs of 512 KiB                  | moved plainly                        |
 //! | `busy`    | `copy` while every core runs other work at the same priority           | `copy` on idle cores                 |
-//! | `overhead`| 512 tokens of Llama-3.2-1B (16 MiB), finished layer by layer: the time from the last layer until the commit is acknowledged | the last group, moved plainly |
+//! | `overhead`| 512 tokens of Llama-3.2-1B (16 MiB), finished layer by layer: the time from the last layer until the commit is acknowledged | the last group, moved plainly, and three wake-ups |
 //! | `hidden`  | the same in four chunks: the share of its transfer that compute hides  | all of it                            |
 //!
 //! *Plainly* is `memcpy` on one thread where both ends share memory, and blocking sockets, as many as a link has connections, where
-//! they do not: without protocol, digest or acknowledgement per group. Limit and hand-off take turns in one run, five times; a row is
+//! they do not: without protocol, digest or acknowledgement per group. The *wake-ups* are those of a thread that sleeps, and of a message
+//! there and back between two that do: no hand-off starts and ends with less, unless somebody polls. Limit and hand-off take turns in one run, five times; a row is
 //! the median of the five. The target is a process of its own, but where the transport is for one process.
 
 mod case;
@@ -115,7 +116,7 @@ async fn scattered(report: &mut Report, kind: Kind, pair: &mut Pair) -> anyhow::
     if report.wants(&format!("handoff/busy/{}", kind.name)) {
         let busy = {
             let _others = Busy::start();
-            pair.measure(TURNS * EACH, Pushes::AtOnce).await?
+            pair.measure(TURNS * EACH, Pushes::AtOnce).await?.told
         };
         report.row(&format!("handoff/busy/{}", kind.name), gbs(&busy), "GB/s", Some(gbs(&copy)))?;
     }
@@ -129,15 +130,18 @@ async fn runs(report: &mut Report, kind: Kind, pair: &mut Pair) -> anyhow::Resul
 }
 
 async fn prompt(report: &mut Report, kind: Kind, pair: &mut Pair) -> anyhow::Result<()> {
-    let [copy, limit] = beside(kind, pair, Pushes::AtOnce).await?;
+    let limit = Plain::start(kind, pair.case()).context("move the same plainly")?.measure(TURNS * EACH)?;
     // A layer is more than the smallest group, and at this pace none waits for the next.
     let last_group = limit.median() / f64::from(Case::Prompt.layout().layers);
-    let paced = pair.measure(2 * TURNS * EACH, Pushes::Layers(LAYER)).await?;
+    let wakes = plain::wakes(TURNS * EACH, LAYER).context("wake threads")?.median();
+    let bound = format!("the last group's {last_group:.1} us and {wakes:.1} us of waking");
+    let paced = pair.measure(2 * TURNS * EACH, Pushes::Layers(LAYER)).await?.acked;
     for (name, share) in [("p50", 0.5), ("p99", 0.99)] {
         let row = format!("handoff/overhead/{}/{name}", kind.name);
-        report.row(&row, paced.quantile(share), "us", Some(last_group))?;
+        report.bounded_row(&row, paced.quantile(share), "us", Some(last_group + wakes), Some(bound.clone()))?;
     }
-    let chunked = pair.measure(TURNS * EACH, Pushes::Chunks(CHUNKS, CHUNK_LAYER)).await?;
+    let copy = pair.measure(TURNS * EACH, Pushes::AtOnce).await?.acked;
+    let chunked = pair.measure(TURNS * EACH, Pushes::Chunks(CHUNKS, CHUNK_LAYER)).await?.acked;
     let hidden = 1.0 - (chunked.median() / copy.median()).min(1.0);
     report.row(&format!("handoff/hidden/{}", kind.name), hidden, "share", Some(1.0))
 }
@@ -148,7 +152,7 @@ async fn beside(kind: Kind, pair: &mut Pair, pushes: Pushes) -> anyhow::Result<[
     let mut medians = [Samples::default(), Samples::default()];
     for _ in 0..TURNS {
         medians[1].extend([plain.measure(EACH)?.median()]);
-        medians[0].extend([pair.measure(EACH, pushes).await?.median()]);
+        medians[0].extend([pair.measure(EACH, pushes).await?.told.median()]);
     }
     Ok(medians)
 }

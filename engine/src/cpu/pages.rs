@@ -10,7 +10,7 @@
 
 use super::{format::Format, simd::Simd};
 use crate::KvMemory;
-use kv_cache::{KvDtype, PageId, PageLayout, Plane};
+use kv_cache::{ByteCode, KvDtype, PageId, PageLayout, Plane};
 use std::ops::Range;
 
 /// A token's place in its page.
@@ -78,14 +78,7 @@ enum Storage {
     /// Values.
     Plain(Format),
     /// Multiples of the head's scale.
-    Scaled(Code),
-}
-
-/// Elements of one byte.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Code {
-    E4m3,
-    Int8,
+    Scaled(ByteCode),
 }
 
 impl From<KvDtype> for Storage {
@@ -94,8 +87,8 @@ impl From<KvDtype> for Storage {
             KvDtype::F32 => Storage::Plain(Format::F32),
             KvDtype::Bf16 => Storage::Plain(Format::Bf16),
             KvDtype::F16 => Storage::Plain(Format::F16),
-            KvDtype::Fp8 => Storage::Scaled(Code::E4m3),
-            KvDtype::Int8 => Storage::Scaled(Code::Int8),
+            KvDtype::Fp8 => Storage::Scaled(ByteCode::E4m3),
+            KvDtype::Int8 => Storage::Scaled(ByteCode::Int8),
         }
     }
 }
@@ -118,8 +111,8 @@ impl Storage {
         unsafe {
             match self {
                 Storage::Plain(format) => format.load(simd, from, index),
-                Storage::Scaled(Code::E4m3) => simd.load_e4m3(from.add(index)),
-                Storage::Scaled(Code::Int8) => simd.load_i8(from.add(index).cast()),
+                Storage::Scaled(ByteCode::E4m3) => simd.load_e4m3(from.add(index)),
+                Storage::Scaled(ByteCode::Int8) => simd.load_i8(from.add(index).cast()),
             }
         }
     }
@@ -232,66 +225,6 @@ fn scale_bits(scale: f32) -> u16 {
 
 fn scale_from(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
-}
-
-impl Code {
-    /// Returns the largest magnitude of an element.
-    fn largest(self) -> f32 {
-        match self {
-            Code::E4m3 => 448.0,
-            Code::Int8 => 127.0,
-        }
-    }
-
-    /// Returns the scale for `values`: a bf16, as f32. It is normal, so that dividing by it is harmless; or NaN where a value is
-    /// not finite.
-    #[inline(always)]
-    fn scale(self, values: &[f32]) -> f32 {
-        // Magnitudes are ordered as their bits are, and what is not finite comes last.
-        let magnitude = values.iter().fold(0, |most, value| most.max(value.to_bits() & 0x7fff_ffff));
-        if magnitude >= f32::INFINITY.to_bits() {
-            return f32::from_bits(0x7fc0_0000);
-        }
-        let wanted = f32::from_bits(magnitude) / self.largest();
-        let rounded_up = (wanted.to_bits() + 0xffff) & 0xffff_0000;
-        f32::from_bits(rounded_up).max(f32::MIN_POSITIVE)
-    }
-
-    /// Rounds `values / scale` to the nearest elements, ties to even; all become zero where the scale is NaN.
-    #[inline(always)]
-    fn encode(self, values: &[f32], scale: f32, elements: &mut [u8]) {
-        if scale.is_nan() {
-            elements.fill(0);
-            return;
-        }
-        let pairs = elements.iter_mut().zip(values);
-        match self {
-            Code::E4m3 => pairs.for_each(|(element, value)| *element = narrow_e4m3(value / scale)),
-            Code::Int8 => pairs.for_each(|(element, value)| *element = narrow_i8(value / scale)),
-        }
-    }
-}
-
-/// Rounds to the nearest integer in -127 ..= 127, ties to even.
-#[inline(always)]
-fn narrow_i8(value: f32) -> u8 {
-    value.round_ties_even().clamp(-127.0, 127.0) as i8 as u8
-}
-
-/// Rounds to the nearest finite e4m3, ties to even.
-#[inline(always)]
-fn narrow_e4m3(value: f32) -> u8 {
-    const LARGEST: u32 = 0x7e;
-    let sign = (value.to_bits() >> 24 & 0x80) as u8;
-    let magnitude = value.to_bits() & 0x7fff_ffff;
-    // Adds just under half of the last kept bit, and that bit itself so that ties go to even; then the exponent's bias is 7.
-    let rounded = magnitude + 0x7_ffff + (magnitude >> 20 & 1);
-    let normal = (rounded >> 20).wrapping_sub((127 - 7) << 3).min(LARGEST);
-    // Below the smallest normal number, 2^-6, codes count in steps of 2^-9: those in which f32 count from 2^14 on.
-    const STEPS: f32 = 16_384.0;
-    let subnormal = (f32::from_bits(magnitude) + STEPS).to_bits().wrapping_sub(STEPS.to_bits());
-    let code = if magnitude < (127 - 6) << 23 { subnormal } else { normal };
-    sign | code as u8
 }
 
 #[cfg(test)]

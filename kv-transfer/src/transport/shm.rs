@@ -137,8 +137,10 @@ impl Remote {
     pub(crate) fn layout(&self) -> Option<&PageLayout> {
         self.pages.as_ref().map(Pages::layout)
     }
+}
 
-    fn pages(&self) -> &Pages {
+impl AsRef<Pages> for Remote {
+    fn as_ref(&self) -> &Pages {
         self.pages.as_ref().expect("links start with a pool, and it is taken only when dropped")
     }
 }
@@ -294,14 +296,19 @@ pub(crate) struct Path {
     pub(crate) say: mpsc::Sender<Message>,
 }
 
-/// Starts copiers on `movers`. The map ends with the last of them.
-pub(crate) fn start(remote: Remote, path: &Path, movers: &Movers, link: &LinkStop) -> Queued {
+/// Starts copiers on `movers` into the target's pool, as `remote` has it mapped. That is dropped with the last of them.
+pub(crate) fn start(
+    remote: impl AsRef<Pages> + Send + Sync + 'static,
+    path: &Path,
+    movers: &Movers,
+    link: &LinkStop,
+) -> Queued {
     let (queued, remote) = (Queued::new(), Arc::new(remote));
     for mover in 0..movers.count() {
         let (queue, path, remote) = (queued.queue.clone(), path.clone(), remote.clone());
         queued.run(movers, mover, (link, "a copier ended"), async move {
             loop {
-                if let Err(reason) = write_frame(queue.next().await, remote.pages(), &path).await {
+                if let Err(reason) = write_frame(queue.next().await, (*remote).as_ref(), &path).await {
                     return reason;
                 }
             }
@@ -309,7 +316,7 @@ pub(crate) fn start(remote: Remote, path: &Path, movers: &Movers, link: &LinkSto
     }
     let stopped = queued.stop.clone();
     movers.spawn(movers.count() - 1, async move {
-        stopped.run_until_cancelled(touch(remote.pages())).await;
+        stopped.run_until_cancelled(touch((*remote).as_ref())).await;
     });
     queued
 }
@@ -414,7 +421,7 @@ mod tests {
         let (writer, remote) = passed(&file, &layout).await;
         let block = Extent { offset: layout.block_offset(1, PageId(3)), bytes: layout.block_bytes() };
         // SAFETY: this test is the only user of the pool.
-        unsafe { remote.pages().bytes_mut(block) }.fill(7);
+        unsafe { remote.as_ref().bytes_mut(block) }.fill(7);
         let mut expected = vec![0; layout.pool_bytes()];
         expected[block.offset..block.offset + block.bytes].fill(7);
         assert!(contents(&file, &layout) == expected);
@@ -492,7 +499,7 @@ mod tests {
                 .expect("passed")
         };
         let (_writer, remote) = tokio::join!(target, door.receive(key()));
-        assert_eq!(*remote.pages().layout(), layout);
+        assert_eq!(*remote.as_ref().layout(), layout);
         let error = Shared::of(&pool(&layout), &layout).expect_err("a plain file").to_string();
         assert_eq!(error, "the page pool is no sealed memory file");
     }
@@ -524,7 +531,7 @@ mod tests {
         let layout = layout(2, 6);
         let (_writer, remote) = passed(&sealed_pool(&layout), &layout).await;
         // SAFETY: only the address is used.
-        let start = unsafe { remote.pages().bytes(Extent { offset: 0, bytes: 1 }) }.as_ptr() as usize;
+        let start = unsafe { remote.as_ref().bytes(Extent { offset: 0, bytes: 1 }) }.as_ptr() as usize;
         let maps = std::fs::read_to_string("/proc/self/smaps").expect("maps");
         let ours = maps.lines().skip_while(|line| !line.starts_with(&format!("{start:x}-")));
         let flags = ours.skip(1).find(|line| line.starts_with("VmFlags:")).expect("flags");

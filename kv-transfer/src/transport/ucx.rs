@@ -13,7 +13,7 @@
 //! and reads a word of the pool; when it cannot, both agree on something else.
 //!
 //! **Who may write** is as with shared memory: the source holds a permit of each landing (see [`landing`](crate::landing)) until
-//! it vouches, which it does once a flush has shown that its puts are there. When its link is lost, it can write nothing more
+//! it vouches, which it does once a flush has shown that its puts are there, or its own copies are done. When its link is lost, it can write nothing more
 //! once
 //!
 //! - the link's worker is destroyed here, and with it the queue pair, socket or queue that puts come through. UCX turns puts into
@@ -30,12 +30,19 @@
 //! lanes are no RDMA is given up for another transport, unless UCX is required. And a link that is closed ends what is under way
 //! first, if it can within 200 ms, so that only the death of a source does this.
 //!
+//! **Pools that UCX maps.** Over shared memory (`posix`, `sysv`) UCX maps memory of a peer that it allocated, and a put is a `memcpy` on
+//! its thread. There the source writes by itself: the copiers of [`shm`] get the map ([`Mapped`]) in place of one of their own
+//! and need neither puts nor a flush. It is the key's, so the thread keeps endpoint and key until the last copier has dropped it,
+//! however the link ends; then it unmaps the pool and gives the word. A target that dies takes nothing from under a copy: the memory
+//! is a file's. What may be a device's, or lies in more than one map, is left to UCX, as is everything when there is no word to give.
+//!
 //! Whether a peer lives is never asked of UCX (it takes seconds, or forever over shared memory): the control connection knows.
 //!
 //! **Memory.** What UCX takes for a worker per link at either end; the pool is registered once.
 
 mod allocated;
 mod handles;
+mod maps;
 mod owner;
 mod survey;
 
@@ -213,14 +220,14 @@ impl Ucx {
     }
 
     /// Source: connects to a target, and waits until it has read something there. `word` tells a target on this host when its
-    /// pool can no longer be written.
+    /// pool can no longer be written. Returns the pool where UCX mapped it.
     pub(crate) async fn connect(
         &self,
         window: Window,
         path: LinkPath,
         word: Option<Remote>,
         stop: &LinkStop,
-    ) -> Result<Source, String> {
+    ) -> Result<Way, String> {
         let (reply, answer) = oneshot::channel();
         let (queue, closed) = (JobQueue::new(), Arc::new(AtomicBool::new(false)));
         let (stop, shared) = (stop.clone(), self.shared.clone());
@@ -230,7 +237,10 @@ impl Ucx {
         // Required, there is nothing to fall back to in the rest of the time.
         let limit = if connect.path.emulated { HANDSHAKE_LIMIT } else { CONNECT_LIMIT };
         self.command(Command::Connect(Box::new(connect)))?;
-        answered(limit, answer).await?.map(|()| source)
+        Ok(match answered(limit, answer).await?? {
+            Some(pages) => Way::Map(Mapped { pages, _link: source }),
+            None => Way::Puts(source),
+        })
     }
 
     fn command(&self, command: Command) -> Result<(), String> {
@@ -273,6 +283,28 @@ pub(crate) struct LinkPath {
     pub(crate) emulated: bool,
     /// The link's control connection.
     pub(crate) say: mpsc::Sender<Message>,
+}
+
+/// How the bytes of a link get into the target's pool.
+#[derive(Debug)]
+pub(crate) enum Way {
+    /// UCX puts them there.
+    Puts(Source),
+    /// The source writes them there itself, as over shared memory.
+    Map(Mapped),
+}
+
+/// The target's pool, as UCX mapped it. Dropping it ends the link, and with it the map.
+#[derive(Debug)]
+pub(crate) struct Mapped {
+    pages: Pages,
+    _link: Source,
+}
+
+impl AsRef<Pages> for Mapped {
+    fn as_ref(&self) -> &Pages {
+        &self.pages
+    }
 }
 
 /// The source's end.

@@ -1,12 +1,13 @@
 //! A worker without an engine: a pool of random bytes, a transfer over it, and its events.
 #![allow(dead_code)] // Each test file uses its part.
 
-pub(crate) mod late;
 pub(crate) mod proxy;
 pub(crate) mod tls;
 
 use kv_cache::{KvDtype, PageId, PageLayout};
-use kv_transfer::{Begin, Commit, Config, Event, HandoffId, Identity, Peer, Rank, Transfer, TransportKind, UcxConfig};
+use kv_transfer::{
+    Begin, Commit, Config, Event, HandoffId, Identity, Peer, Rank, Transfer, TransportKind, UcxConfig, UcxMemory,
+};
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use std::{fs::File, ops::Range, os::unix::fs::FileExt, path::Path, time::Duration};
@@ -30,6 +31,7 @@ pub(crate) struct Worker {
     pub(crate) events: mpsc::Receiver<Event>,
     pub(crate) shutdown: CancellationToken,
     file: File,
+    _memory: Option<UcxMemory>,
 }
 
 /// A transport, and for UCX what it may use.
@@ -37,10 +39,16 @@ pub(crate) struct Worker {
 pub(crate) enum Over {
     Memory,
     Shm,
+    /// Into pools of ours: puts are messages.
     UcxPosix,
+    /// Into pools that UCX allocated: it maps them.
+    UcxMapped,
     UcxTcp,
     Tcp,
 }
+
+/// What [`Over::UcxMapped`] may use, and nothing else does.
+const MAPPED: &str = "posix,sysv";
 
 impl From<TransportKind> for Over {
     fn from(kind: TransportKind) -> Self {
@@ -57,7 +65,7 @@ impl From<TransportKind> for Over {
 pub(crate) fn kinds() -> Vec<Over> {
     let mut kinds = vec![Over::Memory, Over::Shm, Over::Tcp];
     match kv_transfer::survey(&only(Over::UcxTcp).ucx) {
-        Ok(_) => kinds.extend([Over::UcxPosix, Over::UcxTcp]),
+        Ok(_) => kinds.extend([Over::UcxPosix, Over::UcxMapped, Over::UcxTcp]),
         Err(reason) => eprintln!("skipped: no UCX here (tests/servers/install.sh): {reason}"),
     }
     kinds
@@ -76,7 +84,7 @@ impl Over {
         match self {
             Self::Memory => TransportKind::Memory,
             Self::Shm => TransportKind::Shm,
-            Self::UcxPosix | Self::UcxTcp => TransportKind::Ucx,
+            Self::UcxPosix | Self::UcxMapped | Self::UcxTcp => TransportKind::Ucx,
             Self::Tcp => TransportKind::Tcp,
         }
     }
@@ -87,7 +95,11 @@ pub(crate) fn only(over: impl Into<Over>) -> Config {
     let over = over.into();
     // As tests/servers/install.sh unpacks it; else the system's.
     let library = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.test-servers/ucx/lib/libucp.so.0");
-    let tls = if over == Over::UcxTcp { "tcp" } else { "posix" };
+    let tls = match over {
+        Over::UcxTcp => "tcp",
+        Over::UcxMapped => MAPPED,
+        _ => "posix",
+    };
     let ucx = UcxConfig { library: library.exists().then_some(library), tls: Some(tls.into()) };
     Config { require: Some(over.kind()), group_bytes: Some(64 << 10), ucx, ..Config::default() }
 }
@@ -105,14 +117,18 @@ pub(crate) fn identity(worker: &str, pages: u32) -> Identity {
 impl Worker {
     /// Starts one with a pool full of noise: every page is somebody else's until it is a landing.
     pub(crate) async fn start(config: Config, identity: Identity, seed: u64) -> Self {
-        let file = pool(identity.layout.pool_bytes());
-        let mut noise = vec![0; identity.layout.pool_bytes()];
+        let bytes = identity.layout.pool_bytes();
+        let memory = (config.ucx.tls.as_deref() == Some(MAPPED)).then(|| UcxMemory::new(&config.ucx, bytes));
+        let memory = memory.map(|memory| memory.expect("memory of UCX"));
+        let file =
+            memory.as_ref().map_or_else(|| pool(bytes), |memory| memory.file().try_clone().expect("the same file"));
+        let mut noise = vec![0; bytes];
         StdRng::seed_from_u64(seed).fill(&mut noise[..]);
         file.write_all_at(&noise, 0).expect("fill pool");
         let (sender, events) = mpsc::channel(64);
         let shutdown = CancellationToken::new();
         let transfer = Transfer::start(config, identity.clone(), &file, sender, shutdown.clone()).await.expect("start");
-        Self { transfer, identity, events, shutdown, file }
+        Self { transfer, identity, events, shutdown, file, _memory: memory }
     }
 
     pub(crate) fn peer(&self) -> Peer {

@@ -241,6 +241,7 @@ functions! {
     ucp_ep_flush_nbx(Ep, *const RequestParam) -> StatusPtr;
     ucp_ep_close_nbx(Ep, *const RequestParam) -> StatusPtr;
     ucp_ep_print_info(Ep, *mut FILE);
+    ucp_rkey_ptr(Rkey, u64, *mut *mut c_void) -> Status;
     ucp_rkey_destroy(Rkey);
     ucp_get_nbx(Ep, *mut c_void, size_t, u64, Rkey, *const RequestParam) -> StatusPtr;
     ucp_put_nbx(Ep, *const c_void, size_t, u64, Rkey, *const RequestParam) -> StatusPtr;

@@ -42,6 +42,15 @@ pub(super) enum Pushes {
     Chunks(u32, Duration),
 }
 
+/// Microseconds of hand-offs from their last push on.
+#[derive(Debug, Default)]
+pub(super) struct Tails {
+    /// Until the target's acknowledgement is here: what was moved after the last push, and the commit's way there and back.
+    pub(super) acked: Samples,
+    /// Until this thread, which waits, has been told.
+    pub(super) told: Samples,
+}
+
 /// A source, and a target that takes whatever comes.
 pub(super) struct Pair {
     case: Case,
@@ -118,16 +127,20 @@ impl Pair {
         Ok(None)
     }
 
-    /// Returns the microseconds of each of `count` hand-offs, from their last push until the target owns them.
-    pub(super) async fn measure(&mut self, count: usize, pushes: Pushes) -> anyhow::Result<Samples> {
-        let mut samples = Samples::default();
+    /// Times `count` hand-offs.
+    pub(super) async fn measure(&mut self, count: usize, pushes: Pushes) -> anyhow::Result<Tails> {
+        let mut tails = Tails::default();
         for _ in 0..count {
+            let before = self.source.transfer.overlapped();
             match self.hand_off(pushes).await? {
-                (took, Outcome::Landed) => samples.extend([took.as_secs_f64() * 1e6]),
+                (took, Outcome::Landed) => tails.told.extend([took.as_secs_f64() * 1e6]),
                 (_, other) => bail!("expected the hand-off to land, got {other:?}"),
             }
+            let after = self.source.transfer.overlapped();
+            let acked = (after.moved - before.moved) - (after.hidden - before.hidden);
+            tails.acked.extend([acked.as_secs_f64() * 1e6]);
         }
-        Ok(samples)
+        Ok(tails)
     }
 
     async fn hand_off(&mut self, pushes: Pushes) -> anyhow::Result<(Duration, Outcome)> {
@@ -160,7 +173,7 @@ impl Pair {
 
 /// Plays an accelerator that computes for so long, while this thread waits for it.
 #[allow(clippy::disallowed_methods)]
-fn compute(pace: Duration) {
+pub(super) fn compute(pace: Duration) {
     thread::sleep(pace);
 }
 

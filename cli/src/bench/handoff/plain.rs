@@ -3,6 +3,7 @@
 use super::{
     Kind,
     case::{Case, Deal},
+    pair::compute,
 };
 use crate::bench::{machine::loopback_pair, stats::Samples};
 use anyhow::Context;
@@ -14,7 +15,7 @@ use std::{
     ops::Range,
     sync::{Arc, mpsc},
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Bytes of one system call.
@@ -50,6 +51,33 @@ impl Plain {
         }
         Ok(samples)
     }
+}
+
+/// Returns the microseconds of each of `count` rounds, `pace` apart, in which a thread wakes a second, which asks a third over loopback
+/// and has its answer. All sleep meanwhile.
+pub(super) fn wakes(count: usize, pace: Duration) -> anyhow::Result<Samples> {
+    let (mut ask, mut answer) = loopback_pair().context("connect over loopback")?;
+    thread::spawn(move || {
+        let mut word = [0];
+        while answer.read_exact(&mut word).and_then(|()| answer.write_all(&word)).is_ok() {}
+    });
+    let (starts, started) = mpsc::channel::<Instant>();
+    let (ends, ended) = mpsc::channel();
+    thread::spawn(move || {
+        for began in started {
+            let answered = ask.write_all(&[1]).and_then(|()| ask.read_exact(&mut [0]));
+            if ends.send(answered.map(|()| began.elapsed())).is_err() {
+                return;
+            }
+        }
+    });
+    let mut samples = Samples::default();
+    for _ in 0..count {
+        compute(pace);
+        starts.send(Instant::now()).context("the asking thread ended")?;
+        samples.extend([ended.recv().context("the asking thread ended")??.as_secs_f64() * 1e6]);
+    }
+    Ok(samples)
 }
 
 /// Returns the pieces of the next hand-off in a pool, in the order of layers and pages; neighbours are merged where both pools

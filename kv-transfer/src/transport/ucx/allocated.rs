@@ -7,6 +7,7 @@
 use super::{
     UcxConfig,
     handles::{Context, Memory},
+    maps::Region,
     open,
 };
 use std::{
@@ -75,34 +76,9 @@ pub(super) fn name(file: &File) -> FileId {
 
 /// Returns the file that is mapped at `address`, opened again.
 fn file_at(address: usize) -> Option<File> {
-    let maps = fs::read_to_string("/proc/self/maps").ok()?;
-    let inode = maps.lines().find_map(|line| inode_at(line, address)).filter(|inode| *inode > 0)?;
+    let inode = Region::at(address).map(|region| region.inode).filter(|inode| *inode > 0)?;
     let files = fs::read_dir("/proc/self/fd").ok()?.flatten().map(|entry| entry.path());
     let mut ours =
         files.filter(|path| fs::metadata(path).is_ok_and(|metadata| metadata.ino() == inode && metadata.is_file()));
     File::options().read(true).write(true).open(ours.next()?).ok()
-}
-
-/// Returns the inode of a line of `/proc/self/maps` that holds `address`.
-fn inode_at(line: &str, address: usize) -> Option<u64> {
-    // "7f1200000000-7f1210000000 rw-s 00000000 00:01 4711    /dev/shm/ucx_shm_posix_2a (deleted)"
-    let mut fields = line.split_whitespace();
-    let (start, end) = fields.next()?.split_once('-')?;
-    let number = |text| usize::from_str_radix(text, 16).ok();
-    let holds = number(start)? <= address && address < number(end)?;
-    let inode = fields.nth(3)?.parse().ok()?;
-    holds.then_some(inode)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn maps_name_inodes() {
-        let line = "7f1200000000-7f1210000000 rw-s 00000000 00:01 4711       /dev/shm/ucx_shm_posix_2a (deleted)";
-        assert_eq!(inode_at(line, 0x7f12_0000_0000), Some(4711));
-        assert_eq!(inode_at(line, 0x7f12_1000_0000), None);
-        assert_eq!(inode_at("nonsense", 0), None);
-    }
 }

@@ -3,6 +3,7 @@
 //! A worker and its endpoints belong to one thread (thread mode single) and are not [`Send`]; a context and memory may be made
 //! on one thread and used on another, never on two at once.
 
+use super::maps::Region;
 use std::{
     cell::Cell,
     ffi::{CStr, CString},
@@ -318,6 +319,20 @@ impl Endpoint {
             (self.api().ucp_get_nbx)(self.raw, word.cast(), size_of::<u64>(), from, self.key, &Default::default())
         };
         self.outcome(started)
+    }
+
+    /// Returns where address `at` of the peer's memory lies in this process, if it lies in one map with `bytes` after it. That ends with
+    /// this endpoint.
+    ///
+    /// UCX answers for any address and, from 1.23 on, with addresses of devices. So this is what the system says is mapped there:
+    /// shared memory for writing, and no device's. What UCX's `posix` and `sysv` map stays when the peer dies; `/dev/xpmem` would not.
+    pub(super) fn mapped(&self, at: u64, bytes: usize) -> Option<*mut u8> {
+        let mut address = ptr::null_mut();
+        // SAFETY: a live key; writes the address.
+        let status = unsafe { (self.api().ucp_rkey_ptr)(self.key, at, &mut address) };
+        let start = address.expose_provenance();
+        let held = |region: Region| region.holds(start, bytes) && region.is_shared() && !region.is_of_device();
+        (status == sys::OK && Region::at(start).is_some_and(held)).then(|| address.cast())
     }
 
     /// Starts writing `bytes` at `from` to address `to` at the peer. Whether they are there is what a later

@@ -55,6 +55,9 @@ pub(super) enum Command {
     Connect(Box<Connect>),
 }
 
+/// Who waits for a link to come up.
+type Reply = oneshot::Sender<Result<Option<Pages>, String>>;
+
 /// A link to be made.
 #[derive(Debug)]
 pub(super) struct Connect {
@@ -66,7 +69,8 @@ pub(super) struct Connect {
     pub(super) stop: LinkStop,
     /// Dropped when no write can land any more.
     pub(super) word: Option<Remote>,
-    pub(super) reply: oneshot::Sender<Result<(), String>>,
+    /// Gets the target's pool, where it is mapped.
+    pub(super) reply: Reply,
 }
 
 /// What the thread holds. Fields are dropped in order: links and workers before memory, memory before its pages.
@@ -138,14 +142,15 @@ impl Owner {
             let inside = ucx_sys::enter();
             let stops = shared.stop.load(Ordering::Acquire);
             if stops {
-                self.links.iter().for_each(|link| link.closed.store(true, Ordering::Release));
+                let ours = self.links.iter().filter(|link| !link.lent);
+                ours.for_each(|link| link.closed.store(true, Ordering::Release));
                 self.incoming.clear();
             }
             if self.turn(shared) {
                 idle_since = Instant::now();
                 continue;
             }
-            if stops && self.leaving.is_empty() {
+            if stops && self.links.is_empty() && self.leaving.is_empty() {
                 return drop(self);
             }
             let idle = idle_since.elapsed();
@@ -214,7 +219,8 @@ impl Owner {
                         closed,
                         stop,
                         state: State::Connecting(probe, reply),
-                        _word: word,
+                        lent: false,
+                        word,
                     }),
                     // Whoever asked may be gone.
                     Err(reason) => drop(reply.send(Err(reason))),
@@ -277,7 +283,9 @@ struct Link {
     closed: Arc<AtomicBool>,
     stop: LinkStop,
     state: State,
-    _word: Option<Remote>,
+    /// The target's pool is mapped and somebody else writes there: who has the map closes the link.
+    lent: bool,
+    word: Option<Remote>,
 }
 
 impl Drop for Link {
@@ -290,7 +298,7 @@ impl Drop for Link {
 #[derive(Debug)]
 enum State {
     /// Waits for what it reads from the peer.
-    Connecting(Option<Request>, oneshot::Sender<Result<(), String>>),
+    Connecting(Option<Request>, Reply),
     Up,
     /// It has told its control connection to end, and waits for that.
     Failed,
@@ -356,10 +364,24 @@ impl Link {
             return Err(format!("it connects by {}, which is no RDMA", lanes.join(" ")));
         }
         if let State::Connecting(probe, reply) = std::mem::replace(&mut self.state, State::Up) {
+            let pages = self.mapped();
+            self.lent = pages.is_some();
             probe.into_iter().for_each(|probe| self.endpoint.free(probe));
-            let _ = reply.send(Ok(()));
+            // Whoever asked may be gone, and has closed the link then.
+            let _ = reply.send(Ok(pages));
         }
         Ok(true)
+    }
+
+    /// Returns the target's pool where UCX mapped it, and the target waits for the word that it no longer is.
+    fn mapped(&self) -> Option<Pages> {
+        self.word.as_ref()?;
+        let layout = self.path.terms.target.pool.clone();
+        let address = self.endpoint.mapped(self.base, layout.pool_bytes())?;
+        // SAFETY: all of it is mapped, and the map ends with the endpoint: when this link is closed, which only who holds these pages
+        // does from here on, when dropping them.
+        let pages = unsafe { Pages::lent(address, layout) };
+        pages.inspect_err(|error| tracing::warn!(%error, "keep the target's pool from children")).ok()
     }
 
     fn advance(&mut self, memory: &Memory, pool: &Pages) -> Result<bool, String> {

@@ -2,12 +2,14 @@ use super::*;
 use crate::{
     handoffs::Moved,
     inbox::{Inbox, Note},
+    mover::Movers,
     plan::Piece,
     source::Frame,
-    testing::{contents, fill, layout, pool},
+    testing::{contents, fill, key, layout, pool},
+    transport::shm::{self, Door, Writer},
 };
 use kv_cache::{PageId, PageLayout};
-use std::{fs::File, time::Duration};
+use std::{fs::File, os::unix::fs::MetadataExt, time::Duration};
 use tokio::time::timeout;
 
 const SOON: Duration = Duration::from_secs(20);
@@ -28,6 +30,7 @@ pub(crate) fn config(tls: &str) -> Option<UcxConfig> {
 struct End {
     ucx: Ucx,
     layout: PageLayout,
+    pool: Arc<Pages>,
     file: File,
     _memory: Option<UcxMemory>,
 }
@@ -39,29 +42,46 @@ async fn end(config: &UcxConfig, pages: u32, byte: u8, allocate: bool) -> End {
         memory.as_ref().map_or_else(|| pool(&layout), |memory| memory.file().try_clone().expect("the same file"));
     fill(&file, &vec![byte; layout.pool_bytes()]);
     let pool = Arc::new(Pages::map(&file, layout.clone()).expect("map"));
-    let ucx = timeout(SOON, Ucx::start(config, pool, &file)).await.expect("in time").expect("UCX starts");
-    End { ucx, layout, file, _memory: memory }
+    let ucx = timeout(SOON, Ucx::start(config, pool.clone(), &file)).await.expect("in time").expect("UCX starts");
+    End { ucx, layout, pool, file, _memory: memory }
 }
 
 struct Pair {
     from: End,
     to: End,
-    source: Source,
+    source: Arc<dyn Transport>,
+    /// What the target watches the source by, and the threads that copy, where the pool may be mapped.
+    watched: Option<(Writer, Movers)>,
     stop: LinkStop,
     inbox: Arc<Inbox>,
     said: mpsc::Receiver<Message>,
 }
 
-/// `allocate`: UCX allocates the pools.
-async fn pair(config: &UcxConfig, allocate: bool) -> Pair {
+/// `allocate`: UCX allocates the pools. `watch`: the target watches the source.
+async fn pair(config: &UcxConfig, allocate: bool, watch: bool) -> Pair {
     let (from, to) = (end(config, 8, 1, allocate).await, end(config, 12, 9, allocate).await);
+    let (mut word, mut watched) = (None, None);
+    if watch {
+        let door = Door::open().expect("door");
+        let invitation = door.invitation();
+        let (writer, remote) = tokio::join!(shm::watch(&invitation, key()), door.receive(key()));
+        (word, watched) = (Some(remote), Some((writer.expect("watched"), Movers::start(2).expect("threads"))));
+    }
     let window = timeout(SOON, to.ucx.accept(7)).await.expect("in time").expect("a worker");
     let (stop, inbox) = (LinkStop::default(), Arc::default());
     let (say, said) = mpsc::channel(16);
     let terms = Terms::same(&from.layout, &to.layout);
-    let path = LinkPath { terms, digest: false, emulated: true, say };
-    let source = timeout(SOON, from.ucx.connect(window, path, None, &stop)).await.expect("in time").expect("connected");
-    Pair { from, to, source, stop, inbox, said }
+    let path = LinkPath { terms: terms.clone(), digest: false, emulated: true, say: say.clone() };
+    let way = timeout(SOON, from.ucx.connect(window, path, word, &stop)).await.expect("in time").expect("connected");
+    let source: Arc<dyn Transport> = match (way, &watched) {
+        (Way::Puts(source), _) => Arc::new(source),
+        (Way::Map(mapped), Some((_, movers))) => {
+            let path = shm::Path { pool: from.pool.clone(), terms, digest: false, say };
+            Arc::new(shm::start(mapped, &path, movers, &stop))
+        }
+        (Way::Map(_), None) => panic!("nobody watches who writes"),
+    };
+    Pair { from, to, source, watched, stop, inbox, said }
 }
 
 impl Pair {
@@ -85,10 +105,9 @@ impl Pair {
     }
 }
 
-/// Every byte lands where it should and no other changes, before the source says anything.
-async fn puts_land(tls: &str, allocate: bool) {
-    let Some(config) = config(tls) else { return };
-    let mut pair = pair(&config, allocate).await;
+/// Every byte lands where it should and no other changes, before the source says anything. Returns the pair, closed.
+async fn lands(tls: &str, allocate: bool, watch: bool) -> Option<Pair> {
+    let mut pair = pair(&config(tls)?, allocate, watch).await;
     let noise: Vec<u8> = (0..pair.from.layout.pool_bytes()).map(|at| (at * 7 + at / 251) as u8).collect();
     fill(&pair.from.file, &noise);
     pair.post(0, &[2, 3, 11]);
@@ -107,28 +126,73 @@ async fn puts_land(tls: &str, allocate: bool) {
     pair.post(1, &[2, 3, 11]);
     assert!(matches!(pair.moved().await, Moved::Lost), "closed");
     timeout(SOON, pair.to.ucx.release(7)).await.expect("in time");
+    Some(pair)
 }
 
 #[tokio::test]
 async fn puts_land_over_posix() {
-    puts_land("posix", false).await;
+    lands("posix", false, false).await;
 }
 
+/// Without a word to say that a map is gone, none is used.
 #[tokio::test]
 async fn puts_land_in_memory_of_ucx() {
-    puts_land("posix", true).await;
+    lands("posix", true, false).await;
 }
 
 #[tokio::test]
 async fn puts_land_over_tcp() {
-    puts_land("tcp", false).await;
+    lands("tcp", false, true).await;
+}
+
+/// Returns the regions of this process that map `file`.
+fn maps_of(file: &File) -> Vec<String> {
+    let inode = format!(" {} ", file.metadata().expect("metadata").ino());
+    let maps = std::fs::read_to_string("/proc/self/maps").expect("maps");
+    maps.lines()
+        .filter(|line| line.contains(&inode))
+        .map(|line| line.split('-').next().unwrap_or(line).to_owned())
+        .collect()
+}
+
+/// What UCX maps is written without UCX, and the target hears when it no longer can be.
+#[tokio::test]
+async fn a_mapped_pool_is_written_and_its_end_is_told() {
+    let Some(pair) = lands("posix", true, true).await else { return };
+    let (writer, _movers) = pair.watched.expect("watched");
+    // Frames were written by the copiers: without them there is nobody who could write.
+    drop(pair.source);
+    assert_eq!(timeout(SOON, writer.gone()).await.expect("told"), "the source unmapped the pool");
+    // The target's own: UCX's, that of its file for the engine, and ours.
+    assert_eq!(maps_of(&pair.to.file).len(), 2, "{:?}", maps_of(&pair.to.file));
+}
+
+/// A source whose UCX ends first keeps its map for as long as somebody may write there.
+#[tokio::test]
+async fn a_map_outlives_what_made_it() {
+    let Some(config) = config("posix") else { return };
+    let Pair { from, to, source, watched, inbox: _inbox, .. } = pair(&config, true, true).await;
+    let before = maps_of(&to.file).len();
+    let End { ucx, .. } = from;
+    drop(ucx);
+    let (writer, _movers) = watched.expect("watched");
+    let told = timeout(Duration::from_millis(100), writer.gone());
+    told.await.expect_err("it is still mapped");
+    assert_eq!(maps_of(&to.file).len(), before);
+    source.close();
+    let unmapped = async {
+        while maps_of(&to.file).len() == before {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(SOON, unmapped).await.expect("unmapped");
 }
 
 /// The target's worker is destroyed under the source: its frames come back as lost, and the link ends.
 #[tokio::test]
 async fn a_destroyed_worker_ends_the_link() {
     let Some(config) = config("tcp") else { return };
-    let pair = pair(&config, false).await;
+    let pair = pair(&config, false, false).await;
     pair.post(0, &[2, 3, 11]);
     assert!(matches!(pair.moved().await, Moved::Sent { .. }));
     timeout(SOON, pair.to.ucx.release(7)).await.expect("in time");
@@ -156,7 +220,7 @@ async fn a_destroyed_worker_ends_the_link() {
 #[tokio::test]
 async fn pages_outside_the_pool_are_not_written() {
     let Some(config) = config("posix") else { return };
-    let pair = pair(&config, false).await;
+    let pair = pair(&config, false, false).await;
     pair.post(0, &[2, 12, 3]);
     assert!(matches!(pair.moved().await, Moved::Lost));
     timeout(SOON, pair.stop.token().cancelled()).await.expect("in time");
