@@ -234,7 +234,7 @@ mod tests {
 
     #[test]
     fn a_shorter_vector_has_length_one() {
-        let mut vector = vec![0.36, 0.48, 0.8];
+        let mut vector = vec![3.0, 4.0, 12.0];
         shorten(&mut vector, 2);
         assert_eq!(vector, [0.6, 0.8]);
         let mut nothing = vec![0.0, 0.0, 1.0];
