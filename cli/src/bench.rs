@@ -11,6 +11,7 @@ mod handoff;
 mod load;
 mod machine;
 mod memory;
+mod placement;
 mod profile;
 mod report;
 mod router;
@@ -34,7 +35,7 @@ pub(crate) fn run(settings: &Settings) -> anyhow::Result<()> {
         return load::run(url, &settings.load);
     }
     if let Some(path) = &settings.profile {
-        return profile::run(path, &settings.profile_model(), settings.threads);
+        return profile::run(path, &settings.profile_model(), settings.threads, settings.sharing);
     }
     if cfg!(debug_assertions) {
         eprintln!("note: this is a debug build, its figures mean little; `make bench` builds a release");
@@ -43,6 +44,7 @@ pub(crate) fn run(settings: &Settings) -> anyhow::Result<()> {
     machine::run(&mut report).context("bench machine")?;
     engine::run(&mut report).context("bench engine")?;
     handoff::run(&mut report, settings.ucx_library.as_deref()).context("bench handoff")?;
+    placement::run(&mut report).context("bench placement")?;
     router::run(&mut report, settings.soak).context("bench router")?;
     report.finish()
 }

@@ -193,11 +193,7 @@ pub(crate) fn router(
     config.embedding_pooling = dialect.embedding_pooling.unwrap_or(config.embedding_pooling);
     config.model_dir = located.path.clone();
     config.model_name = located.name.clone();
-    config.placement = match placement {
-        Placement::Auto => router::Policy::Auto,
-        Placement::Remote => router::Policy::Remote,
-        Placement::Local => router::Policy::Local,
-    };
+    config.placement = placement.policy();
     config.validate().map_err(|problem| anyhow!("[router]: {problem}"))?;
     Ok(config)
 }

@@ -189,8 +189,8 @@ pub(crate) struct Up {
     /// Address of the OpenAI endpoint
     #[arg(long, value_name = "ADDR", env = "BATON_LISTEN", default_value = "127.0.0.1:8000", value_parser = units::address)]
     pub(crate) listen: SocketAddr,
-    /// Prefill workers to run
-    #[arg(long, value_name = "N", env = "BATON_PREFILL", default_value = "1", value_parser = at_least_one::<usize>)]
+    /// Prefill workers to run; with 0, decode workers compute all prompts themselves
+    #[arg(long, value_name = "N", env = "BATON_PREFILL", default_value = "1")]
     pub(crate) prefill: usize,
     /// Decode workers to run
     #[arg(long, value_name = "N", env = "BATON_DECODE", default_value = "1", value_parser = at_least_one::<usize>)]
@@ -458,7 +458,7 @@ impl From<Quantize> for engine::Quantize {
 }
 
 /// Where prompts are computed.
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Placement {
     /// By predicted cost
     Auto,
@@ -466,6 +466,16 @@ pub(crate) enum Placement {
     Remote,
     /// Always on the decode worker itself
     Local,
+}
+
+impl Placement {
+    pub(crate) fn policy(self) -> router::Policy {
+        match self {
+            Self::Auto => router::Policy::Auto,
+            Self::Remote => router::Policy::Remote,
+            Self::Local => router::Policy::Local,
+        }
+    }
 }
 
 /// Element type of keys and values.

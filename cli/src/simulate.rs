@@ -1,6 +1,6 @@
 //! `baton simulate`: a trace on an imagined cluster, in virtual time.
 
-use crate::settings::Simulate as Settings;
+use crate::settings::{Placement, Simulate as Settings};
 use anyhow::bail;
 use simulator::{Config, Outcome, Policy};
 use std::{
@@ -28,6 +28,12 @@ pub(crate) fn run(settings: &Settings) -> anyhow::Result<()> {
     if let Some((worker, _)) = settings.slow.iter().find(|(worker, _)| *worker >= workers) {
         bail!("--slow names worker {worker}; there are {workers}, counted from 0");
     }
+    if settings.prefill == 0 && settings.placement == Placement::Remote {
+        bail!("--prefill is 0, and with --placement remote somebody else has to compute prompts");
+    }
+    if let Some(rival) = settings.policy.iter().find(|&&policy| settings.prefill == 0 && policy != Policy::Baton) {
+        bail!("--prefill is 0, and the policy {rival} needs a prefill worker; say --policy baton");
+    }
     if settings.token_budget <= settings.page_tokens {
         bail!("--token-budget {} must exceed a page of {} tokens", settings.token_budget, settings.page_tokens);
     }
@@ -37,6 +43,9 @@ pub(crate) fn run(settings: &Settings) -> anyhow::Result<()> {
     let mut trace = Trace::read(&settings.trace, settings.format)?.faster(settings.rate);
     if let Some(first) = settings.first {
         trace = trace.first(first);
+    }
+    if let Some(factor) = settings.lengths {
+        trace = trace.scaled(factor);
     }
     if !settings.json {
         println!(
@@ -62,6 +71,7 @@ pub(crate) fn run(settings: &Settings) -> anyhow::Result<()> {
         link_bytes_per_s: settings.link * 1e9,
         message: MESSAGE,
         policy,
+        placement: settings.placement.policy(),
         index_bytes: INDEX_BYTES,
         seed,
         objectives: Objectives { ttft: settings.ttft, itl: settings.itl },

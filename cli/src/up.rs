@@ -8,7 +8,7 @@ use crate::{
     engine::Kind,
     listen, model,
     model::Located,
-    settings::{Bytes, Tables, Up},
+    settings::{Bytes, Placement, Tables, Up},
     speculation::{self, Guesser},
     worker::STALL,
 };
@@ -73,6 +73,11 @@ struct Plan {
 impl Plan {
     fn new(up: &Up, tables: &Tables, located: &Located) -> anyhow::Result<Self> {
         let mut engine = config::engine(&up.compute, tables)?;
+        if up.prefill == 0 && up.placement == Placement::Remote {
+            bail!(
+                "--prefill is 0, and with --placement remote somebody else has to compute prompts; say --prefill 1, or --placement local"
+            );
+        }
         let workers = up.prefill + up.decode;
         engine.threads.get_or_insert_with(|| (model::cores() / workers).max(1));
         let prefill =

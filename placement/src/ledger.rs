@@ -2,7 +2,7 @@
 //!
 //! A submission has a number, and a report says which the worker had taken in last when it was made. So each piece of work is counted
 //! once, whoever else sends work to the same worker and however messages cross on the wire. What a worker has left to compute shrinks by
-//! itself: a report made at the start of a step of a second is not held against the worker when the second has passed.
+//! itself: a report made at the start of a step of a second, or a prompt sent a second ago, is not held against it when the second has passed.
 
 use crate::cost::Speed;
 use std::{collections::VecDeque, time::Duration};
@@ -43,14 +43,15 @@ pub struct Ledger {
 #[derive(Clone, Copy, Debug)]
 struct Sent {
     number: u64,
+    at: Duration,
     compute_ms: f64,
     pages: u32,
 }
 
 impl Ledger {
-    /// Notes a submission that asks for `compute_ms` of computing and `pages` pages. Numbers grow.
-    pub fn submit(&mut self, number: u64, compute_ms: f64, pages: u32) {
-        self.sent.push_back(Sent { number, compute_ms, pages });
+    /// Notes a submission that asks for `compute_ms` of computing and `pages` pages. Numbers and times grow.
+    pub fn submit(&mut self, number: u64, compute_ms: f64, pages: u32, now: Duration) {
+        self.sent.push_back(Sent { number, at: now, compute_ms, pages });
     }
 
     /// Takes a submission back that ended before a report knew of it; one that a report knows of is the worker's to count.
@@ -87,9 +88,16 @@ impl Ledger {
 
     /// Milliseconds of computing before it could begin with another prompt.
     pub fn backlog_ms(&self, now: Duration) -> f64 {
-        let passed = now.saturating_sub(self.reported_at).as_secs_f64() * 1e3;
-        let reported = self.report.map_or(0.0, |report| report.backlog_ms);
-        (reported - passed).max(0.0) + self.sent.iter().map(|sent| sent.compute_ms).sum::<f64>()
+        let reported = (self.reported_at, self.report.map_or(0.0, |report| report.backlog_ms));
+        let until = |(from, ms): (Duration, f64), to: Duration| {
+            let passed = to.saturating_sub(from).as_secs_f64() * 1e3;
+            (from.max(to), (ms - passed).max(0.0))
+        };
+        let (at, ms) = self.sent.iter().fold(reported, |left, sent| {
+            let (at, ms) = until(left, sent.at);
+            (at, ms + sent.compute_ms)
+        });
+        until((at, ms), now).1
     }
 
     /// Pages free or evictable; `capacity` where nothing was reported yet.
@@ -124,8 +132,8 @@ mod tests {
     #[test]
     fn work_is_counted_once_however_messages_cross() {
         let mut ledger = Ledger::default();
-        ledger.submit(1, 100.0, 7);
-        ledger.submit(2, 50.0, 3);
+        ledger.submit(1, 100.0, 7, AT);
+        ledger.submit(2, 50.0, 3, AT);
         assert_eq!((ledger.sequences(), ledger.backlog_ms(AT), ledger.free_pages(50)), (2, 150.0, 40));
         // Made when only the first had come.
         ledger.report(report(1, 1, 90.0), AT);
@@ -139,7 +147,7 @@ mod tests {
     fn the_work_of_other_routers_counts() {
         let mut ledger = Ledger::default();
         ledger.report(report(0, 40, 9_000.0), AT);
-        ledger.submit(1, 10.0, 1);
+        ledger.submit(1, 10.0, 1, AT);
         assert_eq!((ledger.sequences(), ledger.backlog_ms(AT)), (41, 9_010.0));
     }
 
@@ -147,9 +155,22 @@ mod tests {
     fn a_backlog_shrinks_while_nothing_is_heard() {
         let mut ledger = Ledger::default();
         ledger.report(report(0, 1, 900.0), AT);
-        ledger.submit(1, 100.0, 1);
         let later = |ms| AT + Duration::from_millis(ms);
-        assert_eq!([0, 400, 900, 5_000].map(|ms| ledger.backlog_ms(later(ms))), [1_000.0, 600.0, 100.0, 100.0]);
+        ledger.submit(1, 100.0, 1, later(100));
+        assert_eq!([100, 400, 900, 5_000].map(|ms| ledger.backlog_ms(later(ms))), [900.0, 600.0, 100.0, 0.0]);
+        // It had nothing to do for four seconds, and what comes then takes its time.
+        ledger.submit(2, 50.0, 1, later(5_000));
+        assert_eq!([5_000, 5_020, 5_100].map(|ms| ledger.backlog_ms(later(ms))), [50.0, 30.0, 0.0]);
+    }
+
+    #[test]
+    fn what_was_sent_before_a_report_that_does_not_know_of_it_is_still_to_be_done() {
+        let mut ledger = Ledger::default();
+        ledger.submit(1, 100.0, 1, AT);
+        let later = AT + Duration::from_millis(80);
+        ledger.report(report(0, 0, 10.0), later);
+        assert_eq!(ledger.backlog_ms(later), 110.0);
+        assert_eq!(ledger.backlog_ms(later + Duration::from_millis(60)), 50.0);
     }
 
     #[test]
@@ -165,8 +186,8 @@ mod tests {
     #[test]
     fn what_is_withdrawn_is_not_counted() {
         let mut ledger = Ledger::default();
-        ledger.submit(4, 5.0, 1);
-        ledger.submit(9, 7.0, 2);
+        ledger.submit(4, 5.0, 1, AT);
+        ledger.submit(9, 7.0, 2, AT);
         ledger.withdraw(4);
         assert_eq!((ledger.sequences(), ledger.backlog_ms(AT)), (1, 7.0));
         ledger.report(report(9, 2, 12.0), AT);

@@ -5,30 +5,29 @@
 //! one walk answers for all workers.
 //!
 //! Where nobody drops out, the walk takes [`STRIDE`] pages at once: workers give a prefix up from its end, so who holds a page holds
-//! those before it. (Two sequences that compute one prefix at once can leave a hole in it. A match is then too long, and the worker
-//! computes what it turns out to lack.)
+//! those before it. Who drops out on the way is found by halving. (Two sequences that compute one prefix at once can leave a hole in it. A match is
+//! then too long, and the worker computes what it turns out to lack. So is one in 2^64, since half of a name is kept.)
 //!
-//! **Memory.** A page costs one table slot of 33 bytes (a table is between 44 % and 88 % full), more only when over six workers hold it. The
+//! **Memory.** A page takes 20 to 40 bytes of a [`Table`], more only when over four workers hold it. The
 //! table is kept in two generations, each at most half of the budget. Pages go into the young one; when it is full, the
 //! old one is dropped whole and the young one grows old. A page matched or stored again moves back to the young one. So what is
 //! dropped first is what was neither stored nor matched for longest, and dropping costs no search. A dropped page makes a placement
-//! worse, never wrong.
+//! worse, never wrong. While a table grows there are two of it for a moment.
 //!
 //! **Leaving.** A worker's life is a [`Slot`]. When the stream ends or a snapshot replaces what was known, its slot is
 //! retired at once and its bits are cleared as their pages move or drop; a slot is given out again only when none can be left.
 
 mod holders;
+mod table;
 
-use holders::{Holders, SlotSet};
+use holders::{Held, Holders, SlotSet};
 use kv_cache::PageHash;
-use std::{
-    collections::HashMap,
-    hash::{BuildHasherDefault, Hash, Hasher},
-    mem::size_of,
-};
+use table::Table;
 
 /// Pages that a walk skips where it can.
 const STRIDE: usize = 32;
+/// Strides that a walk moves to the young generation at most: what is left of a long prompt moves when it is asked for again.
+const MOVES: usize = 32;
 
 /// One life of one worker, as the index knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -44,8 +43,8 @@ impl Slot {
 /// See the module.
 #[derive(Debug)]
 pub struct PrefixIndex {
-    young: Generation,
-    old: Generation,
+    young: Table,
+    old: Table,
     /// Most bytes of one generation.
     generation_bytes: usize,
     /// How often the young generation has grown old.
@@ -57,8 +56,8 @@ impl PrefixIndex {
     /// Holds at most `budget_bytes`.
     pub fn new(budget_bytes: usize) -> Self {
         Self {
-            young: Generation::default(),
-            old: Generation::default(),
+            young: Table::default(),
+            old: Table::default(),
             generation_bytes: budget_bytes / 2,
             turns: 0,
             slots: Slots::default(),
@@ -70,13 +69,13 @@ impl PrefixIndex {
         if let Some(slot) = self.slots.reuse(self.turns).or_else(|| self.slots.fresh()) {
             return slot;
         }
-        // Every number was used and is still in some page. Clear them all, once in 65,535 lives.
+        // Every number was used and is still in some page. Clear them all, once in 65,534 lives.
         let dead = std::mem::take(&mut self.slots.dead);
         self.young.strip(&dead);
         self.old.strip(&dead);
         self.slots.retired.iter_mut().for_each(|(_, turn)| *turn = 0);
         self.turns = self.turns.max(2);
-        self.slots.reuse(self.turns).expect("65,535 workers are not attached at once")
+        self.slots.reuse(self.turns).expect("65,534 workers are not attached at once")
     }
 
     /// Forgets all that `slot` holds.
@@ -87,22 +86,26 @@ impl PrefixIndex {
 
     /// Notes that `slot` holds these pages.
     pub fn store(&mut self, slot: Slot, pages: impl IntoIterator<Item = PageHash>) {
-        for page in pages {
-            let key = Key::from(page);
-            if self.refresh(key) {
-                self.young.add(key, slot);
-            } else {
-                self.insert(key, Holders::one(slot));
+        for name in pages.into_iter().map(name) {
+            match self.young.find(name) {
+                Ok(at) => self.young.add(at, slot),
+                Err(_) => {
+                    let mut holders = self.take_old(name).unwrap_or_else(|| Holders::one(slot));
+                    holders.insert(slot);
+                    self.insert(name, holders);
+                }
+            }
+            if self.young.bytes() > self.generation_bytes {
+                self.turn();
             }
         }
     }
 
     /// Notes that `slot` no longer holds these pages.
     pub fn evict(&mut self, slot: Slot, pages: impl IntoIterator<Item = PageHash>) {
-        for page in pages {
-            let key = Key::from(page);
-            self.young.remove(key, slot);
-            self.old.remove(key, slot);
+        for name in pages.into_iter().map(name) {
+            self.young.remove(name, slot);
+            self.old.remove(name, slot);
         }
     }
 
@@ -110,36 +113,52 @@ impl PrefixIndex {
     pub fn matches(&mut self, pages: &[PageHash], leading: &mut Vec<u32>) {
         leading.clear();
         leading.resize(usize::from(self.slots.used), 0);
-        // Who holds every page so far, and how many those are.
-        let (mut alive, mut count) = (SlotSet::default(), 0);
-        // Pages up to here are looked up one by one.
-        let mut walk_to = 1;
-        while count < pages.len() {
-            if count >= walk_to {
+        // Who holds the first `count` pages.
+        let Some(mut alive) = self.holders_of_first(pages) else { return };
+        let (mut count, mut moves) = (1, MOVES);
+        while count < pages.len() && !alive.is_empty() {
+            // Too few for a stride are walked one by one.
+            let next = if count + STRIDE <= pages.len() { count + STRIDE } else { count + 1 };
+            if moves > 0 && self.young.find(name(pages[next - 1])).is_err() {
                 // What is in the old generation is walked to, so that all of it moves.
-                let ahead = pages.get(count + STRIDE - 1).and_then(|&page| self.young.pages.get(&Key::from(page)));
-                if ahead.is_some_and(|holders| holders.cover(&alive)) {
-                    count += STRIDE;
-                    continue;
-                }
-                walk_to = count + STRIDE;
+                pages[count..next].iter().for_each(|&page| self.refresh(name(page)));
+                moves -= 1;
             }
-            let key = Key::from(pages[count]);
-            if !self.young.pages.contains_key(&key) && !self.refresh(key) {
-                break;
+            let mut lost = self.get(pages[next - 1]).map_or_else(|| alive.iter().collect(), |held| held.lacks(&alive));
+            if !lost.is_empty() {
+                lost.iter().for_each(|&slot| alive.remove(slot));
+                self.settle(pages, count, next - 1, &mut lost, leading);
             }
-            let holders = &self.young.pages[&key];
-            if count == 0 {
-                holders.for_each(|slot| alive.insert(slot));
-            } else {
-                holders.intersect(&mut alive, |slot| leading[slot.index()] = count as u32);
-            }
-            if alive.is_empty() {
-                return;
-            }
-            count += 1;
+            count = next;
         }
         alive.iter().for_each(|slot| leading[slot.index()] = count as u32);
+    }
+
+    fn holders_of_first(&mut self, pages: &[PageHash]) -> Option<SlotSet> {
+        let first = *pages.first()?;
+        self.refresh(name(first));
+        Some(self.get(first)?.to_set())
+    }
+
+    fn get(&self, page: PageHash) -> Option<Held<'_>> {
+        self.young.get(name(page)).or_else(|| self.old.get(name(page)))
+    }
+
+    /// Finds how far each of `lost` comes, who hold the first `least` pages and lack the page at `most`.
+    fn settle(&self, pages: &[PageHash], least: usize, most: usize, lost: &mut [Slot], leading: &mut [u32]) {
+        if lost.is_empty() {
+            return;
+        }
+        if least == most {
+            lost.iter().for_each(|slot| leading[slot.index()] = least as u32);
+            return;
+        }
+        let middle = (least + most) / 2;
+        let held = self.get(pages[middle]);
+        let have = partition(lost, |slot| held.is_some_and(|held| held.contains(slot)));
+        let (have, lack) = lost.split_at_mut(have);
+        self.settle(pages, middle + 1, most, have, leading);
+        self.settle(pages, least, middle, lack, leading);
     }
 
     /// Bytes in use.
@@ -148,34 +167,57 @@ impl PrefixIndex {
     }
 
     /// Pages known.
-    #[cfg(test)]
-    fn pages(&self) -> usize {
-        self.young.pages.len() + self.old.pages.len()
+    pub fn pages(&self) -> usize {
+        self.young.pages() + self.old.pages()
     }
 
-    /// Makes sure that a known page is in the young generation. Returns whether it is known.
-    fn refresh(&mut self, key: Key) -> bool {
-        if self.young.pages.contains_key(&key) {
-            return true;
+    /// Makes sure that a known page is in the young generation.
+    fn refresh(&mut self, name: u64) {
+        if self.young.find(name).is_err()
+            && let Some(holders) = self.take_old(name)
+        {
+            self.insert(name, holders);
         }
-        let Some(mut holders) = self.old.take(key) else { return false };
-        holders.strip(&self.slots.dead);
-        !holders.is_empty() && self.insert(key, holders)
     }
 
-    /// Returns false when the budget is too small for even one page.
-    fn insert(&mut self, key: Key, holders: Holders) -> bool {
-        if self.young.bytes_with_one_more(&holders) > self.generation_bytes {
-            if self.young.pages.is_empty() {
-                return false;
-            }
-            self.turns += 1;
-            self.old = std::mem::take(&mut self.young);
-            return self.insert(key, holders);
-        }
-        self.young.insert(key, holders);
-        true
+    /// Takes a page out of the old generation, if somebody is left who holds it.
+    fn take_old(&mut self, name: u64) -> Option<Holders> {
+        let mut holders = self.old.take(name)?;
+        holders.keep(|slot| !self.slots.dead.contains(slot));
+        (!holders.is_empty()).then_some(holders)
     }
+
+    /// Adds a page that the young generation does not know. Of a budget that is too small for even one page nothing comes.
+    fn insert(&mut self, name: u64, holders: Holders) {
+        if !self.young.make_room(self.generation_bytes) && !self.young.is_empty() {
+            self.turn();
+        }
+        if self.young.make_room(self.generation_bytes) {
+            self.young.insert(name, holders);
+        }
+    }
+
+    fn turn(&mut self) {
+        self.turns += 1;
+        self.old = std::mem::take(&mut self.young);
+    }
+}
+
+/// What the index keeps of a page's name.
+fn name(page: PageHash) -> u64 {
+    (page.0 as u64).min(u64::MAX - 1)
+}
+
+/// Moves those for whom `is_first` to the front. Returns how many they are.
+fn partition(slots: &mut [Slot], is_first: impl Fn(Slot) -> bool) -> usize {
+    let mut first = 0;
+    for at in 0..slots.len() {
+        if is_first(slots[at]) {
+            slots.swap(first, at);
+            first += 1;
+        }
+    }
+    first
 }
 
 /// Which slot numbers are in use.
@@ -190,9 +232,12 @@ struct Slots {
 }
 
 impl Slots {
+    /// Numbers end where a [`Table`] could not hold them.
+    const MOST: u16 = u16::MAX - 1;
+
     fn fresh(&mut self) -> Option<Slot> {
         let slot = Slot(self.used);
-        self.used = self.used.checked_add(1)?;
+        self.used = self.used.checked_add(1).filter(|&used| used <= Self::MOST)?;
         Some(slot)
     }
 
@@ -202,99 +247,6 @@ impl Slots {
         let (slot, _) = self.retired.swap_remove(at);
         self.dead.remove(slot);
         Some(slot)
-    }
-}
-
-#[derive(Debug, Default)]
-struct Generation {
-    pages: HashMap<Key, Holders, BuildHasherDefault<AlreadyHashed>>,
-    /// Bytes of sets outside the table.
-    spilled_bytes: usize,
-}
-
-impl Generation {
-    fn insert(&mut self, key: Key, holders: Holders) {
-        self.spilled_bytes += holders.spilled_bytes();
-        self.pages.insert(key, holders);
-    }
-
-    fn add(&mut self, key: Key, slot: Slot) {
-        if let Some(holders) = self.pages.get_mut(&key) {
-            self.spilled_bytes -= holders.spilled_bytes();
-            holders.insert(slot);
-            self.spilled_bytes += holders.spilled_bytes();
-        }
-    }
-
-    fn remove(&mut self, key: Key, slot: Slot) {
-        let Some(holders) = self.pages.get_mut(&key) else { return };
-        holders.remove(slot);
-        if holders.is_empty() {
-            self.take(key);
-        }
-    }
-
-    fn take(&mut self, key: Key) -> Option<Holders> {
-        let holders = self.pages.remove(&key)?;
-        self.spilled_bytes -= holders.spilled_bytes();
-        Some(holders)
-    }
-
-    fn strip(&mut self, dead: &SlotSet) {
-        self.pages.retain(|_, holders| {
-            holders.strip(dead);
-            !holders.is_empty()
-        });
-        self.spilled_bytes = self.pages.values().map(Holders::spilled_bytes).sum();
-    }
-
-    fn bytes(&self) -> usize {
-        table_bytes(self.pages.capacity()) + self.spilled_bytes
-    }
-
-    fn bytes_with_one_more(&self, holders: &Holders) -> usize {
-        let room =
-            if self.pages.len() < self.pages.capacity() { self.pages.capacity() } else { self.pages.capacity() + 1 };
-        table_bytes(room) + self.spilled_bytes + holders.spilled_bytes()
-    }
-}
-
-/// What a table of this capacity takes: a power of two of slots, at most 7/8 of them filled, one control byte each.
-fn table_bytes(capacity: usize) -> usize {
-    if capacity == 0 { 0 } else { (capacity * 8).div_ceil(7).next_power_of_two() * (size_of::<(Key, Holders)>() + 1) }
-}
-
-/// A page's hash in halves: 8-byte alignment keeps a table slot at 32 bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Key([u64; 2]);
-
-impl From<PageHash> for Key {
-    fn from(hash: PageHash) -> Self {
-        Self([hash.0 as u64, (hash.0 >> 64) as u64])
-    }
-}
-
-impl Hash for Key {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        state.write_u64(self.0[0]);
-    }
-}
-
-/// Page hashes are BLAKE3: their bits need no further mixing, and nobody can choose them.
-#[derive(Debug, Default)]
-struct AlreadyHashed(u64);
-
-impl Hasher for AlreadyHashed {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, _bytes: &[u8]) {
-        unreachable!("keys hash as one u64")
-    }
-
-    fn write_u64(&mut self, hash: u64) {
-        self.0 = hash;
     }
 }
 
@@ -316,11 +268,6 @@ mod tests {
         let mut out = Vec::new();
         index.matches(pages, &mut out);
         out[slot.index()]
-    }
-
-    #[test]
-    fn a_table_slot_is_as_small_as_the_header_says() {
-        assert_eq!(size_of::<(Key, Holders)>() + 1, 33);
     }
 
     #[test]

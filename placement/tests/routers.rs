@@ -79,7 +79,7 @@ fn mean_wait_ms(routers: usize, peers: u32, seed: u64) -> f64 {
                 own.iter().enumerate().map(|(id, ledger)| candidate(id, worker(ledger.backlog_ms(now)))).collect();
             let placed = place_beside(peers, &demand, &seen, Policy::Local, &weights, random.next()).unwrap();
             let chosen = placed.decision.choice.decode;
-            own[chosen].submit(number, compute_ms, 0);
+            own[chosen].submit(number, compute_ms, 0, now);
             waits.push(backlog[chosen]);
             backlog[chosen] += compute_ms;
         }

@@ -142,7 +142,7 @@ impl Attempt {
             suspected: None,
             cached_tokens: None,
             prompt_times: None,
-            computing: Some(path.computing),
+            computing: path.computing,
         })
     }
 

@@ -129,8 +129,8 @@ pub(crate) struct Path {
     pub(crate) measured: bool,
     /// The chosen way and the next best ones, cheapest first.
     pub(crate) considered: Vec<Considered>,
-    /// Lets those that begin alike follow, until the prompt is computed.
-    pub(crate) computing: Computing,
+    /// Lets those that begin alike follow, until the prompt is computed; `None` where nobody is bound.
+    pub(crate) computing: Option<Computing>,
 }
 
 /// A way that a request could have gone.
@@ -153,14 +153,12 @@ pub(crate) struct Computing {
     fleet: Fleet,
     worker: u64,
     number: u64,
-    first: Option<PageHash>,
+    first: PageHash,
 }
 
 impl Drop for Computing {
     fn drop(&mut self) {
-        if let Some(first) = self.first {
-            self.fleet.siblings().remove(self.worker, self.number, first);
-        }
+        self.fleet.siblings().remove(self.worker, self.number, self.first);
     }
 }
 
@@ -177,8 +175,8 @@ pub(crate) struct Door {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Wanted<'a> {
     pub(crate) demand: Demand,
-    /// Names of the full pages of the demand.
-    pub(crate) pages: &'a [PageHash],
+    /// Names of the full pages of the demand; `None` where all of it is to be computed.
+    pub(crate) pages: Option<&'a Arc<[PageHash]>>,
     /// Workers that failed it before.
     pub(crate) excluded: &'a [String],
     /// Id of the adapter it needs.
@@ -255,13 +253,15 @@ impl Fleet {
     /// Chooses who takes a request. `random` breaks ties.
     pub(crate) fn place(&self, wanted: &Wanted<'_>, random: u64) -> Result<Path, NoPath> {
         loop {
-            let path = self.choose(wanted, random)?;
+            let mut path = self.choose(wanted, random)?;
             let now = self.now();
             // Of a worker that kept failing one probe at a time is taken; whose was not is placed again, without it.
             if path.workers().all(|worker| worker.breaker().begin(now)) || wanted.desperate {
                 if let Some((holder, _)) = &path.fetch {
                     holder.session.lends(path.cost.fetch);
                 }
+                let computes = path.prefill.as_ref().unwrap_or(&path.decode);
+                path.computing = wanted.pages.and_then(|pages| self.computing(&computes.worker, pages));
                 return Ok(path);
             }
         }
@@ -270,32 +270,29 @@ impl Fleet {
     /// Says who would take a request, and binds nobody.
     pub(crate) fn choose(&self, wanted: &Wanted<'_>, random: u64) -> Result<Path, NoPath> {
         let now = self.now();
-        let mut leading = Vec::new();
-        if !wanted.pages.is_empty() {
-            self.index().matches(wanted.pages, &mut leading);
+        let (mut leading, mut coming) = (Vec::new(), HashMap::new());
+        if let Some(pages) = wanted.pages {
+            self.index().matches(pages, &mut leading);
+            self.siblings().matches(pages, |worker, pages| {
+                let most = coming.entry(worker).or_insert(pages);
+                *most = pages.max(*most);
+            });
         }
         let workers = self.workers();
-        let mut coming = HashMap::new();
-        self.siblings().matches(wanted.pages, |worker, pages| {
-            let most = coming.entry(worker).or_insert(pages);
-            *most = pages.max(*most);
-        });
-        let seen: Vec<Option<(Candidate, Connection)>> = workers
-            .iter()
-            .enumerate()
-            .map(|(id, worker)| worker.candidate(id, wanted, &leading, &coming, now))
-            .collect();
-        let candidates: Vec<Candidate> = seen.iter().flatten().map(|(candidate, _)| candidate.clone()).collect();
+        let candidate = |(id, worker): (usize, &Arc<Worker>)| worker.candidate(id, wanted, &leading, &coming, now);
+        let (candidates, connections): (Vec<Candidate>, Vec<Connection>) =
+            workers.iter().enumerate().filter_map(candidate).unzip();
         let peers = self.peers.load(Ordering::Relaxed);
         let placed = placement::place_beside(peers, &wanted.demand, &candidates, self.policy, &self.weights, random)?;
         let Choice { prefill, decode, fetch } = placed.decision.choice;
+        // Candidates are in the order of their numbers.
+        let seen = |id: usize| candidates.binary_search_by_key(&id, |c| c.id).expect("placement names candidates");
+        let known = |id: usize| &candidates[seen(id)].cost;
         let target = |id: usize, computes: bool| {
-            let (candidate, connection) = seen[id].as_ref().expect("placement chose a candidate");
             let compute_ms = if computes { placed.decision.cost.compute } else { 0.0 };
-            let pages = candidate.cost.missing_pages(&wanted.demand);
-            workers[id].target(connection, Asks { compute_ms, pages })
+            let pages = known(id).missing_pages(&wanted.demand);
+            workers[id].target(&connections[seen(id)], Asks { compute_ms, pages })
         };
-        let known = |id: usize| &seen[id].as_ref().expect("placement weighs candidates").0.cost;
         let way = |other: &Decision| {
             let Choice { prefill, decode, fetch } = other.choice;
             let cached = known(prefill.unwrap_or(decode));
@@ -315,11 +312,10 @@ impl Fleet {
         considered.sort_by(|a, b| a.cost.total().total_cmp(&b.cost.total()));
         let measured = known(prefill.unwrap_or(decode)).speed.pace.is_some();
         let fetch = fetch.map(|Fetch { holder, pages }| (target(holder, false), pages));
-        let computing = self.computing(&workers[prefill.unwrap_or(decode)], wanted);
         // A decode worker that is handed the prompt's pages does not compute them.
         let decode = target(decode, prefill.is_none());
         let prefill = prefill.map(|id| target(id, true));
-        Ok(Path { prefill, decode, fetch, cost: placed.decision.cost, measured, considered, computing })
+        Ok(Path { prefill, decode, fetch, cost: placed.decision.cost, measured, considered, computing: None })
     }
 
     /// Returns what the workers can be sent before all of them have enough to do.
@@ -358,7 +354,7 @@ impl Fleet {
     /// Whether a request, for the adapter with this id if there is one, could be placed now.
     pub(crate) fn has_path(&self, adapter: Option<&str>) -> bool {
         let demand = Demand { tokens: 1, max_output: 1 };
-        let wanted = Wanted { demand, pages: &[], excluded: &[], adapter, desperate: true };
+        let wanted = Wanted { demand, pages: None, excluded: &[], adapter, desperate: true };
         let (workers, now, nothing) = (self.workers(), self.now(), HashMap::new());
         let candidate =
             |(id, worker): (usize, &Arc<Worker>)| Some(worker.candidate(id, &wanted, &[], &nothing, now)?.0);
@@ -430,14 +426,11 @@ impl Fleet {
         self.siblings.lock().expect("no code panics while it holds the siblings")
     }
 
-    /// Notes that `worker` will compute the prompt of `wanted`.
-    fn computing(&self, worker: &Worker, wanted: &Wanted<'_>) -> Computing {
-        let number = self.next_attempt();
-        let first = wanted.pages.first().copied();
-        if first.is_some() {
-            self.siblings().add(worker.serial, number, &wanted.pages.into());
-        }
-        Computing { fleet: self.clone(), worker: worker.serial, number, first }
+    /// Notes that `worker` will compute the prompt with these full pages.
+    fn computing(&self, worker: &Worker, pages: &Arc<[PageHash]>) -> Option<Computing> {
+        let (first, number) = (*pages.first()?, self.next_attempt());
+        self.siblings().add(worker.serial, number, pages);
+        Some(Computing { fleet: self.clone(), worker: worker.serial, number, first })
     }
 
     fn index(&self) -> MutexGuard<'_, PrefixIndex> {

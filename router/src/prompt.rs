@@ -10,7 +10,7 @@ use std::sync::Arc;
 pub(crate) struct Prompt {
     pub(crate) tokens: Vec<TokenId>,
     /// Names of its full pages: their root holds both of the following.
-    pub(crate) pages: Vec<PageHash>,
+    pub(crate) pages: Arc<[PageHash]>,
     /// What the request sets itself apart by.
     pub(crate) salt: Bytes,
     /// What is added to the base model.
@@ -82,7 +82,7 @@ impl Prompt {
             return Err(Error::invalid(name, "the prompt is empty"));
         }
         let root = root_salt(&salt, adapter.as_ref().map(|adapter| adapter.id.as_str()));
-        let pages = router.page_names.of(&root, &tokens, router.fleet.page_tokens());
+        let pages = router.page_names.of(&root, &tokens, router.fleet.page_tokens()).into();
         let prompt = Self { tokens, pages, salt, adapter, echo: text };
         prompt.check_length(router.context_tokens(), name)?;
         Ok(Some(prompt))

@@ -11,6 +11,7 @@ use std::{sync::Arc, time::Duration};
 #[derive(Debug)]
 pub(crate) struct Router {
     policy: Policy,
+    placement: placement::Policy,
     weights: placement::Weights,
     prefill: usize,
     page_tokens: u32,
@@ -45,6 +46,7 @@ impl Router {
             .collect();
         Self {
             policy: config.policy,
+            placement: config.placement,
             weights: config.weights.clone(),
             prefill: config.prefill,
             page_tokens: config.page_tokens as u32,
@@ -91,8 +93,7 @@ impl Router {
         let random: u64 = self.random.random();
         let choice = match self.policy {
             Policy::Baton => {
-                let policy = placement::Policy::Auto;
-                placement::place(&demand, &candidates, policy, &self.weights, random).ok()?.decision.choice
+                placement::place(&demand, &candidates, self.placement, &self.weights, random).ok()?.decision.choice
             }
             rival => self.rival(rival, &demand, &candidates, history, random),
         };
@@ -100,7 +101,14 @@ impl Router {
     }
 
     /// Notes that a leg goes to a worker. Returns the submission's number.
-    pub(crate) fn submit(&mut self, worker: usize, demand: &Demand, computes: bool, cached_pages: u32) -> Submission {
+    pub(crate) fn submit(
+        &mut self,
+        worker: usize,
+        demand: &Demand,
+        computes: bool,
+        cached_pages: u32,
+        now: Duration,
+    ) -> Submission {
         self.submissions += 1;
         let cached_pages = if computes { cached_pages.max(self.coming[worker]) } else { cached_pages };
         let known = &mut self.workers[worker];
@@ -108,7 +116,7 @@ impl Router {
         let pace = known.ledger.speed().pace.map_or(self.weights.prior, |pace| pace.or(&self.weights.prior));
         let compute_ms = if computes { pace.chunk_ms((demand.tokens - missing).into(), missing.into()) } else { 0.0 };
         let pages = demand.tokens.div_ceil(self.page_tokens).saturating_sub(cached_pages);
-        known.ledger.submit(self.submissions, compute_ms, pages);
+        known.ledger.submit(self.submissions, compute_ms, pages, now);
         self.submissions
     }
 

@@ -24,6 +24,7 @@ fn config(policy: Policy, prefill: usize, decode: usize) -> Config {
         link_bytes_per_s: 1e11,
         message: Duration::from_micros(300),
         policy,
+        placement: placement::Policy::Auto,
         weights,
         index_bytes: 64 << 20,
         seed: 0,
@@ -31,10 +32,14 @@ fn config(policy: Policy, prefill: usize, decode: usize) -> Config {
     }
 }
 
-/// The part of Mooncake's conversation trace that is kept here.
-fn conversations() -> Trace {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/traces/mooncake_conversation_300.jsonl");
+/// The part of a trace of Mooncake's that is kept here.
+fn slice(name: &str) -> Trace {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../tests/traces/mooncake_{name}_300.jsonl"));
     Trace::read(&file, Format::Mooncake).unwrap()
+}
+
+fn conversations() -> Trace {
+    slice("conversation")
 }
 
 fn mean_ttft(outcome: &Outcome) -> f64 {
@@ -87,6 +92,24 @@ fn a_slow_node_gets_less_and_nobody_idles_beside_its_crowd() {
     let (baton, in_turn) = (run(&slow(Policy::Baton), &spread()), run(&slow(Policy::RoundRobin), &spread()));
     assert!(baton.idle_beside_crowd_s < 5.0, "{baton:?}");
     assert!(mean_ttft(&in_turn) > 3.0 * mean_ttft(&baton), "{} and {}", mean_ttft(&in_turn), mean_ttft(&baton));
+}
+
+#[test]
+fn on_traces_nobody_idles_beside_a_crowd() {
+    for name in ["conversation", "synthetic"] {
+        // Three times as fast: all of four nodes have a line, and it takes them minutes.
+        let outcome = run(&config(Policy::Baton, 4, 4), &slice(name).faster(3.0));
+        assert!(outcome.summary.ttft.p50 > Duration::from_secs(10), "{name} is no load: {outcome:?}");
+        assert!(outcome.idle_beside_crowd_s < 5.0, "{name}: {outcome:?}");
+    }
+}
+
+#[test]
+fn decode_workers_compute_all_prompts_where_there_is_nobody_else() {
+    let outcome = run(&config(Policy::Baton, 0, 3), &conversations().first(40));
+    assert_eq!((outcome.summary.failed, outcome.local), (0, 40));
+    let remote = Config { placement: placement::Policy::Remote, ..config(Policy::Baton, 1, 2) };
+    assert_eq!(run(&remote, &conversations().first(40)).local, 0);
 }
 
 #[test]

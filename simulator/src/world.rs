@@ -40,6 +40,8 @@ pub struct Config {
     pub message: Duration,
     /// Who places.
     pub policy: Policy,
+    /// Where the policy [`Policy::Baton`] lets prompts be computed.
+    pub placement: placement::Policy,
     /// The router's assumptions.
     pub weights: placement::Weights,
     /// Bytes of its prefix index.
@@ -286,7 +288,7 @@ impl<'a> World<'a> {
         if let Some(Fetch { holder, pages }) = choice.fetch {
             self.router.fetching(holder, pages - self.router.cached_pages(computes), self.now);
         }
-        let number = self.router.submit(computes, &demand, true, cached);
+        let number = self.router.submit(computes, &demand, true, cached, self.now);
         let pages: Arc<[PageHash]> = self.live[id].history.as_ref().expect("it was set above").hashes().into();
         self.router.computing(computes, number, &pages);
         self.live[id].number = number;
@@ -296,7 +298,7 @@ impl<'a> World<'a> {
             self.local += 1;
         } else {
             let cached = self.router.cached_pages(choice.decode);
-            let number = self.router.submit(choice.decode, &demand, false, cached);
+            let number = self.router.submit(choice.decode, &demand, false, cached, self.now);
             self.at(then, Event::Submit { id, worker: choice.decode, number, part: Part::Decode });
         }
     }

@@ -23,17 +23,37 @@ impl Fit {
     /// Prompt tokens below which a step says nothing about prompts: they hide behind the weights.
     const FEWEST_TOKENS: u64 = 16;
 
+    /// Learns from steps that are as good as each other, such as the medians of many: there is no time in which a machine could change.
+    pub fn of(steps: &[(Work, Duration)]) -> Self {
+        let mut fit = Self::default();
+        steps.iter().for_each(|(work, took)| fit.sort(work, *took, Part::weigh, Part::weigh));
+        fit.decode.solve();
+        fit.prompt.solve();
+        fit
+    }
+
     /// Takes in that a step of `work` took `took`.
     pub fn add(&mut self, work: &Work, took: Duration) {
+        self.sort(work, took, Part::add, Part::add);
+    }
+
+    fn sort(
+        &mut self,
+        work: &Work,
+        took: Duration,
+        decode: fn(&mut Part<3>, [f64; 3], f64),
+        prompt: fn(&mut Part<2>, [f64; 2], f64),
+    ) {
+        let us = |took: Duration| (took.as_secs_f64() * 1e6).max(1.0);
         if work.tokens == 0 {
             if work.sequences > 0 {
-                self.decode.add([1.0, work.sequences as f64, work.context as f64], took);
+                decode(&mut self.decode, [1.0, work.sequences as f64, work.context as f64], us(took));
             }
         } else if work.tokens >= Self::FEWEST_TOKENS {
             // The weights are read behind the arithmetic of so many tokens; the context of the others comes on top.
             let [_, _, context_us] = self.decode.numbers();
             let beside = Duration::from_secs_f64(context_us * work.context as f64 * 1e-6);
-            self.prompt.add([work.tokens as f64, work.pairs as f64], took.saturating_sub(beside));
+            prompt(&mut self.prompt, [work.tokens as f64, work.pairs as f64], us(took.saturating_sub(beside)));
         }
     }
 
@@ -86,8 +106,7 @@ impl<const N: usize> Part<N> {
         self.shape.map(|number| number * self.scale)
     }
 
-    fn add(&mut self, x: [f64; N], took: Duration) {
-        let us = (took.as_secs_f64() * 1e6).max(1.0);
+    fn add(&mut self, x: [f64; N], us: f64) {
         let expected: f64 = self.shape.iter().zip(x).map(|(a, x)| a * x).sum();
         let mut in_shape = us / self.scale;
         if self.steps >= Self::TRUSTING && expected > 0.0 {
@@ -97,6 +116,12 @@ impl<const N: usize> Part<N> {
             self.scale += share * (off - self.scale);
             in_shape = (us / self.scale).clamp(expected / Self::BELIEVED.1, expected * Self::BELIEVED.1);
         }
+        self.weigh(x, in_shape);
+        self.solve();
+    }
+
+    /// Adds a step that took `in_shape` of the shape's time to the sums.
+    fn weigh(&mut self, x: [f64; N], in_shape: f64) {
         self.steps += 1;
         let keep = (-1.0 / Self::SHAPE_STEPS).exp2();
         // A long step and a short one are worth the same: errors count as shares.
@@ -107,7 +132,6 @@ impl<const N: usize> Part<N> {
             }
             self.xy[i] = self.xy[i] * keep + weight * x[i] * in_shape;
         }
-        self.solve();
     }
 
     fn solve(&mut self) {
@@ -165,6 +189,22 @@ mod tests {
             let off = off(&pace, &TRUE, work);
             assert!((0.93..1.07).contains(&off), "{work:?}: {off} with {pace:?}");
         }
+    }
+
+    #[test]
+    fn what_is_measured_at_leisure_is_fitted_at_once() {
+        let measured: Vec<(Work, Duration)> = steps(40).map(|work| (work, TRUE.step(&work))).collect();
+        let pace = Fit::of(&measured).pace().unwrap();
+        for (work, _) in &measured {
+            let off = off(&pace, &TRUE, *work);
+            assert!((0.95..1.05).contains(&off), "{work:?}: {off} with {pace:?}");
+        }
+        // Who is asked last counts no more than the others.
+        let one_off =
+            measured.iter().enumerate().map(|(n, (work, took))| (*work, if n == 39 { *took * 3 } else { *took }));
+        let pace = Fit::of(&one_off.collect::<Vec<_>>()).pace().unwrap();
+        let off = off(&pace, &TRUE, decode(4, 1_000));
+        assert!((0.9..1.1).contains(&off), "{off}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Measures how long the steps of an engine take here, as a profile that timed engines and the simulation read.
 //!
 //! Steps of many shapes are computed in turn, a few times over: sequences with contexts, and chunks of prompts with what came before
-//! them. [`timing::Fit`], with which workers learn their own pace, makes five numbers of them. How far those are off is
+//! them. [`timing::Fit`], with which workers learn their own pace, makes five numbers of their medians. How far those are off is
 //! printed for every shape: a pace is a model of an engine, not the engine.
 
 use super::stats::Samples;
@@ -9,8 +9,16 @@ use crate::{model, settings::ModelChoice};
 use anyhow::Context;
 use engine::{Config, Engine, Row, Sample, Sampling, TokenId, machine};
 use kv_cache::PageId;
-use std::{path::Path, time::Instant};
+use std::{
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
 use timing::{Fit, Profile, Work};
+
+/// What others compute meanwhile, again and again.
+const BESIDE: Shape = Shape::Chunk(512, 0);
 
 const ROUNDS: usize = 7;
 const SEQUENCES: [usize; 6] = [1, 2, 4, 8, 16, 32];
@@ -26,39 +34,42 @@ enum Shape {
     Chunk(usize, usize),
 }
 
-/// Measures the model that `choice` names on `threads` threads and writes the profile.
-pub(super) fn run(path: &Path, choice: &ModelChoice, threads: Option<usize>) -> anyhow::Result<()> {
+/// Measures the model that `choice` names on `threads` threads and writes the profile. All but one of `workers` compute prompts meanwhile: workers
+/// of one machine share its memory and its cores.
+pub(super) fn run(path: &Path, choice: &ModelChoice, threads: Option<usize>, workers: usize) -> anyhow::Result<()> {
     let located = model::locate(choice)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     let model = runtime.block_on(model::load(&located, None))?;
-    let threads = threads.unwrap_or_else(model::cores);
-    let mut bench = Bench::new(Engine::new(model, &Config { threads: Some(threads), ..Config::default() })?);
-    let (shapes, mut fit) = (bench.shapes(), Fit::default());
-    let mut took: Vec<Vec<f64>> = vec![Vec::new(); shapes.len()];
-    for round in 0..=ROUNDS {
-        for (shape, took) in shapes.iter().zip(&mut took) {
-            let began = Instant::now();
-            bench.step(*shape)?;
-            let step = began.elapsed();
-            // The first round touches memory for the first time.
-            if round > 0 {
-                fit.add(&shape.work(), step);
-                took.push(step.as_secs_f64() * 1e3);
-            }
+    let threads = threads.unwrap_or_else(|| (model::cores() / workers).max(1));
+    let engine = || Engine::new(model.clone(), &Config { threads: Some(threads), ..Config::default() }).map(Bench::new);
+    let (mut bench, others) = (engine()?, (1..workers).map(|_| engine()).collect::<Result<Vec<_>, _>>()?);
+    let shapes = bench.shapes();
+    let done = AtomicBool::new(false);
+    let took = thread::scope(|scope| {
+        for mut other in others {
+            let done = &done;
+            // A step that fails here fails there, too.
+            scope.spawn(move || while !done.load(Ordering::Relaxed) && other.step(BESIDE).is_ok() {});
         }
-    }
-    let pace = fit.pace().context("no step was measured")?;
+        let took = bench.measure(&shapes);
+        done.store(true, Ordering::Relaxed);
+        took
+    })?;
+    let measured = |(shape, ms): (&Shape, &f64)| (shape.work(), Duration::from_secs_f64(ms * 1e-3));
+    let measured: Vec<(Work, Duration)> = shapes.iter().zip(&took).map(measured).collect();
+    let pace = Fit::of(&measured).pace().context("no step was measured")?;
     println!("{:<44} {:>10} {:>10} {:>7}", "step", "ms", "profile", "ratio");
     for (shape, took) in shapes.iter().zip(took) {
-        let (took, told) = (Samples::from_iter(took).median(), pace.step(&shape.work()).as_secs_f64() * 1e3);
+        let told = pace.step(&shape.work()).as_secs_f64() * 1e3;
         println!("{:<44} {took:>10.3} {told:>10.3} {:>7.2}", shape.name(), told / took);
     }
     let (info, layout) = (bench.engine.model().info(), bench.engine.memory().layout());
     let profile = Profile {
         model: format!("{}, {}", located.name, info.dtype),
         machine: format!(
-            "{threads} {}, {}",
+            "{threads} {}{}, {}",
             if threads == 1 { "thread" } else { "threads" },
+            if workers == 1 { String::new() } else { format!(" for each of {workers} workers") },
             machine::instruction_set()
         ),
         source: format!("baton bench --profile, {} rounds of {} steps", ROUNDS, shapes.len()),
@@ -136,6 +147,23 @@ impl Bench {
         decode.chain(chunks).filter(fits).collect()
     }
 
+    /// Computes all of `shapes` a few times over. Returns the median of each, in milliseconds.
+    fn measure(&mut self, shapes: &[Shape]) -> anyhow::Result<Vec<f64>> {
+        let mut took: Vec<Vec<f64>> = vec![Vec::new(); shapes.len()];
+        for round in 0..=ROUNDS {
+            for (shape, took) in shapes.iter().zip(&mut took) {
+                let began = Instant::now();
+                self.step(*shape)?;
+                let step = began.elapsed();
+                // The first round touches memory for the first time.
+                if round > 0 {
+                    took.push(step.as_secs_f64() * 1e3);
+                }
+            }
+        }
+        Ok(took.into_iter().map(|took| Samples::from_iter(took).median()).collect())
+    }
+
     /// Computes one. Pages hold zeros or what another step left there.
     fn step(&mut self, shape: Shape) -> anyhow::Result<()> {
         let page = self.engine.config().page_tokens as usize;
@@ -179,9 +207,13 @@ mod tests {
         let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo-draft");
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("profile.toml");
-        run(&path, &ModelChoice { model: Some(model), model_name: None }, Some(1)).expect("a profile");
+        run(&path, &ModelChoice { model: Some(model), model_name: None }, Some(1), 2).expect("a profile");
         let profile = Profile::read(&path).expect("a profile that can be read");
-        assert!(profile.model.starts_with("demo-draft, ") && profile.machine.starts_with("1 thread, "), "{profile:?}");
+        assert!(
+            profile.model.starts_with("demo-draft, ")
+                && profile.machine.starts_with("1 thread for each of 2 workers, "),
+            "{profile:?}"
+        );
         assert!(profile.pace.token_us > 0.0 && profile.pace.step_us > 0.0, "{profile:?}");
     }
 }

@@ -82,7 +82,10 @@ impl Report {
     /// When nothing was measured: `--only` names no row.
     pub(super) fn finish(mut self) -> anyhow::Result<()> {
         if self.rows == 0 {
-            bail!("--only {:?}: no row begins with that; the areas are machine, engine, handoff and router", self.only);
+            bail!(
+                "--only {:?}: no row begins with that; the areas are machine, engine, handoff, placement and router",
+                self.only
+            );
         }
         self.file.flush().with_context(|| format!("write {}", self.path.display()))?;
         println!("\n{} rows in {}", self.rows, self.path.display());

@@ -23,9 +23,12 @@ pub(crate) struct Bench {
     /// Model that is profiled: a Hugging Face model directory or GGUF file [default: the bundled demo model]
     #[arg(long, value_name = "PATH", requires = "profile")]
     profile_model: Option<PathBuf>,
-    /// Threads that compute while a profile is measured [default: the cores this process may use]
+    /// Threads that compute while a profile is measured [default: the cores this process may use, shared out among --sharing]
     #[arg(long, value_name = "N", requires = "profile", value_parser = at_least_one::<usize>)]
     pub(crate) threads: Option<usize>,
+    /// Workers that will share this machine: while one is measured, the others compute prompts
+    #[arg(long, value_name = "N", requires = "profile", default_value_t = 1, value_parser = at_least_one::<usize>)]
+    pub(crate) sharing: usize,
     /// Becomes one of the processes that the bench measures, instead of measuring
     #[arg(long, value_name = "WHAT", hide = true)]
     pub(crate) serve: Option<BenchServer>,

@@ -15,8 +15,8 @@ pub(crate) struct Simulate {
     /// How the trace is written: mooncake, azure or sharegpt
     #[arg(long, value_name = "FORMAT", default_value = "mooncake")]
     pub(crate) format: Format,
-    /// Prefill workers
-    #[arg(long, value_name = "N", default_value_t = 8, value_parser = super::at_least_one::<usize>)]
+    /// Prefill workers; with 0, which only the policy baton can do, decode workers compute all prompts themselves
+    #[arg(long, value_name = "N", default_value_t = 8)]
     pub(crate) prefill: usize,
     /// Decode workers
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = super::at_least_one::<usize>)]
@@ -29,6 +29,9 @@ pub(crate) struct Simulate {
         default_value = "baton,random,round-robin,least-loaded,sticky,cache-aware,global"
     )]
     pub(crate) policy: Vec<Policy>,
+    /// Where prompts are computed, with the policy baton
+    #[arg(long, value_name = "WHERE", default_value = "auto")]
+    pub(crate) placement: super::Placement,
     /// What a worker is: TOML file of `baton bench --profile` [default: 8 x A800, Llama-2-70B]
     #[arg(long, value_name = "FILE")]
     pub(crate) profile: Option<PathBuf>,
@@ -41,6 +44,9 @@ pub(crate) struct Simulate {
     /// Plays only the first requests
     #[arg(long, value_name = "N", value_parser = super::at_least_one::<usize>)]
     pub(crate) first: Option<usize>,
+    /// Scale the trace's prompts and answers by this, such as 0.1
+    #[arg(long, value_name = "FACTOR", value_parser = factor)]
+    pub(crate) lengths: Option<f64>,
     /// Workers that take so many times as long, such as `0:4` (prefill workers come first, counted from 0)
     #[arg(long, value_name = "WORKER:FACTOR", value_delimiter = ',', value_parser = slow)]
     pub(crate) slow: Vec<(usize, f64)>,

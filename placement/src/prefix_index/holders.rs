@@ -1,113 +1,113 @@
-//! The workers that hold one page, in 16 bytes as long as they are few.
+//! The workers that hold one page, in eight bytes as long as they are few.
 
 use super::Slot;
-use std::mem::size_of;
 
 /// The slots that hold a page.
 #[derive(Debug)]
 pub(super) enum Holders {
-    Few { len: u8, slots: [Slot; 6] },
-    Many(Box<SlotSet>),
+    Few(Few),
+    Many(SlotSet),
 }
 
 impl Holders {
     pub(super) fn one(slot: Slot) -> Self {
-        Self::Few { len: 1, slots: [slot; 6] }
+        Self::Few(Few::default().with(slot).expect("there is room for one"))
     }
 
     pub(super) fn insert(&mut self, slot: Slot) {
         match self {
-            Self::Few { len, slots } => {
-                let held = &slots[..usize::from(*len)];
-                if held.contains(&slot) {
-                } else if held.len() < slots.len() {
-                    slots[usize::from(*len)] = slot;
-                    *len += 1;
-                } else {
-                    let mut set = SlotSet::default();
-                    held.iter().for_each(|&s| set.insert(s));
+            Self::Few(few) => match few.with(slot) {
+                Some(more) => *few = more,
+                None => {
+                    let mut set: SlotSet = few.iter().collect();
                     set.insert(slot);
-                    *self = Self::Many(Box::new(set));
+                    *self = Self::Many(set);
                 }
-            }
+            },
             Self::Many(set) => set.insert(slot),
         }
     }
 
-    pub(super) fn remove(&mut self, slot: Slot) {
-        self.keep(|s| s != slot);
-    }
-
-    pub(super) fn strip(&mut self, dead: &SlotSet) {
-        self.keep(|s| !dead.contains(s));
-    }
-
-    fn keep(&mut self, keep: impl Fn(Slot) -> bool) {
+    pub(super) fn keep(&mut self, keep: impl Fn(Slot) -> bool) {
         match self {
-            Self::Few { len, slots } => {
-                let mut kept = 0;
-                for i in 0..usize::from(*len) {
-                    if keep(slots[i]) {
-                        slots[kept] = slots[i];
-                        kept += 1;
-                    }
-                }
-                *len = kept as u8;
-            }
+            Self::Few(few) => *few = few.iter().filter(|&slot| keep(slot)).fold(Few::default(), Few::pushed),
             Self::Many(set) => set.keep(keep),
-        }
-    }
-
-    fn contains(&self, slot: Slot) -> bool {
-        match self {
-            Self::Few { len, slots } => slots[..usize::from(*len)].contains(&slot),
-            Self::Many(set) => set.contains(slot),
-        }
-    }
-
-    /// Says whether all of `slots` are here.
-    pub(super) fn cover(&self, slots: &SlotSet) -> bool {
-        match self {
-            Self::Few { .. } => slots.iter().all(|slot| self.contains(slot)),
-            Self::Many(set) => {
-                slots.words.iter().enumerate().all(|(i, word)| word & !set.words.get(i).copied().unwrap_or(0) == 0)
-            }
-        }
-    }
-
-    /// Leaves in `slots` those that are here, and names the others.
-    pub(super) fn intersect(&self, slots: &mut SlotSet, gone: impl FnMut(Slot)) {
-        if !self.cover(slots) {
-            let missing: Vec<Slot> = slots.iter().filter(|&slot| !self.contains(slot)).collect();
-            missing.iter().for_each(|&slot| slots.remove(slot));
-            missing.into_iter().for_each(gone);
-        }
-    }
-
-    pub(super) fn for_each(&self, mut each: impl FnMut(Slot)) {
-        match self {
-            Self::Few { len, slots } => slots[..usize::from(*len)].iter().for_each(|&slot| each(slot)),
-            Self::Many(set) => set.iter().for_each(each),
         }
     }
 
     pub(super) fn is_empty(&self) -> bool {
         match self {
-            Self::Few { len, .. } => *len == 0,
+            Self::Few(few) => few.0 == 0,
             Self::Many(set) => set.is_empty(),
-        }
-    }
-
-    pub(super) fn spilled_bytes(&self) -> usize {
-        match self {
-            Self::Few { .. } => 0,
-            Self::Many(set) => size_of::<SlotSet>() + set.words.capacity() * size_of::<u64>(),
         }
     }
 }
 
+/// The same, as they stand in a table.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Held<'a> {
+    Few(Few),
+    Many(&'a SlotSet),
+}
+
+impl Held<'_> {
+    pub(super) fn contains(self, slot: Slot) -> bool {
+        match self {
+            Self::Few(few) => few.contains(slot),
+            Self::Many(set) => set.contains(slot),
+        }
+    }
+
+    /// Returns those of `slots` that are not here.
+    pub(super) fn lacks(self, slots: &SlotSet) -> Vec<Slot> {
+        match self {
+            Self::Few(few) => slots.iter().filter(|&slot| !few.contains(slot)).collect(),
+            Self::Many(set) => {
+                let lacking = |(at, word): (usize, &u64)| (at, word & !set.words.get(at).copied().unwrap_or(0));
+                slots.words.iter().enumerate().map(lacking).flat_map(bits).collect()
+            }
+        }
+    }
+
+    pub(super) fn to_set(self) -> SlotSet {
+        match self {
+            Self::Few(few) => few.iter().collect(),
+            Self::Many(set) => set.clone(),
+        }
+    }
+}
+
+/// Up to four slots: each plus one in sixteen bits, the first in the lowest; 0 is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Few(pub(super) u64);
+
+impl Few {
+    const LANES: u32 = 4;
+
+    fn iter(self) -> impl Iterator<Item = Slot> {
+        let lane = move |lane: u32| (self.0 >> (16 * lane)) as u16;
+        (0..Self::LANES).map_while(move |number| lane(number).checked_sub(1).map(Slot))
+    }
+
+    fn contains(self, slot: Slot) -> bool {
+        self.iter().any(|held| held == slot)
+    }
+
+    /// Returns this with `slot`; `None` where there is no room for it.
+    fn with(self, slot: Slot) -> Option<Self> {
+        if self.contains(slot) {
+            return Some(self);
+        }
+        (self.iter().count() < Self::LANES as usize).then(|| self.pushed(slot))
+    }
+
+    fn pushed(self, slot: Slot) -> Self {
+        Self(self.0 | (u64::from(slot.0) + 1) << (16 * self.iter().count()))
+    }
+}
+
 /// A set of slots, one bit each.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct SlotSet {
     words: Vec<u64>,
 }
@@ -135,16 +135,31 @@ impl SlotSet {
         self.words.iter().all(|&word| word == 0)
     }
 
+    pub(super) fn bytes(&self) -> usize {
+        size_of::<Self>() + self.words.capacity() * size_of::<u64>()
+    }
+
     fn keep(&mut self, keep: impl Fn(Slot) -> bool) {
         let gone: Vec<Slot> = self.iter().filter(|&slot| !keep(slot)).collect();
         gone.into_iter().for_each(|slot| self.remove(slot));
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = Slot> + '_ {
-        self.words.iter().enumerate().flat_map(|(i, &word)| {
-            let next = |rest: &u64| Some(rest & (rest - 1)).filter(|&rest| rest != 0);
-            let bits = std::iter::successors(Some(word).filter(|&word| word != 0), next);
-            bits.map(move |rest| Slot((i * 64) as u16 + rest.trailing_zeros() as u16))
-        })
+        self.words.iter().copied().enumerate().flat_map(bits)
+    }
+}
+
+/// Returns the slots of word `at` of a set.
+fn bits((at, word): (usize, u64)) -> impl Iterator<Item = Slot> {
+    let next = |rest: &u64| Some(rest & (rest - 1)).filter(|&rest| rest != 0);
+    let bits = std::iter::successors(Some(word).filter(|&word| word != 0), next);
+    bits.map(move |rest| Slot((at * 64) as u16 + rest.trailing_zeros() as u16))
+}
+
+impl FromIterator<Slot> for SlotSet {
+    fn from_iter<I: IntoIterator<Item = Slot>>(slots: I) -> Self {
+        let mut set = Self::default();
+        slots.into_iter().for_each(|slot| set.insert(slot));
+        set
     }
 }

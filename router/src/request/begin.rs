@@ -31,7 +31,7 @@ impl Router {
     pub(crate) fn predict_ms(&self, prompt: &Prompt) -> Option<f64> {
         let demand = Demand { tokens: prompt.tokens.len() as u32, max_output: 1 };
         let adapter = prompt.adapter.as_ref().map(|adapter| adapter.id.as_str());
-        let wanted = Wanted { demand, pages: &prompt.pages, excluded: &[], adapter, desperate: true };
+        let wanted = Wanted { demand, pages: Some(&prompt.pages), excluded: &[], adapter, desperate: true };
         let path = self.fleet.choose(&wanted, rand::random()).ok()?;
         path.measured.then(|| path.cost.ttft())
     }
@@ -87,7 +87,7 @@ impl Generation {
         let demand = Demand { tokens: known as u32, max_output: self.work.stop.max_tokens - self.output_tokens() };
         // What all of a prompt is needed for is computed whole, whatever is cached of it.
         let whole = self.wanted_prompt().is_some() || self.work.pooling == Some(Pooling::Mean);
-        let pages = if whole { &[][..] } else { &self.work.prompt.pages };
+        let pages = (!whole).then_some(&self.work.prompt.pages);
         let wanted = Wanted { demand, pages, excluded, adapter: self.adapter_id(), desperate };
         let path = self.router.fleet.place(&wanted, rand::random())?;
         Ok(if self.work.pooling.is_some() { path.without_handoff() } else { path })

@@ -21,6 +21,8 @@ pub(super) struct Answer {
     pub(super) input_tokens: Option<usize>,
     /// Tokens of the answer; where the endpoint does not count, its pieces.
     pub(super) output_tokens: usize,
+    /// When it was said that no more would come.
+    finished: Option<Instant>,
 }
 
 /// Why a request was not served to its end.
@@ -126,7 +128,7 @@ async fn unbounded(endpoint: &Endpoint, path: &str, body: Bytes, on_piece: impl 
         return Err(Failure::Status { status: status.as_u16(), message });
     }
     let mut events = Events::default();
-    let mut answer = Answer { pieces: Vec::new(), input_tokens: None, output_tokens: 0 };
+    let mut answer = Answer { pieces: Vec::new(), input_tokens: None, output_tokens: 0, finished: None };
     loop {
         let Some(frame) = body.frame().await else {
             return Err(Failure::Broken(format!("it ended after {} pieces without [DONE]", answer.pieces.len())));
@@ -158,6 +160,9 @@ impl Answer {
         if let Some(usage) = chunk.usage {
             (self.input_tokens, self.output_tokens) = (Some(usage.prompt_tokens), usage.completion_tokens);
         }
+        if chunk.choices.iter().any(|choice| choice.finish_reason.is_some()) {
+            self.finished = Some(now);
+        }
         let brings = chunk.choices.iter().any(Choice::brings_a_token);
         if brings {
             self.pieces.push(now);
@@ -166,6 +171,10 @@ impl Answer {
     }
 
     fn ended(mut self) -> Result<Self, Failure> {
+        // Tokens that are no text, half a character perhaps, came with the end.
+        if self.pieces.is_empty() && self.output_tokens > 0 {
+            self.pieces.extend(self.finished);
+        }
         if self.pieces.is_empty() {
             return Err(Failure::Empty);
         }
@@ -202,7 +211,7 @@ mod tests {
 
     /// Checks which of `events` bring tokens.
     fn check(events: &[(&str, bool)]) -> Answer {
-        let mut answer = Answer { pieces: Vec::new(), input_tokens: None, output_tokens: 0 };
+        let mut answer = Answer { pieces: Vec::new(), input_tokens: None, output_tokens: 0, finished: None };
         for (event, brings) in events {
             assert_eq!(answer.take(event, Instant::now()), Ok(*brings), "{event}");
         }
@@ -218,6 +227,11 @@ mod tests {
             (r#"{"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":3}}"#, false),
         ]);
         assert_eq!((completion.pieces.len(), completion.input_tokens, completion.output_tokens), (2, Some(5), 3));
+        let no_text = check(&[
+            (r#"{"choices":[{"text":"","finish_reason":"length"}]}"#, false),
+            (r#"{"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":1}}"#, false),
+        ]);
+        assert_eq!((no_text.pieces.len(), no_text.output_tokens), (1, 1));
         let chat = check(&[
             (r#"{"choices":[{"delta":{"role":"assistant","content":""},"finish_reason":null}]}"#, false),
             (r#"{"choices":[{"delta":{"reasoning_content":"hm"}}]}"#, true),
@@ -228,7 +242,7 @@ mod tests {
 
     #[test]
     fn what_is_no_answer_is_named() {
-        let mut answer = Answer { pieces: Vec::new(), input_tokens: None, output_tokens: 0 };
+        let mut answer = Answer { pieces: Vec::new(), input_tokens: None, output_tokens: 0, finished: None };
         let error = answer.take(r#"{"error":{"message":"worker died"}}"#, Instant::now()).expect_err("an error");
         assert_eq!(error, Failure::InStream("worker died".into()));
         let broken = answer.take("{", Instant::now()).expect_err("no event");

@@ -114,7 +114,7 @@ async fn one(endpoint: &Endpoint, ready: Ready, start: Instant, due: Instant, pi
     let answer = exchange(endpoint, ready.path, ready.body, count).await;
     let mut input_tokens = ready.input_tokens;
     let outcome = answer.map_err(|failure| (failure, since(Instant::now()).saturating_sub(since(due)))).map(
-        |Answer { pieces, input_tokens: counted, output_tokens }| {
+        |Answer { pieces, input_tokens: counted, output_tokens, .. }| {
             input_tokens = counted.unwrap_or(input_tokens);
             Served { arrived: since(due), pieces: pieces.into_iter().map(since).collect(), output_tokens }
         },

@@ -175,7 +175,12 @@ impl Report {
         }
         for (kind, errors) in &self.errors {
             let Errors { example, after_ms } = errors;
-            writeln!(out, "\n{} × {kind}, after {:.1} ms (p50): {example}", after_ms.count, millis(after_ms.p50))?;
+            let [p50, p99, max] = [after_ms.p50, after_ms.p99, after_ms.max].map(millis);
+            writeln!(
+                out,
+                "\n{} × {kind}, after {p50:.1} ms (p50), {p99:.1} (p99), {max:.1} (max): {example}",
+                after_ms.count
+            )?;
         }
         writeln!(out)
     }
