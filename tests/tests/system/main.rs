@@ -17,7 +17,6 @@ mod messages;
 mod one_request;
 mod prompt_logprobs;
 mod responses;
-mod simulation;
 mod speculation;
 mod tokens;
 mod up;
