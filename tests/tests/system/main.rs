@@ -18,7 +18,6 @@ mod one_request;
 mod prompt_logprobs;
 mod proxy;
 mod responses;
-mod simulation;
 mod speculation;
 mod tokens;
 mod up;
