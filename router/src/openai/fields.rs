@@ -75,8 +75,8 @@ impl Fields {
         expected: &str,
         fits: impl Fn(f64) -> bool,
     ) -> Result<Option<f32>, Error> {
-        let number = self.typed(name, expected, |value| value.as_f64().filter(|&n| fits(n)))?;
-        Ok(number.map(|n| n as f32))
+        // What counts is what is left of it as f32: 1e-50 is 0 there.
+        self.typed(name, expected, |value| value.as_f64().map(|n| n as f32).filter(|&n| fits(n.into())))
     }
 
     /// Refuses fields that would change the answer. `false`, `0` and empty values ask for nothing.
@@ -139,6 +139,9 @@ mod tests {
         assert_eq!(error.to_string(), r#"n: must be an integer from 1 to 8, got "two""#);
         assert!(fields(r#"{"n": 9}"#).integer("n", 1..=8).is_err());
         assert!(fields(r#"{"n": true}"#).integer("n", 0..=8).is_err());
+        let above_zero = |json: &str| fields(json).number("p", "above 0", |p| p > 0.0);
+        assert_eq!(above_zero(r#"{"p": 0.5}"#), Ok(Some(0.5)));
+        assert!(above_zero(r#"{"p": 1e-50}"#).is_err());
         assert_eq!(fields(r#"{"n": 3.0}"#).integer("n", 1..=8), Ok(Some(3)));
         assert_eq!(fields(r#"{"n": null}"#).integer("n", 1..=8), Ok(None));
     }

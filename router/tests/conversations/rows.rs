@@ -85,6 +85,7 @@ async fn what_changes_nothing_is_accepted_and_what_would_is_refused() {
         (json!({"request_id": "a b"}), "visible ASCII"),
         (json!({"thinking_token_budget": 5}), "no token that ends its reasoning"),
         (json!({"priority": "high"}), "priority"),
+        (json!({"top_p": 1e-50}), "greater than 0"),
     ] {
         let answer = router.post(CHAT, chat(extra.clone())).await;
         assert_eq!(answer.status, 400, "{extra}: {}", answer.body);
