@@ -38,6 +38,7 @@ fn the_definition_is_consistent() {
 fn without_a_subcommand_it_is_up() {
     let settings = read(&["--prefill", "2"]).expect("good settings");
     assert_eq!((up(&settings).prefill, up(&settings).decode), (2, 1));
+    assert_eq!(up(&read(&["--prefill", "0"]).expect("decode workers alone are a cluster")).prefill, 0);
     assert_eq!(up(&settings).listen.to_string(), "127.0.0.1:8000");
     assert_eq!(up(&read(&["up", "--decode", "3"]).expect("good settings")).decode, 3);
 }
@@ -106,7 +107,7 @@ fn unknown_settings_name_file_and_field_and_list_the_known_ones() {
 
 #[test]
 fn wrong_values_name_the_field_the_value_and_what_is_right() {
-    check_refused(with_file("prefill = 0", &["up"]), &["prefill = \"0\"", "at least 1"]);
+    check_refused(with_file("decode = 0", &["up"]), &["decode = \"0\"", "at least 1"]);
     check_refused(with_file("kv-memory = \"big\"", &["up"]), &["kv-memory = \"big\"", "512MiB"]);
     check_refused(with_file("placement = \"moon\"", &["up"]), &["placement = \"moon\"", "auto, remote, local"]);
     check_refused(with_file("listen = 1979-05-27", &["up"]), &["listen = 1979-05-27", "expected a string"]);
