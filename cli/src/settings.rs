@@ -190,7 +190,7 @@ pub(crate) struct Up {
     #[arg(long, value_name = "ADDR", env = "BATON_LISTEN", default_value = "127.0.0.1:8000", value_parser = units::address)]
     pub(crate) listen: SocketAddr,
     /// Prefill workers to run; with 0, decode workers compute all prompts themselves
-    #[arg(long, value_name = "N", env = "BATON_PREFILL", default_value = "1")]
+    #[arg(long, value_name = "N", env = "BATON_PREFILL", default_value = "1", value_parser = whole::<usize>)]
     pub(crate) prefill: usize,
     /// Decode workers to run
     #[arg(long, value_name = "N", env = "BATON_DECODE", default_value = "1", value_parser = at_least_one::<usize>)]
@@ -674,8 +674,12 @@ fn hide_secrets(name: &str, text: &str) -> String {
     text.split(',').map(hide).collect::<Vec<_>>().join(",")
 }
 
+fn whole<N: std::str::FromStr>(text: &str) -> Result<N, String> {
+    text.parse().map_err(|_| "expected a whole number".into())
+}
+
 fn at_least_one<N: std::str::FromStr + PartialOrd + From<u8>>(text: &str) -> Result<N, String> {
-    let number = text.parse::<N>().ok().filter(|number| *number >= N::from(1));
+    let number = whole(text).ok().filter(|number| *number >= N::from(1));
     number.ok_or_else(|| "expected a whole number, at least 1".into())
 }
 

@@ -91,7 +91,7 @@ fn an_address_for_everybody_needs_a_name_for_others() {
 #[test]
 fn wrong_settings_name_the_field_and_the_value() {
     check_refused(&["--kv-memory", "lots"], &[], 2, &["--kv-memory", "lots", "512MiB"]);
-    check_refused(&[], &[("BATON_PREFILL", "none")], 2, &["--prefill", "none", "at least 1"]);
+    check_refused(&[], &[("BATON_PREFILL", "none")], 2, &["--prefill", "none", "a whole number"]);
     check_refused(&["--log", "a=b=c"], &[], 1, &["--log", "a=b=c"]);
     check_refused(&["--config", "/no/such/file.toml"], &[], 2, &["/no/such/file.toml"]);
     let config = file("[router.limits]\nmax_attemps = 3\n");

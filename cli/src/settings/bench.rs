@@ -1,6 +1,6 @@
 //! Settings of `baton bench`: the machine and Baton on it, or with `--url` any endpoint under load.
 
-use super::{ModelChoice, at_least_one, units, url};
+use super::{ModelChoice, at_least_one, units, url, whole};
 use clap::{Args, ValueEnum};
 use std::{net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 use workload::{Arrivals, Format};
@@ -75,7 +75,7 @@ pub(crate) struct Load {
     #[arg(long, value_name = "TOKENS", requires = "url", conflicts_with = "trace", default_value = "512", value_parser = at_least_one::<usize>)]
     pub(crate) input_tokens: usize,
     /// Of those, how many are the same in all prompts, in steps of 16
-    #[arg(long, value_name = "TOKENS", requires = "url", conflicts_with = "trace", default_value = "0")]
+    #[arg(long, value_name = "TOKENS", requires = "url", conflicts_with = "trace", default_value = "0", value_parser = whole::<usize>)]
     pub(crate) shared_tokens: usize,
     /// Tokens of each answer, where there is no trace
     #[arg(long, value_name = "TOKENS", requires = "url", conflicts_with = "trace", default_value = "128", value_parser = at_least_one::<usize>)]

@@ -16,7 +16,7 @@ pub(crate) struct Simulate {
     #[arg(long, value_name = "FORMAT", default_value = "mooncake")]
     pub(crate) format: Format,
     /// Prefill workers; with 0, which only the policy baton can do, decode workers compute all prompts themselves
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = super::whole::<usize>)]
     pub(crate) prefill: usize,
     /// Decode workers
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = super::at_least_one::<usize>)]
