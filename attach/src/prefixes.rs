@@ -103,11 +103,13 @@ impl Prefixes {
             }
             Event::Landed { handoff, .. } if self.wanted.contains_key(&handoff) => {
                 let Wanted { sequence, pages, prefix, .. } = self.wanted.remove(&handoff)?;
+                let mut fetched = 0;
                 if let Some(prefix) = prefix {
-                    self.hits.increment(((pages.len() - prefix.have()) * scheduler.page_tokens()) as u64);
+                    fetched = (pages.len() - prefix.have()) * scheduler.page_tokens();
+                    self.hits.increment(fetched as u64);
                     scheduler.keep_prefix(prefix, &pages);
                 }
-                scheduler.settle_prefix(sequence);
+                scheduler.settle_prefix(sequence, fetched);
             }
             Event::Lost { handoff, ref reason } if self.wanted.contains_key(&handoff) => {
                 tracing::debug!(handoff = handoff.0, reason, "a prefix does not come");
@@ -223,7 +225,7 @@ impl Prefixes {
         if wanted.required {
             self.deprived.push((wanted.sequence, format!("its pages could not be fetched: {reason}")));
         } else {
-            scheduler.settle_prefix(wanted.sequence);
+            scheduler.settle_prefix(wanted.sequence, 0);
         }
     }
 }

@@ -200,6 +200,7 @@ pub(crate) fn encode_ended(attempt: u64, end: End, usage: Usage) -> proto::Ended
         stop_token,
         message,
         cached_tokens: usage.cached_tokens as u32,
+        fetched_tokens: usage.fetched_tokens as u32,
         queue_us: micros(usage.queue),
         prefill_us: micros(usage.prefill),
         embedding,

@@ -133,7 +133,12 @@ async fn one_frame_per_step_carries_every_sequence_of_the_router() {
     let logprobs = Some(Logprobs { logprob: -0.5, rank: 1, top: vec![(9, -0.5), (4, -1.5)] });
     worker.routers.token(first, 0, Sampled { token: 9, logprobs });
     worker.routers.token(second, 0, sampled(8));
-    let usage = Usage { cached_tokens: 16, queue: Duration::from_micros(30), prefill: Duration::from_micros(40) };
+    let usage = Usage {
+        cached_tokens: 16,
+        fetched_tokens: 0,
+        queue: Duration::from_micros(30),
+        prefill: Duration::from_micros(40),
+    };
     worker.routers.ended(second, End::Stop(8), usage);
     worker.flush();
 

@@ -83,6 +83,8 @@ pub struct Backlog {
     pub running: usize,
     /// Sequences in the line.
     pub waiting: usize,
+    /// Of those, sequences that wait for a prefix from a peer.
+    pub deferred: usize,
     /// Tokens known and not computed, over both.
     pub tokens: usize,
     /// What is left of their prompts; what is cached, or a sibling computes before them, is not counted.
@@ -297,7 +299,8 @@ impl Scheduler {
             tokens += sequence.remaining();
             sequence.add_backlog(&mut prompts);
         }
-        Backlog { running: self.running.len(), waiting: self.waiting.len(), tokens, prompts }
+        let deferred = self.waiting.values().filter(|sequence| sequence.awaiting).count();
+        Backlog { running: self.running.len(), waiting: self.waiting.len(), deferred, tokens, prompts }
     }
 
     /// Returns the longest sequence, prompt and output together.

@@ -6,7 +6,7 @@
 use crate::{
     fleet::{
         Computing, Fleet, Path, Target, events,
-        leg::{End, Ended, Fetch, LegEvent, LegRole, Said, Submission, Token},
+        leg::{Cached, End, Ended, Fetch, LegEvent, LegRole, Said, Submission, Token},
         session::LegGuard,
     },
     recovery::{Failure, FailureKind, Part},
@@ -31,8 +31,8 @@ pub(crate) struct Attempt {
     /// The decode leg failed before any token came and while the prefill leg was under way. If that ended with its first token, it
     /// called the hand-off off and its word is just later: the failure counts once the prefill leg has said how it ended.
     suspected: Option<Failure>,
-    /// Prompt tokens that were not computed, once that is known.
-    cached_tokens: Option<u32>,
+    /// What was not computed of the prompt, once that is known.
+    cached: Option<Cached>,
     /// How long the prompt waited and was computed, once that is known.
     prompt_times: Option<[Duration; 2]>,
     /// Until the prompt is computed.
@@ -140,7 +140,7 @@ impl Attempt {
             ended: None,
             failure: None,
             suspected: None,
-            cached_tokens: None,
+            cached: None,
             prompt_times: None,
             computing: path.computing,
         })
@@ -193,9 +193,9 @@ impl Attempt {
         self.legs.iter().any(|leg| leg.part != Part::Prefill && leg.spoke)
     }
 
-    /// Returns the prompt tokens taken from a prefix cache, once that is known.
-    pub(crate) fn cached_tokens(&self) -> Option<u32> {
-        self.cached_tokens
+    /// Returns what was taken of the prompt from a prefix cache, once that is known.
+    pub(crate) fn cached(&self) -> Option<Cached> {
+        self.cached
     }
 
     /// Returns how long the prompt waited at its worker and how long it was computed, once that is known.
@@ -231,7 +231,7 @@ impl Attempt {
     fn take_ended(&mut self, at: usize, ended: Ended) {
         // What the decode worker already held saved a transfer, not compute.
         if self.legs[at].part != Part::Decode {
-            self.cached_tokens = Some(ended.cached_tokens);
+            self.cached = Some(ended.cached);
             self.prompt_times = Some([ended.queue, ended.prefill]);
         }
         let (kind, message) = match ended.end {

@@ -191,7 +191,7 @@ impl Metrics {
     /// Counts a choice that came to its end.
     pub(crate) fn told(&self, told: &Told, finish: &Finish) {
         self.inner.prompt_tokens.increment(u64::from(told.prompt_tokens));
-        self.inner.cached_tokens.increment(u64::from(told.cached_tokens));
+        self.inner.cached_tokens.increment(u64::from(told.cached.tokens));
         self.inner.output_tokens.increment(u64::from(told.output_tokens));
         self.inner.vllm.told(told, finish);
     }

@@ -23,7 +23,7 @@ use crate::{
     fleet::{
         Fleet,
         adapters::Adapter,
-        leg::{LegEvent, Pooling, Sampling, Stop, Token},
+        leg::{Cached, LegEvent, Pooling, Sampling, Stop, Token},
     },
     metrics::{Metrics, Told},
     openai::kv_transfer::Part,
@@ -234,7 +234,7 @@ pub(crate) struct Generation {
     /// How the last attempt failed, until something is done about it.
     failure: Option<Failure>,
     /// As the first attempt found it: what later ones find cached is often their own.
-    cached_tokens: Option<u32>,
+    cached: Option<Cached>,
     /// How long the prompt waited and was computed, as the last attempt to say so found it.
     prompt_times: [Duration; 2],
     first_token: Option<Instant>,
@@ -273,7 +273,7 @@ impl Generation {
             held: None,
             text,
             failure: None,
-            cached_tokens: None,
+            cached: None,
             prompt_times: [Duration::ZERO; 2],
             first_token: None,
             last_heard: Instant::now(),
@@ -311,10 +311,17 @@ impl Generation {
         self.output.len() as u32
     }
 
+    /// Returns what came of the prompt from a prefix cache.
+    fn cached(&self) -> Cached {
+        let running = || self.attempt.as_ref().and_then(Attempt::cached);
+        let cached = self.cached.or_else(running).unwrap_or_default();
+        let prompt = self.prompt_tokens();
+        Cached { tokens: cached.tokens.min(prompt), fetched: cached.fetched.min(prompt) }
+    }
+
     /// Returns the prompt tokens that came from a prefix cache.
     pub(crate) fn cached_tokens(&self) -> u32 {
-        let running = || self.attempt.as_ref().and_then(Attempt::cached_tokens);
-        self.cached_tokens.or_else(running).unwrap_or(0).min(self.prompt_tokens())
+        self.cached().tokens
     }
 
     pub(crate) fn prompt_tokens(&self) -> u32 {
@@ -480,7 +487,7 @@ impl Generation {
         let [queue, prefill] = self.prompt_times;
         let told = Told {
             prompt_tokens: self.prompt_tokens(),
-            cached_tokens: self.cached_tokens(),
+            cached: self.cached(),
             output_tokens: self.output_tokens(),
             whole: self.last_heard - self.work.origin.arrived,
             decode: self.first_token.map_or(Duration::ZERO, |first| self.last_heard - first),
@@ -494,7 +501,7 @@ impl Generation {
 
     fn end_attempt(&mut self) {
         if let Some(attempt) = self.attempt.take() {
-            self.cached_tokens = self.cached_tokens.or(attempt.cached_tokens());
+            self.cached = self.cached.or(attempt.cached());
             self.prompt_times = attempt.prompt_times().unwrap_or(self.prompt_times);
         }
     }

@@ -354,7 +354,7 @@ impl<'a> World<'a> {
         let pages = prefix.pages().len();
         let known = &mut self.workers[worker];
         known.scheduler.keep_prefix(prefix, &history.hashes()[..pages]);
-        known.scheduler.settle_prefix(sequence);
+        known.scheduler.settle_prefix(sequence, 0);
         self.kick(worker);
     }
 

@@ -10,8 +10,10 @@ use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 pub(super) struct Vllm {
     running: Gauge,
     waiting: Gauge,
-    /// All that wait do so for room in a step or for pages.
+    /// For room in a step or for pages.
     waiting_for_capacity: Gauge,
+    /// For a prefix from a peer.
+    deferred: Gauge,
     kv_cache_usage: Gauge,
     cache_queries: Counter,
     cache_hits: Counter,
@@ -43,6 +45,7 @@ impl Vllm {
             running: gauge!("vllm:num_requests_running", &labels()),
             waiting: gauge!("vllm:num_requests_waiting", &labels()),
             waiting_for_capacity: gauge!("vllm:num_requests_waiting_by_reason", &with("reason", "capacity".into())),
+            deferred: gauge!("vllm:num_requests_waiting_by_reason", &with("reason", "deferred".into())),
             kv_cache_usage: gauge!("vllm:kv_cache_usage_perc", &labels()),
             cache_queries: counter!("vllm:prefix_cache_queries_total", &labels()),
             cache_hits: counter!("vllm:prefix_cache_hits_total", &labels()),
@@ -75,7 +78,8 @@ impl Vllm {
     pub(super) fn load(&self, backlog: &Backlog, pages: &PoolStats) {
         self.running.set(backlog.running as f64);
         self.waiting.set(backlog.waiting as f64);
-        self.waiting_for_capacity.set(backlog.waiting as f64);
+        self.waiting_for_capacity.set((backlog.waiting - backlog.deferred) as f64);
+        self.deferred.set(backlog.deferred as f64);
         self.kv_cache_usage.set(pages.held() as f64 / pages.total.max(1) as f64);
     }
 }

@@ -142,10 +142,10 @@ impl Scheduler {
         }
     }
 
-    /// The prefix of a waiting sequence has come, or will not come.
-    pub fn settle_prefix(&mut self, id: SequenceId) {
+    /// The prefix of a waiting sequence has come, `fetched` tokens of it from a peer, or will not come.
+    pub fn settle_prefix(&mut self, id: SequenceId, fetched: usize) {
         let Some(sequence) = self.waiting.get_mut(&id) else { return };
-        sequence.awaiting = false;
+        (sequence.awaiting, sequence.fetched) = (false, fetched);
         let here = self.pool.matching(sequence.reusable()) * self.page_tokens;
         sequence.expect(here);
     }

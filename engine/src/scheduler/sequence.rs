@@ -94,6 +94,8 @@ pub struct Ended {
 pub struct Usage {
     /// Tokens found in the prefix cache when it was first admitted.
     pub cached_tokens: usize,
+    /// Of those, tokens whose pages a peer sent for it.
+    pub fetched_tokens: usize,
     /// From arrival to the first step that held it.
     pub queue: Duration,
     /// From then to the first token drawn here, or to the embedding.
@@ -133,6 +135,8 @@ pub(super) struct Sequence {
     expected: usize,
     /// A prefix is on its way to it: until that is settled others pass it.
     pub(super) awaiting: bool,
+    /// Tokens of the prefix that came.
+    pub(super) fetched: usize,
     /// What is pooled so far, where that is what it is computed for.
     embedding: Option<Embedding>,
 }
@@ -156,6 +160,7 @@ impl Sequence {
             cached_tokens,
             expected,
             awaiting: false,
+            fetched: 0,
             embedding,
         }
     }
@@ -361,6 +366,7 @@ impl Sequence {
         let started = self.started.unwrap_or(now);
         Usage {
             cached_tokens: self.cached_tokens,
+            fetched_tokens: self.fetched.min(self.cached_tokens),
             queue: started.saturating_sub(self.arrived),
             prefill: self.first_token.map_or(Duration::ZERO, |first| first.saturating_sub(started)),
         }

@@ -288,7 +288,7 @@ fn whoever_waits_for_a_prefix_is_passed_and_keeps_its_place() {
     let prefix = scheduler.reserve_prefix(&names).expect("there is room");
     assert_eq!((prefix.pages().len(), prefix.have()), (2, 0));
     scheduler.keep_prefix(prefix, &names);
-    scheduler.settle_prefix(waits);
+    scheduler.settle_prefix(waits, 8);
     let plan = scheduler.schedule(START);
     let order: Vec<_> = plan.chunks().iter().map(|chunk| (chunk.id, chunk.start, chunk.tokens)).collect();
     assert_eq!(order, [(waits, 8, 4), (next, 16, 4)], "it came first, and two pages of it are here");

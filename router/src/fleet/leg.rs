@@ -173,12 +173,21 @@ pub(crate) struct Logprobs {
     pub(crate) top: Vec<(TokenId, f32)>,
 }
 
+/// Prompt tokens that were not computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Cached {
+    /// Those found in a worker's prefix cache.
+    pub(crate) tokens: u32,
+    /// Of those, the ones that had come from a peer's cache for this request.
+    pub(crate) fetched: u32,
+}
+
 /// How a leg ended.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Ended {
     pub(crate) end: End,
-    /// Prompt tokens it took from its prefix cache.
-    pub(crate) cached_tokens: u32,
+    /// What it took from its prefix cache.
+    pub(crate) cached: Cached,
     /// From receipt to first scheduled.
     pub(crate) queue: Duration,
     /// From first scheduled to the first token.
@@ -188,7 +197,7 @@ pub(crate) struct Ended {
 impl Ended {
     /// An end the worker did not report itself.
     pub(crate) fn without_numbers(end: End) -> Self {
-        Self { end, cached_tokens: 0, queue: Duration::ZERO, prefill: Duration::ZERO }
+        Self { end, cached: Cached::default(), queue: Duration::ZERO, prefill: Duration::ZERO }
     }
 }
 

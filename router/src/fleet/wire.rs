@@ -2,7 +2,7 @@
 
 use super::{
     adapters::{Adapter, Change, Refusal},
-    leg::{End, Ended, LegRole, Logprobs, Pooling, Submission, Token},
+    leg::{Cached, End, Ended, LegRole, Logprobs, Pooling, Submission, Token},
 };
 use grammar::{Kind, Spec};
 use kv_cache::PageHash;
@@ -150,7 +150,7 @@ pub(super) fn ended(from: proto::Ended) -> (u64, Ended) {
     let micros = |us| Duration::from_micros(u64::from(us));
     let ended = Ended {
         end,
-        cached_tokens: from.cached_tokens,
+        cached: Cached { tokens: from.cached_tokens, fetched: from.fetched_tokens.min(from.cached_tokens) },
         queue: micros(from.queue_us),
         prefill: micros(from.prefill_us),
     };

@@ -2,7 +2,7 @@
 //! and queues are the workers' to count; no name is counted by both.
 
 use super::Outcome;
-use crate::request::Finish;
+use crate::{fleet::leg::Cached, request::Finish};
 use metrics::{Counter, Histogram, counter, histogram};
 use std::time::Duration;
 
@@ -24,6 +24,10 @@ pub(super) struct Vllm {
     max_tokens: Histogram,
     prompt_tokens: Counter,
     cached_tokens: Counter,
+    /// Computed, found in a worker's cache, fetched from a peer's.
+    sources: [Counter; 3],
+    /// The latter two.
+    cached_sources: [Counter; 2],
     output_tokens: Counter,
     /// By reason: stop, length, abort, error.
     ended: [Counter; 4],
@@ -34,7 +38,7 @@ pub(super) struct Vllm {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Told {
     pub(crate) prompt_tokens: u32,
-    pub(crate) cached_tokens: u32,
+    pub(crate) cached: Cached,
     pub(crate) output_tokens: u32,
     /// From arrival to the last token.
     pub(crate) whole: Duration,
@@ -67,6 +71,10 @@ impl Vllm {
             max_tokens: histogram!("vllm:request_params_max_tokens", &labels()),
             prompt_tokens: counter!("vllm:prompt_tokens_total", &labels()),
             cached_tokens: counter!("vllm:prompt_tokens_cached_total", &labels()),
+            sources: ["local_compute", "local_cache_hit", "external_kv_transfer"]
+                .map(|source| counter!("vllm:prompt_tokens_by_source_total", &with("source", source))),
+            cached_sources: ["device", "p2p"]
+                .map(|source| counter!("vllm:prompt_tokens_cached_by_source_total", &with("source", source))),
             output_tokens: counter!("vllm:generation_tokens_total", &labels()),
             ended: ["stop", "length", "abort", "error"]
                 .map(|reason| counter!("vllm:request_success_total", &with("finished_reason", reason))),
@@ -76,12 +84,17 @@ impl Vllm {
 
     /// Notes a choice.
     pub(super) fn told(&self, told: &Told, finish: &Finish) {
-        let Told { prompt_tokens, cached_tokens, output_tokens, whole, decode, queue, prefill } = *told;
+        let Told { prompt_tokens, cached, output_tokens, whole, decode, queue, prefill } = *told;
         self.prompt_tokens.increment(prompt_tokens.into());
-        self.cached_tokens.increment(cached_tokens.into());
+        self.cached_tokens.increment(cached.tokens.into());
+        let [computed, here, fetched] = [prompt_tokens - cached.tokens, cached.tokens - cached.fetched, cached.fetched];
+        let counted = self.sources.iter().zip([computed, here, fetched]);
+        counted
+            .chain(self.cached_sources.iter().zip([here, fetched]))
+            .for_each(|(counter, tokens)| counter.increment(tokens.into()));
         self.output_tokens.increment(output_tokens.into());
         self.prompt.record(prompt_tokens);
-        self.computed.record(prompt_tokens - cached_tokens);
+        self.computed.record(computed);
         self.output.record(output_tokens);
         self.whole.record(whole);
         self.queue.record(queue);

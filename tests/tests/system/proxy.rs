@@ -35,7 +35,11 @@ impl Worker {
 
     /// Prompt tokens that came from peers.
     async fn fetched(&self) -> anyhow::Result<u64> {
-        Ok(self.admin.metric("vllm:external_prefix_cache_hits_total", &[]).await? as u64)
+        let came = self.admin.metric("vllm:external_prefix_cache_hits_total", &[]).await? as u64;
+        let source = "source=\"external_kv_transfer\"";
+        let used = self.admin.metric("vllm:prompt_tokens_by_source_total", &[source]).await? as u64;
+        anyhow::ensure!(came == used, "{came} tokens came, {used} were used");
+        Ok(came)
     }
 
     /// Prompts that were kept, by what became of them.
