@@ -37,7 +37,7 @@ pub(crate) fn load(path: &str) -> Arc<Model> {
 
 pub(crate) fn small_config() -> Config {
     Config {
-        kv_bytes: 8 << 20,
+        kv_bytes: Some(8 << 20),
         token_budget: 512,
         max_sequences: 16,
         threads: Some(2),

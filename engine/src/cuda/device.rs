@@ -1,45 +1,72 @@
-//! What a card does for a step, and nothing else: memory, copies, launches, waiting.
+//! What a card does for a step, and nothing else: memory, copies, launches, marks, graphs.
 //!
-//! Everything the CUDA home does goes through [`Device`], so that it can be watched and carried out without a card: the driver's own
-//! ([`super::driver`]), one that runs the kernels on the processor, and one that counts.
+//! Everything the CUDA home does goes through [`Device`], so that it can be watched and carried out without a card: there is the driver's
+//! ([`super::driver`]) and, for tests, one that runs the kernels on the processor and counts what is asked of it.
 //!
-//! Work is in order: what is asked of a device is done after what was asked before, and whoever wants a result waits for it.
+//! Work is in order: what is asked of a device is done after what was asked before, and whoever wants a result waits for it. Only
+//! [`Device::download`] and [`Device::wait`] wait. Memory lives as long as the device; steps take none.
 
+use super::kernels::{Call, Kernel};
 use crate::Error;
 
-/// Memory of a device. Addresses are the device's own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Memory of a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Region {
+    /// The device's own.
     pub(crate) address: u64,
     pub(crate) bytes: usize,
 }
 
-/// A kernel over a grid.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Launch<'a> {
-    /// Which.
-    pub(crate) kernel: &'static str,
-    /// Blocks.
-    pub(crate) grid: [u32; 3],
-    /// Threads of a block.
-    pub(crate) block: u32,
-    /// Bytes of dynamic shared memory of a block.
-    pub(crate) shared: u32,
-    /// The arguments in order: the bits of each in the low bytes of a word (addresses 8, u32 and f32 4).
-    pub(crate) args: &'a [u64],
+impl Region {
+    /// Returns `bytes` bytes of it from `offset` on.
+    ///
+    /// # Panics
+    /// When there are fewer: a mistake of ours.
+    pub(crate) fn part(self, offset: usize, bytes: usize) -> Self {
+        assert!(offset <= self.bytes && bytes <= self.bytes - offset, "{bytes} bytes at {offset} of {}", self.bytes);
+        Self { address: self.address + offset as u64, bytes }
+    }
 }
+
+/// Calls that are replayed as one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Graph(pub(crate) usize);
 
 /// A card, or what stands in for one.
 pub(crate) trait Device: std::fmt::Debug + Send {
-    /// Reserves `bytes` zeroed bytes that live as long as the device, aligned to 256.
-    fn alloc(&mut self, bytes: usize) -> Result<Region, Error>;
+    /// Names it for people.
+    fn name(&self) -> &str;
+
+    /// Returns the bytes that nobody has, and those there are.
+    fn memory(&mut self) -> Result<(u64, u64), Error>;
+
+    /// Reserves `bytes` zeroed bytes for `purpose`, aligned to 256.
+    fn alloc(&mut self, purpose: &'static str, bytes: usize) -> Result<Region, Error>;
 
     /// Copies `bytes` to the start of `to`; they may change once this returns.
     fn upload(&mut self, to: Region, bytes: &[u8]) -> Result<(), Error>;
 
-    /// Copies the start of `from` to `bytes`, and waits for it.
-    fn download(&mut self, from: Region, bytes: &mut [u8]) -> Result<(), Error>;
+    /// Copies the start of `from` to `to`, and waits for it.
+    fn download(&mut self, from: Region, to: &mut [u8]) -> Result<(), Error>;
+
+    /// Makes a kernel ready, so that its first call does not wait for a compiler.
+    fn prepare(&mut self, kernel: &Kernel) -> Result<(), Error>;
 
     /// Runs a kernel.
-    fn launch(&mut self, launch: Launch<'_>) -> Result<(), Error>;
+    fn launch(&mut self, call: &Call) -> Result<(), Error>;
+
+    /// Sets mark `mark`, a small number, behind what was asked so far; it may be set again.
+    fn mark(&mut self, mark: usize) -> Result<(), Error>;
+
+    /// Waits for what stands before mark `mark`.
+    fn wait(&mut self, mark: usize) -> Result<(), Error>;
+
+    /// From here on calls are not done but remembered, up to [`Device::end_graph`]. Nothing but calls may be asked meanwhile.
+    fn begin_graph(&mut self) -> Result<(), Error>;
+
+    /// Returns what was remembered.
+    fn end_graph(&mut self) -> Result<Graph, Error>;
+
+    /// Does what a graph remembers.
+    fn replay(&mut self, graph: Graph) -> Result<(), Error>;
 }

@@ -72,8 +72,8 @@ impl DraftModel {
         let longest = target.max_model_len().min(model.info().max_position as usize);
         let mut config = Config { kv_dtype: None, max_model_len: None, ..target.config().clone() };
         let page_bytes =
-            step::page_layout(&model, &Config { kv_bytes: u64::MAX, ..config.clone() })?.page_bytes() as u64;
-        config.kv_bytes = page_bytes * u64::from(target.memory().layout().pages);
+            step::page_layout(&model, &Config { kv_bytes: Some(u64::MAX), ..config.clone() })?.page_bytes() as u64;
+        config.kv_bytes = Some(page_bytes * u64::from(target.memory().layout().pages));
         config.max_model_len = Some(longest as u32);
         let engine = Engine::new(model, &config)?;
         let layout = engine.memory().layout();

@@ -485,7 +485,7 @@ fn decoding_gives_the_bits_of_prefill_at_every_length() {
 
 #[test]
 fn long_sequences_are_split_over_threads_without_a_trace() {
-    let config = Config { token_budget: 2048, kv_bytes: 32 << 20, ..small_config() };
+    let config = Config { token_budget: 2048, kv_bytes: Some(32 << 20), ..small_config() };
     for path in ["models/demo-draft", "tests/golden/mistral", "tests/golden/deepseek_v2"] {
         let model = load(path);
         let length = 1023.min(model.info().max_position as usize);

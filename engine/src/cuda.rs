@@ -1,0 +1,248 @@
+//! A card of NVIDIA as a home for a model.
+//!
+//! Three layers. [`kernels`] says what the kernels are and what a call of one is; [`device`] is what a card does with calls; [`Cuda`] is the
+//! [`Home`]: weights and buffers on the device, and the order of calls that make a pass ([`forward`]). Only [`driver`] knows NVIDIA's
+//! driver. Kernels are compiled for the card at hand when it is opened ([`nvrtc`], [`cache`]).
+//!
+//! ```text
+//! embed       tokens            -> residual     f32 [rows][hidden]
+//! norm        residual          -> input        16-bit floats [rows][hidden]
+//! linear      input             -> qkv          f32 [rows][(heads + 2 kv_heads) * head_dim]
+//! rotary      qkv               -> qkv, pages
+//! attention   qkv, pages        -> attended     16-bit floats [rows][heads * head_dim]
+//! linear      attended          +> residual     or -> outcome, and through a norm
+//! linear      input             -> gated        16-bit floats [rows][intermediate]
+//! linear      gated             +> residual     or likewise
+//! gather      residual, qkv     -> kept         after the last pages are written only sampled rows go on
+//! linear      input             -> logits       f32 [rows][vocab]; capped, and the largest found
+//! ```
+//!
+//! Memory is taken when the engine is made, and none by a step. A step's rows are described in words that are copied once ([`rows`]);
+//! what is asked of the device after that waits for nothing until the tokens are wanted.
+
+#[cfg(feature = "cuda")]
+mod cache;
+mod device;
+#[cfg(feature = "cuda")]
+mod driver;
+#[cfg(test)]
+mod emulated;
+#[cfg(test)]
+mod emulator;
+mod forward;
+mod kernels;
+#[cfg(feature = "cuda")]
+mod nvrtc;
+mod rows;
+mod weights;
+
+pub(crate) use device::Device;
+pub(crate) use weights::{check, check_path};
+
+use crate::{
+    Error, Model,
+    cpu::{packed::PANEL, pool::Pool},
+    model::decoder::Decoder,
+};
+use device::Region;
+use kernels::{Element, Linear};
+use kv_cache::{PageLayout, TokenId};
+use rows::{Capacity, Parts, Rows};
+use weights::Uploaded;
+
+/// Opens card `card`, whose kernels are compiled by the library `nvrtc` and kept in the folder `cache`.
+///
+/// # Errors
+/// [`Error::Card`] says what is missing.
+#[cfg(feature = "cuda")]
+pub(crate) fn open(
+    card: usize,
+    nvrtc: Option<&std::path::Path>,
+    cache: Option<&std::path::Path>,
+) -> Result<Box<dyn Device>, Error> {
+    let cache = cache::Cache { folder: cache.map(std::path::Path::to_owned) };
+    Ok(Box::new(driver::Card::open(card, nvrtc, cache)?))
+}
+
+/// Most of everything in a step, and how rows lie.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sizes {
+    capacity: Capacity,
+    /// Rows of logits that are computed at a time.
+    logits_rows: usize,
+    /// Longest sequence.
+    context: usize,
+    /// Elements from row to row.
+    residual: usize,
+    qkv: usize,
+    attended: usize,
+    gated: usize,
+    logits: usize,
+}
+
+impl Sizes {
+    /// Of steps of up to `tokens` tokens of `sequences` sequences of up to `context` tokens in pages of `page_tokens`; `logits_rows` of them have logits
+    /// at a time.
+    pub(crate) fn new(
+        model: &Model,
+        (tokens, sequences): (usize, usize),
+        logits_rows: usize,
+        context: usize,
+        page_tokens: usize,
+    ) -> Self {
+        let decoder = &model.decoder;
+        let whole = |width: usize| width.next_multiple_of(PANEL);
+        Self {
+            capacity: Capacity { rows: tokens, sequences, entries: sequences * context.div_ceil(page_tokens) },
+            logits_rows,
+            context,
+            residual: whole(decoder.hidden),
+            qkv: whole(decoder.query_dim() + 2 * decoder.kv_dim()),
+            attended: whole(decoder.query_dim()),
+            gated: whole(decoder.intermediate),
+            logits: whole(decoder.vocab_size),
+        }
+    }
+}
+
+/// What a pass works in, all on the device.
+#[derive(Clone, Copy, Debug)]
+struct Buffers {
+    residual: Region,
+    qkv: Region,
+    /// The rows of both that are kept.
+    kept_residual: Region,
+    kept_qkv: Region,
+    input: Region,
+    attended: Region,
+    gated: Region,
+    /// What half a block gives, where it is normed before it is added.
+    outcome: Region,
+    logits: Region,
+    /// The token of the largest logit of each row.
+    largest: Region,
+    /// Sums that blocks leave to each other, and how many have.
+    partial: Region,
+    counters: Region,
+}
+
+/// A model's weights, buffers and pages on a device.
+#[derive(Debug)]
+pub(crate) struct Cuda {
+    device: Box<dyn Device>,
+    element: Element,
+    sizes: Sizes,
+    weights: Uploaded,
+    buffers: Buffers,
+    words: Rows,
+    parts: Parts,
+    /// The pool, with a page behind it that padding writes to; of no bytes before [`Cuda::reserve_pages`].
+    pages: Region,
+    layout: Option<PageLayout>,
+    /// Rows at hand, and where the head's inputs are.
+    rows: usize,
+    hidden: Region,
+    /// What was downloaded last.
+    logits: Vec<f32>,
+    likely: Vec<TokenId>,
+    pool: Pool,
+}
+
+impl Cuda {
+    /// Uploads `model` to `device` and reserves buffers; `threads` draw tokens.
+    pub(crate) fn new(mut device: Box<dyn Device>, model: &Model, sizes: Sizes, threads: usize) -> Result<Self, Error> {
+        let element = weights::element(&model.weights);
+        let weights = Uploaded::upload(&mut *device, &model.decoder, &model.weights, element, sizes.context)?;
+        let buffers = Buffers::reserve(&mut *device, &sizes, &model.decoder, &weights, element)?;
+        let region = device.alloc("the rows of a step", sizes.capacity.bytes())?;
+        let mut home = Self {
+            device,
+            element,
+            sizes,
+            weights,
+            hidden: buffers.input,
+            buffers,
+            words: Rows::new(sizes.capacity),
+            parts: sizes.capacity.parts(region),
+            pages: Region::default(),
+            layout: None,
+            rows: 0,
+            logits: vec![0.0; sizes.logits_rows * sizes.logits],
+            likely: vec![0; sizes.logits_rows],
+            pool: Pool::new(threads)?,
+        };
+        home.prepare(&model.decoder)?;
+        Ok(home)
+    }
+
+    /// Makes ready what steps may call.
+    fn prepare(&mut self, _: &Decoder) -> Result<(), Error> {
+        Linear::variants(self.element).try_for_each(|kernel| self.device.prepare(&kernel))
+    }
+
+    /// Says whether weights were rounded when they were uploaded.
+    pub(crate) fn rounds(&self) -> bool {
+        self.weights.rounded
+    }
+
+    /// Returns what `share` of the device's memory leaves for pages.
+    ///
+    /// # Errors
+    /// [`Error::Card`] says who has the rest.
+    pub(crate) fn bytes_for_pages(&mut self, share: f64) -> Result<u64, Error> {
+        let (free, total) = self.device.memory()?;
+        let mine = (total as f64 * share) as u64;
+        let taken = total - free;
+        match mine.checked_sub(taken) {
+            Some(bytes) if bytes > 0 => Ok(bytes),
+            _ => {
+                let problem = format!(
+                    "of {total} bytes, {share} are {mine}, and {taken} are taken, weights and buffers among them: give it more (gpu_memory_utilization), or a smaller token_budget or model"
+                );
+                Err(Error::card(self.device.name(), "find room for pages", problem))
+            }
+        }
+    }
+
+    /// Reserves the pool, and one page of each layer that nobody reads.
+    pub(crate) fn reserve_pages(&mut self, layout: &PageLayout) -> Result<(), Error> {
+        let layout = PageLayout { pages: layout.pages + 1, ..layout.clone() };
+        self.pages = self.device.alloc("pages", layout.pool_bytes())?;
+        self.layout = Some(layout);
+        Ok(())
+    }
+}
+
+impl Buffers {
+    fn reserve(
+        device: &mut dyn Device,
+        sizes: &Sizes,
+        decoder: &Decoder,
+        weights: &Uploaded,
+        element: Element,
+    ) -> Result<Self, Error> {
+        let rows = sizes.capacity.rows;
+        let mut alloc = |bytes: usize| device.alloc("what a step works in", bytes);
+        let post_norms = decoder.names.attention_post_norm.or(decoder.names.mlp_post_norm).is_some();
+        // What sums of parts need depends on how many rows there are, and not always more on more.
+        let of = |linear: &weights::Linear| {
+            let bytes = |rows: usize| linear.call(element, rows, Region::default(), 0).partial_bytes();
+            (1..=rows).step_by(16).chain([rows]).map(bytes).max().unwrap_or(0)
+        };
+        let partial = weights.linears().map(of).max().unwrap_or(0);
+        Ok(Self {
+            residual: alloc(rows * sizes.residual * 4)?,
+            qkv: alloc(rows * sizes.qkv * 4)?,
+            kept_residual: alloc(rows * sizes.residual * 4)?,
+            kept_qkv: alloc(rows * sizes.qkv * 4)?,
+            input: alloc(rows * sizes.residual * 2)?,
+            attended: alloc(rows * sizes.attended * 2)?,
+            gated: alloc(rows * sizes.gated * 2)?,
+            outcome: alloc(if post_norms { rows * sizes.residual * 4 } else { 0 })?,
+            logits: alloc(sizes.logits_rows * sizes.logits * 4)?,
+            largest: alloc(sizes.logits_rows * 4)?,
+            partial: alloc(partial as usize)?,
+            counters: alloc(Linear::most_counters() as usize * 4)?,
+        })
+    }
+}
