@@ -43,8 +43,6 @@ pub enum Device {
     Cpu,
     /// A card of NVIDIA, by its number.
     Cuda(usize),
-    /// The first card, if there is one that runs the model, else the processor.
-    Auto,
 }
 
 impl fmt::Display for Device {
@@ -52,7 +50,6 @@ impl fmt::Display for Device {
         match self {
             Device::Cpu => f.write_str("cpu"),
             Device::Cuda(card) => write!(f, "cuda:{card}"),
-            Device::Auto => f.write_str("auto"),
         }
     }
 }
@@ -66,13 +63,12 @@ impl FromStr for Device {
             None => match text {
                 "cpu" => Some(Device::Cpu),
                 "cuda" => Some(Device::Cuda(0)),
-                "auto" => Some(Device::Auto),
                 _ => None,
             },
             Some(("cuda", number)) => card(number),
             Some(_) => None,
         };
-        device.ok_or_else(|| format!("`{text}` is no device; known: cpu, cuda, cuda:N, auto"))
+        device.ok_or_else(|| format!("`{text}` is no device; known: cpu, cuda, cuda:N"))
     }
 }
 
@@ -100,9 +96,7 @@ mod tests {
 
     #[test]
     fn devices_have_names() {
-        for (text, device) in
-            [("cpu", Device::Cpu), ("auto", Device::Auto), ("cuda:0", Device::Cuda(0)), ("cuda:12", Device::Cuda(12))]
-        {
+        for (text, device) in [("cpu", Device::Cpu), ("cuda:0", Device::Cuda(0)), ("cuda:12", Device::Cuda(12))] {
             assert_eq!((text.parse(), device.to_string().as_str()), (Ok(device), text));
         }
         assert_eq!("cuda".parse(), Ok(Device::Cuda(0)));

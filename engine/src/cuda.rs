@@ -30,13 +30,17 @@ mod emulated;
 #[cfg(test)]
 mod emulator;
 mod forward;
+mod graphs;
 mod kernels;
 #[cfg(feature = "cuda")]
 mod nvrtc;
+mod pages;
 mod rows;
 mod weights;
 
 pub(crate) use device::Device;
+#[cfg(test)]
+pub(crate) use {emulated::Emulated, emulator::Order};
 pub(crate) use weights::{check, check_path};
 
 use crate::{
@@ -44,10 +48,13 @@ use crate::{
     cpu::{packed::PANEL, pool::Pool},
     model::decoder::Decoder,
 };
-use device::Region;
+use device::{Memory, Region};
+use graphs::Graphs;
 use kernels::{Element, Linear};
 use kv_cache::{PageLayout, TokenId};
+use pages::Pool as Pages;
 use rows::{Capacity, Parts, Rows};
+use std::ops::Range;
 use weights::Uploaded;
 
 /// Opens card `card`, whose kernels are compiled by the library `nvrtc` and kept in the folder `cache`.
@@ -136,12 +143,16 @@ pub(crate) struct Cuda {
     buffers: Buffers,
     words: Rows,
     parts: Parts,
-    /// The pool, with a page behind it that padding writes to; of no bytes before [`Cuda::reserve_pages`].
-    pages: Region,
-    layout: Option<PageLayout>,
+    /// `None` before [`Cuda::reserve_pages`].
+    pages: Option<Pages>,
+    graphs: Graphs,
     /// Rows at hand, and where the head's inputs are.
     rows: usize,
     hidden: Region,
+    /// Rows whose logits were computed with the pass.
+    drawn: usize,
+    /// Layers of the pass that nobody was told of.
+    untold: Range<usize>,
     /// What was downloaded last.
     logits: Vec<f32>,
     likely: Vec<TokenId>,
@@ -164,9 +175,11 @@ impl Cuda {
             buffers,
             words: Rows::new(sizes.capacity),
             parts: sizes.capacity.parts(region),
-            pages: Region::default(),
-            layout: None,
+            pages: None,
+            graphs: Graphs::new(),
             rows: 0,
+            drawn: 0,
+            untold: 0..0,
             logits: vec![0.0; sizes.logits_rows * sizes.logits],
             likely: vec![0; sizes.logits_rows],
             pool: Pool::new(threads)?,
@@ -185,30 +198,28 @@ impl Cuda {
         self.weights.rounded
     }
 
-    /// Returns what `share` of the device's memory leaves for pages.
+    /// Returns what a `share` of the device's memory leaves for pages.
     ///
     /// # Errors
     /// [`Error::Card`] says who has the rest.
     pub(crate) fn bytes_for_pages(&mut self, share: f64) -> Result<u64, Error> {
-        let (free, total) = self.device.memory()?;
+        let Memory { total, free, own } = self.device.memory()?;
         let mine = (total as f64 * share) as u64;
-        let taken = total - free;
-        match mine.checked_sub(taken) {
-            Some(bytes) if bytes > 0 => Ok(bytes),
-            _ => {
-                let problem = format!(
-                    "of {total} bytes, {share} are {mine}, and {taken} are taken, weights and buffers among them: give it more (gpu_memory_utilization), or a smaller token_budget or model"
-                );
-                Err(Error::card(self.device.name(), "find room for pages", problem))
-            }
+        let (left, others) = (mine.saturating_sub(own), total.saturating_sub(free + own));
+        if left > 0 && left <= free {
+            return Ok(left);
         }
+        let mib = |bytes: u64| bytes >> 20;
+        let problem = format!(
+            "a share of {share} is {} MiB of {}; weights and buffers take {} of them, others have {}, and {} are free: change the share (gpu_memory_utilization), or take a smaller model or token_budget",
+            mib(mine), mib(total), mib(own), mib(others), mib(free)
+        );
+        Err(Error::card(self.device.name(), "find room for pages", problem))
     }
 
-    /// Reserves the pool, and one page of each layer that nobody reads.
+    /// Reserves the pool.
     pub(crate) fn reserve_pages(&mut self, layout: &PageLayout) -> Result<(), Error> {
-        let layout = PageLayout { pages: layout.pages + 1, ..layout.clone() };
-        self.pages = self.device.alloc("pages", layout.pool_bytes())?;
-        self.layout = Some(layout);
+        self.pages = Some(Pages::reserve(&mut *self.device, layout)?);
         Ok(())
     }
 }

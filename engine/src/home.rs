@@ -25,6 +25,8 @@ pub(crate) struct Span<'a> {
     pub(crate) pages: &'a [PageId],
     /// What is added to the model for it.
     pub(crate) adapter: Option<&'a Adapter>,
+    /// Whether somebody reads the pages it writes in [`KvMemory`] when their layer is final.
+    pub(crate) leaves: bool,
 }
 
 /// A token of a step after which something is wanted.
@@ -74,16 +76,16 @@ impl<'a> Logits<'a> {
 /// What runs a model. Its rows are those of the pass until [`Home::forward`] returns, and from then on those of the places, in their order.
 ///
 /// An error of any method leaves the home as it was for the next pass, or broken for good; it never leaves it half-way.
-pub(crate) trait Home: Debug + Send {
+pub(crate) trait Home: Debug + Send + Sync {
     /// Names what computes, for people.
     fn name(&self) -> &str;
 
     /// Keeps the calling thread where it computes best until what is returned is dropped.
     fn stay(&self) -> Stay;
 
-    /// Runs the decoder over the rows of `pass`, writes their keys and values to `memory`, and norms what is left at the places.
+    /// Runs the decoder over the rows of `pass`, writes their keys and values to their pages (to `memory` those that leave), and norms what is left at the places.
     ///
-    /// Calls `on_layer(l)` in the order of layers, each once its blocks of all rows are final.
+    /// Calls `on_layer(l)` in the order of layers, each once its blocks of all rows are final; those that are not when it returns, [`Home::finish`] calls.
     fn forward(
         &mut self,
         model: &Model,
@@ -91,6 +93,9 @@ pub(crate) trait Home: Debug + Send {
         pass: &Pass<'_>,
         on_layer: &mut dyn FnMut(u32),
     ) -> Result<(), Error>;
+
+    /// Ends a step: calls `on_layer` for the layers that it was not called for.
+    fn finish(&mut self, on_layer: &mut dyn FnMut(u32)) -> Result<(), Error>;
 
     /// Copies the hidden state of row `row`, as the head reads it, to `to`, `[hidden]`.
     fn read_hidden(&mut self, row: usize, to: &mut [f32]) -> Result<(), Error>;
@@ -112,6 +117,12 @@ pub(crate) trait Home: Debug + Send {
 
     /// Returns threads, and the logits computed last for them to work on.
     fn pool_and_logits(&mut self) -> (&mut Pool, Logits<'_>);
+
+    /// Makes `memory` hold what `pages` hold, all of it.
+    fn export(&mut self, memory: &KvMemory, pages: &[PageId]) -> Result<(), Error>;
+
+    /// Takes what others wrote to `pages` of `memory`.
+    fn import(&mut self, memory: &KvMemory, pages: &[PageId]) -> Result<(), Error>;
 
     /// Returns the bytes of experts that tokens chose so far, and those that were read for it.
     fn expert_bytes(&self) -> (u64, u64);

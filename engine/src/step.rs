@@ -34,6 +34,9 @@ pub struct Row<'a> {
     pub pages: &'a [PageId],
     /// What is added to the model for this sequence; read for the engine's model.
     pub adapter: Option<&'a Adapter>,
+    /// Whether the pages it writes are read by others from [`Engine::memory`] as soon as `on_layer` was called: they are handed off. What is not
+    /// can still be, after [`Engine::export`].
+    pub leaves: bool,
     /// How many of the last `tokens` are drafts: guesses, which `sample` verifies. They end its history, too.
     pub drafts: usize,
     /// Present when tokens are drawn: one after the last token that is no draft, and one more for each draft that turns out to
@@ -76,11 +79,21 @@ pub trait Step {
     /// # Errors
     /// As [`Engine::step`].
     fn step(&mut self, rows: &[Row<'_>], on_layer: &mut dyn FnMut(u32)) -> Result<&mut [Yield], Error>;
+
+    /// Learns that others wrote to `pages`, which rows will read.
+    ///
+    /// # Errors
+    /// As [`Engine::import`].
+    fn import(&mut self, pages: &[PageId]) -> Result<(), Error>;
 }
 
 impl Step for Engine {
     fn step(&mut self, rows: &[Row<'_>], on_layer: &mut dyn FnMut(u32)) -> Result<&mut [Yield], Error> {
         Engine::step(self, rows, on_layer)
+    }
+
+    fn import(&mut self, pages: &[PageId]) -> Result<(), Error> {
+        Engine::import(self, pages)
     }
 }
 
@@ -193,8 +206,27 @@ impl Engine {
         self.clear_yields(rows.len());
         self.take_hidden(rows)?;
         self.draw(rows)?;
+        if self.timed.is_none() {
+            self.home.finish(on_layer)?;
+        }
         self.collect(rows);
         Ok(&mut self.yields[..rows.len()])
+    }
+
+    /// Makes [`Engine::memory`] hold what `pages` hold, for others to read.
+    ///
+    /// # Errors
+    /// [`Error::Card`] when they are on a card that does not give them.
+    pub fn export(&mut self, pages: &[PageId]) -> Result<(), Error> {
+        if self.timed.is_some() { Ok(()) } else { self.home.export(&self.memory, pages) }
+    }
+
+    /// Takes what others wrote to `pages` of [`Engine::memory`]; to be called before a row reads them.
+    ///
+    /// # Errors
+    /// [`Error::Card`] when they are to be on a card that does not take them.
+    pub fn import(&mut self, pages: &[PageId]) -> Result<(), Error> {
+        if self.timed.is_some() { Ok(()) } else { self.home.import(&self.memory, pages) }
     }
 
     /// Lists the tokens of `rows`, the `spans` they make, the places after which logits are wanted, and the spans that these make when
@@ -204,7 +236,8 @@ impl Engine {
         self.places.clear();
         for (index, row) in rows.iter().enumerate() {
             let (first, tokens) = (self.tokens.len(), row.tokens.len());
-            let span = Span { first, tokens, start: row.start, pages: row.pages, adapter: row.adapter };
+            let (pages, adapter, leaves) = (row.pages, row.adapter, row.leaves);
+            let span = Span { first, tokens, start: row.start, pages, adapter, leaves };
             spans.push(span);
             self.tokens.extend_from_slice(row.tokens);
             for tokens in row.wanted().into_iter().filter(|tokens| !tokens.is_empty()) {

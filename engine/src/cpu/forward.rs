@@ -6,7 +6,7 @@ use crate::{
     home::{Home, Logits, Pass},
     model::weights::{Attention, Dense, Mlp, Plain},
 };
-use kv_cache::TokenId;
+use kv_cache::{PageId, TokenId};
 use std::ops::Range;
 
 impl Home for Cpu {
@@ -97,6 +97,10 @@ impl Home for Cpu {
         Ok(())
     }
 
+    fn finish(&mut self, _: &mut dyn FnMut(u32)) -> Result<(), Error> {
+        Ok(())
+    }
+
     fn read_hidden(&mut self, row: usize, to: &mut [f32]) -> Result<(), Error> {
         self.read_input(row, to);
         Ok(())
@@ -127,6 +131,15 @@ impl Home for Cpu {
 
     fn pool_and_logits(&mut self) -> (&mut Pool, Logits<'_>) {
         (&mut self.pool, Logits { floats: self.logits.floats(), stride: self.sizes.logits })
+    }
+
+    fn export(&mut self, _: &KvMemory, _: &[PageId]) -> Result<(), Error> {
+        // They are nowhere else.
+        Ok(())
+    }
+
+    fn import(&mut self, _: &KvMemory, _: &[PageId]) -> Result<(), Error> {
+        Ok(())
     }
 
     fn expert_bytes(&self) -> (u64, u64) {

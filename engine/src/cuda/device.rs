@@ -4,7 +4,7 @@
 //! ([`super::driver`]) and, for tests, one that runs the kernels on the processor and counts what is asked of it.
 //!
 //! Work is in order: what is asked of a device is done after what was asked before, and whoever wants a result waits for it. Only
-//! [`Device::download`] and [`Device::wait`] wait. Memory lives as long as the device; steps take none.
+//! [`Device::download`], [`Device::fetch`] and [`Device::wait`] wait. Memory lives as long as the device; steps take none.
 
 use super::kernels::{Call, Kernel};
 use crate::Error;
@@ -28,17 +28,27 @@ impl Region {
     }
 }
 
+/// Bytes of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Memory {
+    pub(crate) total: u64,
+    /// Those that nobody has.
+    pub(crate) free: u64,
+    /// Those that [`Device::alloc`] gave out.
+    pub(crate) own: u64,
+}
+
 /// Calls that are replayed as one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Graph(pub(crate) usize);
 
 /// A card, or what stands in for one.
-pub(crate) trait Device: std::fmt::Debug + Send {
+pub(crate) trait Device: std::fmt::Debug + Send + Sync {
     /// Names it for people.
     fn name(&self) -> &str;
 
-    /// Returns the bytes that nobody has, and those there are.
-    fn memory(&mut self) -> Result<(u64, u64), Error>;
+    /// Returns how its memory is shared out.
+    fn memory(&mut self) -> Result<Memory, Error>;
 
     /// Reserves `bytes` zeroed bytes for `purpose`, aligned to 256.
     fn alloc(&mut self, purpose: &'static str, bytes: usize) -> Result<Region, Error>;
@@ -51,6 +61,9 @@ pub(crate) trait Device: std::fmt::Debug + Send {
 
     /// Makes a kernel ready, so that its first call does not wait for a compiler.
     fn prepare(&mut self, kernel: &Kernel) -> Result<(), Error>;
+
+    /// Hands the bytes of each of `from` to `to`, with its index, in order, once mark `mark` is passed. What was asked after the mark goes on meanwhile.
+    fn fetch(&mut self, mark: usize, from: &[Region], to: &mut dyn FnMut(usize, &[u8])) -> Result<(), Error>;
 
     /// Runs a kernel.
     fn launch(&mut self, call: &Call) -> Result<(), Error>;

@@ -1,13 +1,13 @@
 //! NVIDIA's driver: a card as a [`Device`].
 //!
 //! The driver's library is opened when a card is asked for; a machine without it has no card, and says so. One stream carries all work, in
-//! order. Copies between host and card go through page-locked memory of the card's own, so that an upload does not wait.
+//! order, and a second one pages that leave. Copies between host and card go through page-locked memory of the card's own, so that an upload does not wait.
 //!
 //! Meaning of the functions: NVIDIA, *CUDA Driver API*. Not one of them is newer than CUDA 12.0.
 
 use super::{
     cache::Cache,
-    device::{Device, Graph, Region},
+    device::{Device, Graph, Memory, Region},
     kernels::{Call, Kernel},
     nvrtc::{self, Nvrtc},
 };
@@ -39,6 +39,8 @@ pub(crate) struct Card {
     architecture: (c_int, c_int),
     context: sys::CUcontext,
     stream: sys::CUstream,
+    /// Carries pages to the host beside the other's work.
+    copies: sys::CUstream,
     /// By kernels without their names: what is compiled alike is loaded once.
     modules: HashMap<Kernel, sys::CUmodule>,
     functions: HashMap<Kernel, sys::CUfunction>,
@@ -47,6 +49,7 @@ pub(crate) struct Card {
     /// Most shared memory of a block.
     shared_bytes: c_int,
     memory: Vec<sys::CUdeviceptr>,
+    own: u64,
     up: Staging,
     down: Staging,
     marks: Vec<sys::CUevent>,
@@ -56,6 +59,8 @@ pub(crate) struct Card {
 // SAFETY: handles of the driver may be used by any thread that has made their context current, which every method does; the memory behind
 // `Staging` belongs to this value alone.
 unsafe impl Send for Card {}
+// SAFETY: what a shared reference gives is its name alone.
+unsafe impl Sync for Card {}
 
 /// Page-locked memory.
 #[derive(Debug)]
@@ -128,19 +133,23 @@ impl Card {
             architecture,
             context,
             stream: null_mut(),
+            copies: null_mut(),
             modules: HashMap::new(),
             functions: HashMap::new(),
             nvrtc,
             cache,
             shared_bytes,
             memory: Vec::new(),
+            own: 0,
             up: Staging { start: null_mut(), used: 0 },
             down: Staging { start: null_mut(), used: 0 },
             marks: Vec::new(),
             graphs: Vec::new(),
         };
         opened.enter()?;
-        opened.stream = stream::create(stream::StreamKind::NonBlocking).map_err(refused("make a stream"))?;
+        for stream in [&mut opened.stream, &mut opened.copies] {
+            *stream = stream::create(stream::StreamKind::NonBlocking).map_err(refused("make a stream"))?;
+        }
         for staging in [&mut opened.up, &mut opened.down] {
             // SAFETY: what is returned is freed with this value.
             let start = unsafe { result::malloc_host(STAGING, 0) }.map_err(refused("lock memory for copies"))?;
@@ -221,10 +230,10 @@ impl Device for Card {
         &self.name
     }
 
-    fn memory(&mut self) -> Result<(u64, u64), Error> {
+    fn memory(&mut self) -> Result<Memory, Error> {
         self.enter()?;
         let (free, total) = result::mem_get_info().map_err(|error| self.fault("ask for its memory", error))?;
-        Ok((free as u64, total as u64))
+        Ok(Memory { total: total as u64, free: free as u64, own: self.own })
     }
 
     fn alloc(&mut self, purpose: &'static str, bytes: usize) -> Result<Region, Error> {
@@ -232,11 +241,12 @@ impl Device for Card {
         let bytes = bytes.max(1).next_multiple_of(256);
         // SAFETY: the memory is freed with this value; it is zeroed before anybody sees it.
         let address = unsafe { result::malloc_sync(bytes) }.map_err(|error| {
-            let free = self.memory().map_or(0, |(free, _)| free);
+            let free = self.memory().map_or(0, |memory| memory.free);
             let action = format!("reserve {bytes} bytes for {purpose}, of {free} that are free");
             self.fault(&action, error)
         })?;
         self.memory.push(address);
+        self.own += bytes as u64;
         // SAFETY: just allocated, that long.
         unsafe { result::memset_d8_async(address, 0, bytes, self.stream) }
             .map_err(|error| self.fault("clear memory", error))?;
@@ -281,6 +291,44 @@ impl Device for Card {
             self.synchronize()?;
             // SAFETY: the copy is done.
             part.copy_from_slice(unsafe { std::slice::from_raw_parts(self.down.start, part.len()) });
+        }
+        Ok(())
+    }
+
+    fn fetch(&mut self, mark: usize, from: &[Region], to: &mut dyn FnMut(usize, &[u8])) -> Result<(), Error> {
+        self.enter()?;
+        let wait = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: stream and event are ours.
+        unsafe { stream::wait_event(self.copies, self.marks[mark], wait) }
+            .map_err(|error| self.fault("wait for a layer", error))?;
+        let mut first = 0;
+        while first < from.len() {
+            let mut used = 0;
+            let fits = |region: &&Region| {
+                used += region.bytes;
+                used <= STAGING
+            };
+            let batch = &from[first..][..from[first..].iter().take_while(fits).count()];
+            assert!(!batch.is_empty(), "{} bytes do not pass through {STAGING}", from[first].bytes);
+            let mut at = 0;
+            for region in batch {
+                // SAFETY: the staging memory holds the batch, and every copy into it was waited for.
+                unsafe {
+                    let staged = std::slice::from_raw_parts_mut(self.down.start.add(at), region.bytes);
+                    result::memcpy_dtoh_async(staged, region.address, self.copies)
+                }
+                .map_err(|error| self.fault("copy pages from it", error))?;
+                at += region.bytes;
+            }
+            // SAFETY: the stream is ours.
+            unsafe { stream::synchronize(self.copies) }.map_err(|error| self.fault("copy pages from it", error))?;
+            at = 0;
+            for (index, region) in batch.iter().enumerate() {
+                // SAFETY: the copies are done.
+                to(first + index, unsafe { std::slice::from_raw_parts(self.down.start.add(at), region.bytes) });
+                at += region.bytes;
+            }
+            first += batch.len();
         }
         Ok(())
     }
@@ -351,19 +399,16 @@ impl Drop for Card {
         // SAFETY: everything was made by this value and is used by nobody else; the stream is waited for before what it uses goes.
         unsafe {
             let _ = ctx::set_current(self.context);
-            if !self.stream.is_null() {
-                let _ = stream::synchronize(self.stream);
-            }
-            self.graphs.drain(..).for_each(|graph| drop(graph::exec_destroy(graph)));
-            self.marks.drain(..).for_each(|mark| drop(event::destroy(mark)));
-            self.modules.drain().for_each(|(_, module)| drop(module::unload(module)));
-            self.memory.drain(..).for_each(|address| drop(result::free_sync(address)));
+            let streams = [self.stream, self.copies].into_iter().filter(|stream| !stream.is_null());
+            streams.clone().for_each(|stream| _ = stream::synchronize(stream));
+            self.graphs.drain(..).for_each(|graph| _ = graph::exec_destroy(graph));
+            self.marks.drain(..).for_each(|mark| _ = event::destroy(mark));
+            self.modules.drain().for_each(|(_, module)| _ = module::unload(module));
+            self.memory.drain(..).for_each(|address| _ = result::free_sync(address));
             for staging in [&self.up, &self.down].into_iter().filter(|staging| !staging.start.is_null()) {
                 let _ = result::free_host(staging.start.cast());
             }
-            if !self.stream.is_null() {
-                let _ = stream::destroy(self.stream);
-            }
+            streams.for_each(|stream| _ = stream::destroy(stream));
             let _ = primary_ctx::release(self.device);
         }
     }

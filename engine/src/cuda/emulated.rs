@@ -1,7 +1,7 @@
 //! A device whose kernels run on the processor ([`super::emulator`]), and which counts what is asked of it.
 
 use super::{
-    device::{Device, Graph, Region},
+    device::{Device, Graph, Memory, Region},
     emulator::{self, Order},
     kernels::{Call, Kernel},
 };
@@ -71,8 +71,8 @@ impl Device for Emulated {
         "emulated"
     }
 
-    fn memory(&mut self) -> Result<(u64, u64), Error> {
-        Ok((MEMORY - self.used, MEMORY))
+    fn memory(&mut self) -> Result<Memory, Error> {
+        Ok(Memory { total: MEMORY, free: MEMORY - self.used, own: self.used })
     }
 
     fn alloc(&mut self, purpose: &'static str, bytes: usize) -> Result<Region, Error> {
@@ -97,6 +97,15 @@ impl Device for Emulated {
         assert!(self.remembered.is_none() && to.len() <= from.bytes, "{} bytes of {}", to.len(), from.bytes);
         // SAFETY: as above.
         unsafe { to.as_mut_ptr().copy_from_nonoverlapping(from.address as *const u8, to.len()) };
+        Ok(())
+    }
+
+    fn fetch(&mut self, mark: usize, from: &[Region], to: &mut dyn FnMut(usize, &[u8])) -> Result<(), Error> {
+        self.wait(mark)?;
+        for (index, from) in from.iter().enumerate() {
+            // SAFETY: the region is part of a buffer of this device, which nobody writes now.
+            to(index, unsafe { std::slice::from_raw_parts(from.address as *const u8, from.bytes) });
+        }
         Ok(())
     }
 

@@ -3,16 +3,18 @@
 use super::{
     Buffers, Cuda,
     device::Region,
+    graphs::Bucket,
     kernels::{self, Cap, Element, Embed, Finish, Gather, Largest, Norm, NormTo},
+    rows::Capacity,
     weights::{Block, Inner, Linear, NormWeights},
 };
 use crate::{
     Error, KvMemory, Model,
     cpu::{nodes::Stay, pool::Pool},
-    home::{Home, Logits, Pass},
+    home::{Home, Logits, Pass, Span},
     model::{checkpoint::ElementType, decoder::Decoder},
 };
-use kv_cache::TokenId;
+use kv_cache::{PageId, TokenId};
 use std::ops::Range;
 
 impl Home for Cuda {
@@ -34,15 +36,37 @@ impl Home for Cuda {
         if pass.spans.is_empty() {
             return Ok(());
         }
-        let nowhere = memory.layout().pages;
-        self.words.write(pass, pass.tokens.len(), memory.layout().page_tokens as usize, nowhere);
-        self.device.upload(self.parts.whole, self.words.bytes())?;
-        self.launch_pass(&model.decoder, pass)?;
-        // Layers are told when they are final, while later ones are still computed.
-        for layer in 0..self.weights.blocks.len() {
-            self.device.wait(layer)?;
-            on_layer(layer as u32);
+        if let Some(row) = pass.spans.iter().position(|span| span.adapter.is_some()) {
+            return Err(Error::Row(format!("row {row}: adapters do not run on a card yet")));
         }
+        let (decoder, layout) = (&model.decoder, memory.layout());
+        let Capacity { rows, sequences, .. } = self.sizes.capacity;
+        let bucket = Bucket::of(pass, rows.min(sequences), self.sizes.context);
+        let rows = bucket.map_or(pass.tokens.len(), |bucket| bucket.rows);
+        self.words.write(pass, rows, layout.page_tokens as usize, layout.pages);
+        self.device.upload(self.parts.whole, self.words.bytes())?;
+        self.untold = 0..self.weights.blocks.len();
+        self.pages.as_mut().expect("pages are reserved before the first step").begin(pass.spans);
+        match bucket {
+            Some(bucket) => self.replay(decoder, bucket),
+            None => {
+                self.launch_pass(decoder, pass)?;
+                // Layers are told when they are final, while later ones are still computed.
+                while let Some(layer) = self.untold.next() {
+                    self.fetch_layer(memory, layer)?;
+                    on_layer(layer as u32);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn finish(&mut self, on_layer: &mut dyn FnMut(u32)) -> Result<(), Error> {
+        if self.untold.is_empty() {
+            return Ok(());
+        }
+        self.device.wait(0)?;
+        std::mem::take(&mut self.untold).for_each(|layer| on_layer(layer as u32));
         Ok(())
     }
 
@@ -66,7 +90,7 @@ impl Home for Cuda {
         self.device.upload(self.parts.kept, kept)?;
         // The residual is not needed any more, and its rows are longer.
         let (from, to) = (self.hidden, self.buffers.residual);
-        self.rows = list;
+        (self.rows, self.drawn) = (list, 0);
         if list > 0 {
             let stride = (self.sizes.residual / 2) as u32;
             let (from, rows) = (from.address, self.parts.kept.address);
@@ -79,13 +103,9 @@ impl Home for Cuda {
     fn find_most_likely(&mut self, model: &Model, rows: Range<usize>) -> Result<(), Error> {
         let count = rows.len();
         self.head(&model.decoder, rows)?;
-        let (logits, to) = (self.buffers.logits.address, self.buffers.largest);
-        let (stride, columns) = (self.sizes.logits as u32, model.decoder.vocab_size as u32);
-        let call = Largest { rows: count as u32, logits, to: to.address, stride, columns }.call();
-        self.device.launch(&call)?;
         // SAFETY: any bytes are u32s.
         let bytes = unsafe { std::slice::from_raw_parts_mut(self.likely.as_mut_ptr().cast(), count * 4) };
-        self.device.download(to, bytes)
+        self.device.download(self.buffers.largest, bytes)
     }
 
     fn most_likely(&self, row: usize) -> Option<TokenId> {
@@ -108,6 +128,14 @@ impl Home for Cuda {
         (&mut self.pool, Logits { floats: &self.logits, stride: self.sizes.logits })
     }
 
+    fn export(&mut self, memory: &KvMemory, pages: &[PageId]) -> Result<(), Error> {
+        self.export_pages(memory, pages)
+    }
+
+    fn import(&mut self, memory: &KvMemory, pages: &[PageId]) -> Result<(), Error> {
+        self.import_pages(memory, pages)
+    }
+
     fn expert_bytes(&self) -> (u64, u64) {
         (0, 0)
     }
@@ -117,60 +145,120 @@ impl Home for Cuda {
 #[derive(Clone, Copy, Debug)]
 struct At {
     rows: usize,
-    /// Their sequences and how many: `[sequences][4]`.
+    /// Their sequences, `[count][4]`.
     sequences: Region,
     count: usize,
+    /// Most rows of one of them, and positions of the longest, or more.
+    most_tokens: usize,
+    longest: usize,
     residual: Region,
     qkv: Region,
 }
 
 impl Cuda {
-    /// Asks for all of a pass, up to the head's inputs, and marks where each layer's pages are final.
-    fn launch_pass(&mut self, decoder: &Decoder, pass: &Pass<'_>) -> Result<(), Error> {
-        let Buffers { residual, qkv, kept_residual, kept_qkv, input, attended, gated, .. } = self.buffers;
-        let count = pass.spans.len();
-        let mut at = At { rows: pass.tokens.len(), sequences: self.parts.sequences, count, residual, qkv };
+    /// Asks for a pass of rows that decode, and for what follows their tokens, as one.
+    fn replay(&mut self, decoder: &Decoder, bucket: Bucket) -> Result<(), Error> {
+        let graph = match self.graphs.get(&bucket) {
+            Some(graph) => *graph,
+            None => {
+                self.device.begin_graph()?;
+                let asked = self.launch_decode(decoder, bucket);
+                // A device that remembers does nothing else, so it is told to stop in any case.
+                let graph = self.device.end_graph();
+                asked?;
+                *self.graphs.entry(bucket).or_insert(graph?)
+            }
+        };
+        self.device.replay(graph)?;
+        (self.rows, self.hidden, self.drawn) = (bucket.rows, self.buffers.input, bucket.rows);
+        self.device.mark(0)
+    }
+
+    fn launch_decode(&mut self, decoder: &Decoder, bucket: Bucket) -> Result<(), Error> {
+        let at = At {
+            rows: bucket.rows,
+            sequences: self.parts.sequences,
+            count: bucket.rows,
+            most_tokens: 1,
+            longest: bucket.longest,
+            residual: self.buffers.residual,
+            qkv: self.buffers.qkv,
+        };
         self.embed(decoder, &at)?;
         for layer in 0..self.weights.blocks.len() {
-            let block = self.weights.blocks[layer];
-            self.norm(decoder, &at, block.attention_norm)?;
-            self.linear(&block.qkv, &at, (input, self.sizes.residual), (qkv, self.sizes.qkv), Finish::Store)?;
-            self.rotate_and_write(decoder, &at, &block, layer)?;
-            self.device.mark(layer)?;
-            if layer + 1 == self.weights.blocks.len() {
-                // The last pages are written. From here on a token matters only to its own logits.
-                let kept = pass.places.len();
-                if kept == 0 {
-                    self.rows = 0;
-                    return Ok(());
-                }
-                if kept < at.rows {
-                    self.gather(kept, residual, kept_residual, self.sizes.residual)?;
-                    self.gather(kept, qkv, kept_qkv, self.sizes.qkv)?;
-                    (at.rows, at.residual, at.qkv) = (kept, kept_residual, kept_qkv);
-                    (at.sequences, at.count) = (self.parts.kept_sequences, pass.kept.len());
-                }
-            }
-            self.attend(decoder, &at, layer)?;
-            if decoder.parallel {
-                // The MLP reads the residual as attention did.
-                self.norm(decoder, &at, block.mlp_norm)?;
-            }
-            let from = (attended, self.sizes.attended);
-            self.add(decoder, &block.output, &at, from, block.attention_post_norm)?;
-            if !decoder.parallel {
-                self.norm(decoder, &at, block.mlp_norm)?;
-            }
-            let (inner, finish) = match &block.inner {
-                Inner::Gated(gate_up) => (gate_up, Finish::Gate(decoder.activation)),
-                Inner::Plain(up) => (up, Finish::Activate(decoder.activation)),
-            };
-            self.linear(inner, &at, (input, self.sizes.residual), (gated, self.sizes.gated), finish)?;
-            self.add(decoder, &block.down, &at, (gated, self.sizes.gated), block.mlp_post_norm)?;
+            self.write_pages(decoder, &at, layer)?;
+            self.finish_block(decoder, &at, layer)?;
         }
         self.norm(decoder, &at, Some(self.weights.final_norm))?;
-        (self.rows, self.hidden) = (at.rows, input);
-        Ok(())
+        self.launch_head(decoder, self.buffers.input, at.rows)
+    }
+
+    /// Asks for all of a pass, up to the head's inputs, and marks where each layer's pages are final.
+    fn launch_pass(&mut self, decoder: &Decoder, pass: &Pass<'_>) -> Result<(), Error> {
+        let Buffers { residual, qkv, kept_residual, kept_qkv, input, .. } = self.buffers;
+        let most = |spans: &[Span<'_>]| spans.iter().map(|span| span.tokens).max().unwrap_or(0);
+        let mut at = At {
+            rows: pass.tokens.len(),
+            sequences: self.parts.sequences,
+            count: pass.spans.len(),
+            most_tokens: most(pass.spans),
+            longest: pass.spans.iter().map(|span| span.start + span.tokens).max().unwrap_or(0),
+            residual,
+            qkv,
+        };
+        (self.rows, self.hidden, self.drawn) = (pass.places.len(), input, 0);
+        let last = self.weights.blocks.len() - 1;
+        self.embed(decoder, &at)?;
+        for layer in 0..=last {
+            self.write_pages(decoder, &at, layer)?;
+            self.device.mark(layer)?;
+            if layer == last {
+                // From here on a token matters only to its own logits.
+                if self.rows == 0 {
+                    return Ok(());
+                }
+                if self.rows < at.rows {
+                    self.gather(self.rows, residual, kept_residual, self.sizes.residual)?;
+                    self.gather(self.rows, qkv, kept_qkv, self.sizes.qkv)?;
+                    (at.rows, at.residual, at.qkv) = (self.rows, kept_residual, kept_qkv);
+                    (at.sequences, at.count) = (self.parts.kept_sequences, pass.kept.len());
+                    at.most_tokens = most(pass.kept);
+                }
+            }
+            self.finish_block(decoder, &at, layer)?;
+        }
+        self.norm(decoder, &at, Some(self.weights.final_norm))
+    }
+
+    /// Computes q, k and v of a layer, and writes its pages.
+    fn write_pages(&mut self, decoder: &Decoder, at: &At, layer: usize) -> Result<(), Error> {
+        let block = self.weights.blocks[layer];
+        let (input, qkv) = (self.buffers.input, self.buffers.qkv);
+        self.norm(decoder, at, block.attention_norm)?;
+        self.linear(&block.qkv, at.rows, (input, self.sizes.residual), (qkv, self.sizes.qkv), Finish::Store)?;
+        self.rotate_and_write(decoder, at, &block, layer)
+    }
+
+    /// Attends, and computes the rest of a block.
+    fn finish_block(&mut self, decoder: &Decoder, at: &At, layer: usize) -> Result<(), Error> {
+        let block = self.weights.blocks[layer];
+        let Buffers { input, attended, gated, .. } = self.buffers;
+        self.attend(decoder, at, layer)?;
+        if decoder.parallel {
+            // The MLP reads the residual as attention did.
+            self.norm(decoder, at, block.mlp_norm)?;
+        }
+        let from = (attended, self.sizes.attended);
+        self.add(decoder, &block.output, at, from, block.attention_post_norm)?;
+        if !decoder.parallel {
+            self.norm(decoder, at, block.mlp_norm)?;
+        }
+        let (inner, finish) = match &block.inner {
+            Inner::Gated(gate_up) => (gate_up, Finish::Gate(decoder.activation)),
+            Inner::Plain(up) => (up, Finish::Activate(decoder.activation)),
+        };
+        self.linear(inner, at.rows, (input, self.sizes.residual), (gated, self.sizes.gated), finish)?;
+        self.add(decoder, &block.down, at, (gated, self.sizes.gated), block.mlp_post_norm)
     }
 
     fn embed(&mut self, decoder: &Decoder, at: &At) -> Result<(), Error> {
@@ -224,12 +312,12 @@ impl Cuda {
     fn linear(
         &mut self,
         linear: &Linear,
-        at: &At,
+        rows: usize,
         (from, from_stride): (Region, usize),
         (to, to_stride): (Region, usize),
         finish: Finish,
     ) -> Result<(), Error> {
-        let call = linear.call(self.element, at.rows, from, from_stride);
+        let call = linear.call(self.element, rows, from, from_stride);
         let call = kernels::Linear {
             to: to.address,
             to_stride: to_stride as u32,
@@ -252,10 +340,10 @@ impl Cuda {
     ) -> Result<(), Error> {
         let (residual, stride) = (at.residual, self.sizes.residual);
         if norm.is_none() {
-            return self.linear(linear, at, from, (residual, stride), Finish::Add);
+            return self.linear(linear, at.rows, from, (residual, stride), Finish::Add);
         }
         let outcome = self.buffers.outcome;
-        self.linear(linear, at, from, (outcome, stride), Finish::Store)?;
+        self.linear(linear, at.rows, from, (outcome, stride), Finish::Store)?;
         self.norm_rows(decoder, at, norm, outcome, (residual, NormTo::Add))
     }
 
@@ -269,19 +357,26 @@ impl Cuda {
         self.device.launch(&gather.call())
     }
 
-    /// Computes the logits of `rows`.
+    /// Computes the logits of `rows` and finds the largest of each, unless the pass has.
     fn head(&mut self, decoder: &Decoder, rows: Range<usize>) -> Result<(), Error> {
         assert!(rows.end <= self.rows && rows.len() <= self.sizes.logits_rows, "rows {rows:?} of {}", self.rows);
-        let (logits, stride) = (self.buffers.logits, self.sizes.logits);
-        let (head, bytes) = (self.weights.head, self.sizes.residual * 2);
-        let from = self.hidden.part(rows.start * bytes, rows.len() * bytes);
-        let at = At { rows: rows.len(), sequences: Region::default(), count: 0, residual: from, qkv: from };
-        self.linear(&head, &at, (from, self.sizes.residual), (logits, stride), Finish::Store)?;
-        let (scale, cap) = (decoder.logit_scale, decoder.logit_cap);
-        if scale == 1.0 && cap.is_none() {
+        if rows.start == 0 && rows.end <= self.drawn {
             return Ok(());
         }
-        let (stride, columns) = (stride as u32, decoder.vocab_size as u32);
-        self.device.launch(&Cap { rows: at.rows as u32, logits: logits.address, stride, columns, scale, cap }.call())
+        self.drawn = 0;
+        let bytes = self.sizes.residual * 2;
+        self.launch_head(decoder, self.hidden.part(rows.start * bytes, rows.len() * bytes), rows.len())
+    }
+
+    fn launch_head(&mut self, decoder: &Decoder, from: Region, rows: usize) -> Result<(), Error> {
+        let (logits, stride, head) = (self.buffers.logits, self.sizes.logits, self.weights.head);
+        self.linear(&head, rows, (from, self.sizes.residual), (logits, stride), Finish::Store)?;
+        let (scale, cap) = (decoder.logit_scale, decoder.logit_cap);
+        let (rows, stride, columns, logits) = (rows as u32, stride as u32, decoder.vocab_size as u32, logits.address);
+        if scale != 1.0 || cap.is_some() {
+            self.device.launch(&Cap { rows, logits, stride, columns, scale, cap }.call())?;
+        }
+        let to = self.buffers.largest.address;
+        self.device.launch(&Largest { rows, logits, to, stride, columns }.call())
     }
 }

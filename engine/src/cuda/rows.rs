@@ -156,7 +156,7 @@ mod tests {
         let capacity = Capacity { rows: 6, sequences: 3, entries: 8 };
         let mut rows = Rows::new(capacity);
         let pages = [[PageId(7), PageId(3), PageId(9)], [PageId(5), PageId(2), PageId(1)]];
-        let span = |first, tokens, start, pages| Span { first, tokens, start, pages, adapter: None };
+        let span = |first, tokens, start, pages| Span { first, tokens, start, pages, adapter: None, leaves: false };
         let spans = [span(0, 3, 3, &pages[0][..]), span(3, 1, 0, &pages[1][..])];
         let kept = [span(0, 1, 4, &pages[0][..]), span(1, 1, 5, &pages[0][..]), span(2, 1, 0, &pages[1][..])];
         let places = [(0, 1), (0, 2), (1, 0)].map(|(row, token)| Place { row, token });

@@ -6,7 +6,7 @@
 //! read in pieces of at most a step while others are drafted. When pages run out, whoever was not drafted for
 //! the longest time loses its cache and has it computed again when its turn comes.
 
-use crate::{Config, Engine, Error, Model, Row, Sample, Sampling, scheduler::SequenceId, step};
+use crate::{Config, Device, Engine, Error, Model, Row, Sample, Sampling, scheduler::SequenceId, step};
 use kv_cache::{PageId, TokenId};
 use std::{collections::HashMap, sync::Arc};
 
@@ -67,6 +67,10 @@ impl DraftModel {
         let (ours, theirs) = (model.info().vocab_size, target.model().info().vocab_size);
         if ours != theirs {
             let problem = format!("its vocabulary has {ours} tokens, the model's {theirs}: they must be the same");
+            return Err(Error::setting("draft_model", problem));
+        }
+        if target.config().device != Device::Cpu {
+            let problem = format!("the model runs on {}, and no draft model runs beside it yet", target.config().device);
             return Err(Error::setting("draft_model", problem));
         }
         let longest = target.max_model_len().min(model.info().max_position as usize);

@@ -29,13 +29,6 @@ impl Engine {
         match config.device {
             Device::Cpu => Self::with_kernels(model, config, Kernels::detect()),
             Device::Cuda(card) => Self::on_card(model, config, card),
-            Device::Auto => match Self::on_card(model.clone(), config, 0) {
-                Ok(engine) => Ok(engine),
-                Err(error) => {
-                    tracing::info!(%error, "no card is used");
-                    Self::with_kernels(model, config, Kernels::detect())
-                }
-            },
         }
     }
 
@@ -164,13 +157,13 @@ impl Engine {
 }
 
 /// Checks, from a model's description alone, that an engine of `config` could run it: whoever asks before the weights are loaded need not wait
-/// for them to learn that it cannot. A device that may be another than a card is never refused.
+/// for them to learn that it cannot.
 ///
 /// # Errors
 /// As [`Engine::new`].
 pub fn check_device(path: &Path, config: &Config) -> Result<(), Error> {
     match config.device {
-        Device::Cpu | Device::Auto => Ok(()),
+        Device::Cpu => Ok(()),
         #[cfg(feature = "cuda")]
         Device::Cuda(_) => crate::cuda::check_path(path, config),
         #[cfg(not(feature = "cuda"))]
