@@ -11,6 +11,7 @@
 
 mod config;
 mod cpu;
+mod cuda;
 mod embedding;
 mod error;
 mod lora;

@@ -1,0 +1,6 @@
+//! Cards of NVIDIA as a home for a model.
+
+#[cfg(test)]
+mod emulator;
+#[cfg(test)]
+mod kernels;
