@@ -51,11 +51,16 @@ use crate::{
 use device::{Memory, Region};
 use graphs::Graphs;
 use kernels::{Element, Linear};
-use kv_cache::{PageLayout, TokenId};
+use kv_cache::{KvDtype, PageLayout, TokenId};
 use pages::Pool as Pages;
 use rows::{Capacity, Parts, Rows};
 use std::ops::Range;
 use weights::Uploaded;
+
+/// Returns what keys and values of `model` are kept as when nobody says.
+pub(crate) fn kv_dtype(model: &Model) -> KvDtype {
+    weights::kv_dtype(weights::element(&model.weights))
+}
 
 /// Opens card `card`, whose kernels are compiled by the library `nvrtc` and kept in the folder `cache`.
 ///
@@ -112,6 +117,9 @@ impl Sizes {
     }
 }
 
+/// Most bytes of [`Buffers::states`], unless a single sequence leaves more. Sequences that find no room wait for others.
+const STATES: usize = 256 << 20;
+
 /// What a pass works in, all on the device.
 #[derive(Clone, Copy, Debug)]
 struct Buffers {
@@ -131,6 +139,8 @@ struct Buffers {
     /// Sums that blocks leave to each other, and how many have.
     partial: Region,
     counters: Region,
+    /// What parts of long sequences leave to each other in attention.
+    states: Region,
 }
 
 /// A model's weights, buffers and pages on a device.
@@ -219,7 +229,7 @@ impl Cuda {
 
     /// Reserves the pool.
     pub(crate) fn reserve_pages(&mut self, layout: &PageLayout) -> Result<(), Error> {
-        self.pages = Some(Pages::reserve(&mut *self.device, layout)?);
+        self.pages = Some(Pages::reserve(&mut *self.device, layout, self.element)?);
         Ok(())
     }
 }
@@ -240,6 +250,8 @@ impl Buffers {
             let bytes = |rows: usize| linear.call(element, rows, Region::default(), 0).partial_bytes();
             (1..=rows).step_by(16).chain([rows]).map(bytes).max().unwrap_or(0)
         };
+        // No less than a sequence of any length leaves.
+        let each = sizes.context.div_ceil(512) * decoder.kv_heads * (decoder.head_dim / 2 + 12) * 128;
         let partial = weights.linears().map(of).max().unwrap_or(0);
         Ok(Self {
             residual: alloc(rows * sizes.residual * 4)?,
@@ -254,6 +266,7 @@ impl Buffers {
             largest: alloc(sizes.logits_rows * 4)?,
             partial: alloc(partial as usize)?,
             counters: alloc(Linear::most_counters() as usize * 4)?,
+            states: alloc((sizes.capacity.sequences * each).min(STATES).max(each))?,
         })
     }
 }

@@ -18,7 +18,7 @@ mod quantized;
 mod timed;
 
 use crate::{
-    Adapter, Config, Engine, Logprobs, Model, PromptLogprobs, Row, Sample, Sampled, Sampling, TokenId,
+    Adapter, Config, Device, Engine, Logprobs, Model, PromptLogprobs, Row, Sample, Sampled, Sampling, TokenId,
     cpu::kernels::Kernels,
     cuda::{Emulated, Order},
 };
@@ -60,6 +60,9 @@ enum Unit {
     Kernels(&'static Kernels),
     /// A card that the processor plays, whose threads take turns in some order.
     Card(Order),
+    /// A real card.
+    #[cfg(feature = "cuda")]
+    Real,
 }
 
 impl From<&'static Kernels> for Unit {
@@ -73,6 +76,13 @@ impl Unit {
         match self {
             Unit::Kernels(kernels) => Engine::with_kernels(model, config, kernels),
             Unit::Card(order) => Engine::on_device(model, config, Box::new(Emulated::new(order))),
+            #[cfg(feature = "cuda")]
+            Unit::Real => {
+                let setting = |name| std::env::vars().find(|(key, _)| key == name).map(|(_, value)| value);
+                let card = setting("BATON_CARD").map_or(0, |card| card.parse().expect("BATON_CARD: a number"));
+                let nvrtc_library = setting("BATON_NVRTC_LIBRARY").map(PathBuf::from);
+                Engine::new(model, &Config { device: Device::Cuda(card), nvrtc_library, ..config.clone() })
+            }
         }
         .expect("an engine")
     }

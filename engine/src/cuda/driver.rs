@@ -174,7 +174,7 @@ impl Card {
             Some(module) => *module,
             None => {
                 let options = nvrtc::options(&self.architecture());
-                let cubin = self.cache.cubin(&self.nvrtc, kernel.source.file().0, &kernel.text(), &options);
+                let cubin = self.cache.cubin(&self.nvrtc, kernel.name, &kernel.text(), &options);
                 let cubin = cubin.map_err(|problem| Error::card(&self.name, "compile its kernels", problem))?;
                 // SAFETY: the driver checks what it is given, and copies it.
                 let module = unsafe { module::load_data(cubin.as_ptr().cast()) }

@@ -4,15 +4,18 @@ use super::{
     Buffers, Cuda,
     device::Region,
     graphs::Bucket,
-    kernels::{self, Cap, Element, Embed, Finish, Gather, Largest, Norm, NormTo},
+    kernels::{self, Attention, Cap, Element, Embed, Finish, Gather, HeadNorms, Largest, Norm, NormTo, Pages, Rotary, Share},
     rows::Capacity,
-    weights::{Block, Inner, Linear, NormWeights},
+    weights::{Inner, Linear, NormWeights},
 };
 use crate::{
     Error, KvMemory, Model,
     cpu::{nodes::Stay, pool::Pool},
     home::{Home, Logits, Pass, Span},
-    model::{checkpoint::ElementType, decoder::Decoder},
+    model::{
+        checkpoint::ElementType,
+        decoder::{Decoder, QkNorm},
+    },
 };
 use kv_cache::{PageId, TokenId};
 use std::ops::Range;
@@ -141,18 +144,43 @@ impl Home for Cuda {
     }
 }
 
-/// The rows that a part of a pass works on.
+/// The rows that some of a pass works on.
 #[derive(Clone, Copy, Debug)]
 struct At {
     rows: usize,
-    /// Their sequences, `[count][4]`.
-    sequences: Region,
-    count: usize,
-    /// Most rows of one of them, and positions of the longest, or more.
-    most_tokens: usize,
-    longest: usize,
     residual: Region,
     qkv: Region,
+    /// `[sequences][4]`, and which of them attend in the same way.
+    sequences: Region,
+    parts: [Part; 2],
+}
+
+/// Sequences that follow each other, or none.
+#[derive(Clone, Copy, Debug, Default)]
+struct Part {
+    first: usize,
+    count: usize,
+    /// Rows of all of them, most rows of one, and positions of the longest; or more.
+    rows: usize,
+    most_rows: usize,
+    longest: usize,
+}
+
+impl Part {
+    /// Cuts `spans` where the first is that has more rows than a warp takes of `group` heads each: those before it, and the rest.
+    fn cut(spans: &[Span<'_>], group: usize) -> [Part; 2] {
+        let few = spans.iter().take_while(|span| span.tokens * group <= 16).count();
+        [0..few, few..spans.len()].map(|range| {
+            let spans = &spans[range.clone()];
+            Part {
+                first: range.start,
+                count: spans.len(),
+                rows: spans.iter().map(|span| span.tokens).sum(),
+                most_rows: spans.iter().map(|span| span.tokens).max().unwrap_or(0),
+                longest: spans.iter().map(|span| span.start + span.tokens).max().unwrap_or(0),
+            }
+        })
+    }
 }
 
 impl Cuda {
@@ -175,15 +203,10 @@ impl Cuda {
     }
 
     fn launch_decode(&mut self, decoder: &Decoder, bucket: Bucket) -> Result<(), Error> {
-        let at = At {
-            rows: bucket.rows,
-            sequences: self.parts.sequences,
-            count: bucket.rows,
-            most_tokens: 1,
-            longest: bucket.longest,
-            residual: self.buffers.residual,
-            qkv: self.buffers.qkv,
-        };
+        let Bucket { rows, longest } = bucket;
+        let all = Part { first: 0, count: rows, rows, most_rows: 1, longest };
+        let (residual, qkv) = (self.buffers.residual, self.buffers.qkv);
+        let at = At { rows, residual, qkv, sequences: self.parts.sequences, parts: [all, Part::default()] };
         self.embed(decoder, &at)?;
         for layer in 0..self.weights.blocks.len() {
             self.write_pages(decoder, &at, layer)?;
@@ -196,16 +219,9 @@ impl Cuda {
     /// Asks for all of a pass, up to the head's inputs, and marks where each layer's pages are final.
     fn launch_pass(&mut self, decoder: &Decoder, pass: &Pass<'_>) -> Result<(), Error> {
         let Buffers { residual, qkv, kept_residual, kept_qkv, input, .. } = self.buffers;
-        let most = |spans: &[Span<'_>]| spans.iter().map(|span| span.tokens).max().unwrap_or(0);
-        let mut at = At {
-            rows: pass.tokens.len(),
-            sequences: self.parts.sequences,
-            count: pass.spans.len(),
-            most_tokens: most(pass.spans),
-            longest: pass.spans.iter().map(|span| span.start + span.tokens).max().unwrap_or(0),
-            residual,
-            qkv,
-        };
+        let group = decoder.heads / decoder.kv_heads;
+        let (rows, parts) = (pass.tokens.len(), Part::cut(pass.spans, group));
+        let mut at = At { rows, residual, qkv, sequences: self.parts.sequences, parts };
         (self.rows, self.hidden, self.drawn) = (pass.places.len(), input, 0);
         let last = self.weights.blocks.len() - 1;
         self.embed(decoder, &at)?;
@@ -221,8 +237,7 @@ impl Cuda {
                     self.gather(self.rows, residual, kept_residual, self.sizes.residual)?;
                     self.gather(self.rows, qkv, kept_qkv, self.sizes.qkv)?;
                     (at.rows, at.residual, at.qkv) = (self.rows, kept_residual, kept_qkv);
-                    (at.sequences, at.count) = (self.parts.kept_sequences, pass.kept.len());
-                    at.most_tokens = most(pass.kept);
+                    (at.sequences, at.parts) = (self.parts.kept_sequences, Part::cut(pass.kept, group));
                 }
             }
             self.finish_block(decoder, &at, layer)?;
@@ -236,7 +251,7 @@ impl Cuda {
         let (input, qkv) = (self.buffers.input, self.buffers.qkv);
         self.norm(decoder, at, block.attention_norm)?;
         self.linear(&block.qkv, at.rows, (input, self.sizes.residual), (qkv, self.sizes.qkv), Finish::Store)?;
-        self.rotate_and_write(decoder, at, &block, layer)
+        self.rotate_and_write(decoder, at, layer)
     }
 
     /// Attends, and computes the rest of a block.
@@ -347,8 +362,81 @@ impl Cuda {
         self.norm_rows(decoder, at, norm, outcome, (residual, NormTo::Add))
     }
 
-    fn rotate_and_write(&mut self, _: &Decoder, _: &At, _: &Block, _: usize) -> Result<(), Error> { todo!() }
-    fn attend(&mut self, _: &Decoder, _: &At, _: usize) -> Result<(), Error> { todo!() }
+    /// Norms q and k, turns them, and writes k and v to the pages of layer `layer`.
+    fn rotate_and_write(&mut self, decoder: &Decoder, at: &At, layer: usize) -> Result<(), Error> {
+        let rope = decoder.layer_ropes[layer];
+        let norms = self.weights.blocks[layer].head_norms.map(|(q, k)| HeadNorms {
+            kind: decoder.norm,
+            share: match decoder.qk_norm {
+                QkNorm::None | QkNorm::Head => Share::Same,
+                QkNorm::EachHead => Share::Each,
+                QkNorm::Whole => Share::Whole,
+            },
+            q: q.address,
+            k: k.address,
+            eps: decoder.norm_eps,
+        });
+        let rotary = Rotary {
+            element: self.element,
+            rows: at.rows as u32,
+            qkv: at.qkv.address,
+            stride: self.sizes.qkv as u32,
+            heads: decoder.heads as u32,
+            positions: self.parts.positions.address,
+            slots: self.parts.slots.address,
+            angles: self.weights.angles[rope].address,
+            pairs: decoder.ropes[rope].pairs() as u32,
+            interleaved: decoder.interleaved_pairs,
+            norms,
+            pages: self.layer_pages(layer),
+        };
+        self.device.launch(&rotary.call())
+    }
+
+    /// Attends over the pages of layer `layer`: sequences of few rows apart from those of many, as many at a time as there is room for states.
+    fn attend(&mut self, decoder: &Decoder, at: &At, layer: usize) -> Result<(), Error> {
+        for part in at.parts.into_iter().filter(|part| part.count > 0) {
+            let all = self.attention(decoder, at, layer, &part);
+            let each = Attention { sequence_count: 1, ..all }.state_bytes().max(1);
+            assert!(each <= self.buffers.states.bytes as u64, "{each} bytes of states of a sequence");
+            let most = ((self.buffers.states.bytes as u64 / each) as usize).clamp(1, part.count);
+            for first in (part.first..part.first + part.count).step_by(most) {
+                let count = most.min(part.first + part.count - first);
+                let sequences = at.sequences.part(first * 16, count * 16).address;
+                let (call, merge) = Attention { sequences, sequence_count: count as u32, ..all }.calls();
+                self.device.launch(&call)?;
+                merge.map_or(Ok(()), |merge| self.device.launch(&merge))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn attention(&self, decoder: &Decoder, at: &At, layer: usize, part: &Part) -> Attention {
+        Attention {
+            element: self.element,
+            rows: part.rows as u32,
+            most_rows: part.most_rows as u32,
+            longest: part.longest as u32,
+            q: at.qkv.address,
+            q_stride: self.sizes.qkv as u32,
+            heads: decoder.heads as u32,
+            sequences: at.sequences.address,
+            sequence_count: part.count as u32,
+            tables: self.parts.tables.address,
+            to: self.buffers.attended.address,
+            to_stride: self.sizes.attended as u32,
+            window: decoder.windows[layer].map(|window| window as u32),
+            scale: decoder.score_scale,
+            cap: decoder.score_cap,
+            pages: self.layer_pages(layer),
+            states: self.buffers.states.address,
+        }
+    }
+
+    fn layer_pages(&self, layer: usize) -> Pages {
+        let pool = self.pages.as_ref().expect("pages are reserved before the first step");
+        pool.layers[layer]
+    }
 
     /// Copies the rows that are kept of `from`, f32 of `stride`.
     fn gather(&mut self, kept: usize, from: Region, to: Region, stride: usize) -> Result<(), Error> {

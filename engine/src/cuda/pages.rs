@@ -7,6 +7,7 @@
 use super::{
     Cuda,
     device::{Device, Region},
+    kernels::{Element, Pages},
 };
 use crate::{Error, KvMemory, home::Span};
 use kv_cache::{PageId, PageLayout};
@@ -17,6 +18,8 @@ pub(super) struct Pool {
     /// The host's layout, but with a page behind each layer's that padding writes to.
     layout: PageLayout,
     region: Region,
+    /// What kernels are told of each layer.
+    pub(super) layers: Vec<Pages>,
     /// By page: whether the host has what the device has.
     copied: Vec<bool>,
     /// Blocks and pages of a copy, in memory that is kept.
@@ -26,22 +29,13 @@ pub(super) struct Pool {
 
 impl Pool {
     /// Reserves the pool of `layout`.
-    pub(super) fn reserve(device: &mut dyn Device, layout: &PageLayout) -> Result<Self, Error> {
+    pub(super) fn reserve(device: &mut dyn Device, layout: &PageLayout, element: Element) -> Result<Self, Error> {
         let copied = vec![false; layout.pages as usize];
         let layout = PageLayout { pages: layout.pages + 1, ..layout.clone() };
         let region = device.alloc("pages", layout.pool_bytes())?;
-        Ok(Self { layout, region, copied, blocks: Vec::new(), pages: Vec::new() })
-    }
-
-    /// Returns how blocks lie.
-    pub(super) fn layout(&self) -> &PageLayout {
-        &self.layout
-    }
-
-    /// Returns the blocks of layer `layer`, one for each page.
-    pub(super) fn layer(&self, layer: usize) -> Region {
-        let first = self.layout.block_offset(layer as u32, PageId(0));
-        self.region.part(first, self.layout.pages as usize * self.layout.block_bytes())
+        let layers = (0..layout.layers as usize).map(|layer| Pages::new(&layout, element, region.address, layer));
+        let layers = layers.collect::<Result<_, _>>().map_err(|problem| Error::setting("device", problem))?;
+        Ok(Self { layout, region, layers, copied, blocks: Vec::new(), pages: Vec::new() })
     }
 
     fn block(&self, layer: u32, page: PageId) -> Region {

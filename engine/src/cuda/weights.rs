@@ -103,8 +103,8 @@ pub(crate) struct Uploaded {
 /// # Errors
 /// [`Error::Setting`] names it.
 pub(crate) fn check(model: &Model, config: &Config) -> Result<(), Error> {
-    check_decoder(&model.decoder, config)?;
     let weights = &model.weights;
+    check_decoder(&model.decoder, element(weights), config)?;
     let readable = |packed: &Packed| matches!(packed.weights(), WeightType::Float(_));
     if weights.packed().all(readable) { Ok(()) } else { Err(unread(&weights.dtype)) }
 }
@@ -115,16 +115,19 @@ pub(crate) fn check(model: &Model, config: &Config) -> Result<(), Error> {
 /// As [`check`], and [`Error::Checkpoint`] for a description that is at fault.
 pub(crate) fn check_path(path: &Path, config: &Config) -> Result<(), Error> {
     let Opened { decoder, checkpoint, quantization, .. } = Opened::open(path)?;
-    check_decoder(&decoder, config)?;
-    let stored = quantization.map(|quantization| quantization.describe()).or(checkpoint.blocks_name().map(str::to_owned));
-    stored.map_or(Ok(()), |stored| Err(unread(&stored)))
+    check_decoder(&decoder, element_of(checkpoint.matrix_dtype()), config)?;
+    let blocks = checkpoint.blocks_name().map(str::to_owned);
+    let quantised = quantization.map(|quantization| quantization.describe()).or(blocks);
+    quantised.map_or(Ok(()), |quantised| Err(unread(&quantised)))
 }
 
 fn unread(dtype: &str) -> Error {
-    Error::setting("device", format!("weights of type {dtype} are not read on a card yet: bf16 and f16 are, and f32, which are rounded to bf16"))
+    let problem =
+        format!("weights of type {dtype} are not read on a card yet: bf16 and f16 are, and f32, which are rounded to bf16");
+    Error::setting("device", problem)
 }
 
-fn check_decoder(decoder: &Decoder, config: &Config) -> Result<(), Error> {
+fn check_decoder(decoder: &Decoder, element: Element, config: &Config) -> Result<(), Error> {
     let Decoder { architecture, head_dim, .. } = decoder;
     let refused = |problem: String| Err(Error::setting("device", problem));
     if decoder.latent.is_some() {
@@ -133,12 +136,37 @@ fn check_decoder(decoder: &Decoder, config: &Config) -> Result<(), Error> {
     if decoder.mixture.is_some() {
         return refused(format!("a mixture of experts ({architecture}) does not run on a card yet"));
     }
-    if !head_dim.is_multiple_of(8) || *head_dim > 256 {
-        return refused(format!("heads of {head_dim} elements ({architecture}) do not run on a card yet: those of a multiple of 8 up to 256 do"));
+    if !head_dim.is_multiple_of(4) || *head_dim > 256 {
+        return refused(format!(
+            "heads of {head_dim} elements ({architecture}) do not run on a card: those of a multiple of 4 up to 256 do"
+        ));
     }
+    if !config.page_tokens.is_power_of_two() {
+        let problem = format!("{} is no power of two, which pages on a card need", config.page_tokens);
+        return Err(Error::setting("page_tokens", problem));
+    }
+    let own = kv_dtype(element);
     match config.kv_dtype {
-        None | Some(KvDtype::Bf16) => Ok(()),
-        Some(other) => Err(Error::setting("kv_dtype", format!("{other} pages are not written on a card yet: bf16 ones are"))),
+        Some(other) if ![own, KvDtype::Fp8, KvDtype::Int8].contains(&other) => {
+            let problem = format!("{other} pages are not written on a card for this model: {own}, fp8 and int8 ones are");
+            Err(Error::setting("kv_dtype", problem))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Returns what keys and values are kept as when nobody says.
+pub(crate) fn kv_dtype(element: Element) -> KvDtype {
+    match element {
+        Element::Bf16 => KvDtype::Bf16,
+        Element::F16 => KvDtype::F16,
+    }
+}
+
+fn element_of(dtype: ElementType) -> Element {
+    match dtype {
+        ElementType::F16 => Element::F16,
+        ElementType::F32 | ElementType::Bf16 => Element::Bf16,
     }
 }
 

@@ -96,7 +96,7 @@ impl Engine {
         crate::cuda::check(&model, config)?;
         let context = context(&model, config);
         // Without pages yet; how many there is room for is known when everything else has its memory.
-        let mut config = Config { kv_dtype: Some(config.kv_dtype.unwrap_or(KvDtype::Bf16)), ..config.clone() };
+        let mut config = Config { kv_dtype: Some(config.kv_dtype.unwrap_or_else(|| crate::cuda::kv_dtype(&model))), ..config.clone() };
         let most = Limits::new(&model, &config, &page_layout(&model, &Config { kv_bytes: Some(u64::MAX), ..config.clone() })?, false)?;
         let sizes = crate::cuda::Sizes::new(&model, (most.token_budget, most.max_sequences), most.logits_rows(), context, most.page_tokens);
         let mut home = crate::cuda::Cuda::new(device, &model, sizes, threads(&config)?)?;
