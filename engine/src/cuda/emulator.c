@@ -32,7 +32,7 @@ typedef int32_t i32;
 #define ROLLED
 #define INFINITE __builtin_inff()
 
-enum { LANES = 32, MOST_THREADS = 1024, STACK = 128 << 10, MOST_COPIES = 256, GUARD = 64 << 10, MOST_SHARED = 256 << 10 };
+enum { LANES = 32, MOST_THREADS = 1024, STACK = 128 << 10, MOST_COPIES = 1024, GUARD = 64 << 10, MOST_SHARED = 256 << 10 };
 enum { READY, AT_WARP, AT_BARRIER, DONE };
 enum { WARP_BARRIER, SHUFFLE_XOR, SHUFFLE, MMA_BF16, MMA_F16, LOAD_TRANSPOSED };
 
@@ -214,6 +214,7 @@ static void queue_copy(Copy copy) {
 }
 
 DEVICE void copy_async(void *to, const void *from, int valid) { queue_copy((Copy){to, from, 16, valid}); }
+DEVICE void copy_async_8(void *to, const void *from, int valid) { queue_copy((Copy){to, from, 8, valid}); }
 DEVICE void copy_commit(void) { queue_copy((Copy){0, 0, 0, 0}); }
 
 static inline void wait_copies(int left) {

@@ -80,7 +80,7 @@ fn library(kernel: &Kernel) -> Result<Arc<Library>, String> {
     let output = compiler.args(["-Werror", "-Wno-unknown-pragmas", "-o"]).arg(&object).arg(&source).arg("-lm").output();
     let output = output.map_err(|error| format!("start the C compiler `cc`: {error}"))?;
     if !output.status.success() {
-        return Err(format!("cc on {}: {}", kernel.source.file().0, String::from_utf8_lossy(&output.stderr)));
+        return Err(format!("cc on {:?}: {}", kernel.source, String::from_utf8_lossy(&output.stderr)));
     }
     // SAFETY: the library has no initialisers.
     let library = unsafe { Library::new(&object) }.map_err(|error| error.to_string())?;

@@ -10,9 +10,11 @@
 //! Buffers begin at multiples of 256 bytes, and rows of 16-bit floats at multiples of 16. Strides count elements.
 
 mod linear;
+mod pages;
 mod rows;
 
 pub(crate) use linear::{Activation, Finish, Linear, LinearShape};
+pub(crate) use pages::{Attention, HeadNorms, Pages, Rotary, Share};
 pub(crate) use rows::{Cap, Embed, Gather, Largest, Norm, NormTo, Table};
 
 /// A file of kernels.
@@ -20,14 +22,19 @@ pub(crate) use rows::{Cap, Embed, Gather, Largest, Norm, NormTo, Table};
 pub(crate) enum Source {
     Rows,
     Linear,
+    Rotary,
+    Attention,
 }
 
 impl Source {
-    /// Returns the file's name and text.
-    pub(crate) fn file(self) -> (&'static str, &'static str) {
+    /// Returns the names and texts of what it is made of.
+    fn files(self) -> &'static [(&'static str, &'static str)] {
+        const PAGES: (&str, &str) = ("pages.cu", include_str!("kernels/pages.cu"));
         match self {
-            Source::Rows => ("rows.cu", include_str!("kernels/rows.cu")),
-            Source::Linear => ("linear.cu", include_str!("kernels/linear.cu")),
+            Source::Rows => &[("rows.cu", include_str!("kernels/rows.cu"))],
+            Source::Linear => &[("linear.cu", include_str!("kernels/linear.cu"))],
+            Source::Rotary => &[PAGES, ("rotary.cu", include_str!("kernels/rotary.cu"))],
+            Source::Attention => &[PAGES, ("attention.cu", include_str!("kernels/attention.cu"))],
         }
     }
 }
@@ -47,7 +54,27 @@ pub(crate) struct Kernel {
     pub(crate) source: Source,
     pub(crate) element: Element,
     /// What else its source is compiled with.
-    pub(crate) defines: &'static [(&'static str, u32)],
+    pub(crate) defines: Defines,
+}
+
+/// Names and values of defines, up to four.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Defines([(&'static str, u32); 4]);
+
+impl Defines {
+    /// Returns `defines`, which are at most four.
+    pub(crate) const fn of(defines: &[(&'static str, u32)]) -> Self {
+        let (mut all, mut at) = ([("", 0); 4], 0);
+        while at < defines.len() {
+            all[at] = defines[at];
+            at += 1;
+        }
+        Self(all)
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &(&'static str, u32)> {
+        self.0.iter().filter(|(name, _)| !name.is_empty())
+    }
 }
 
 /// What kernels are written in, as the device has it.
@@ -65,7 +92,7 @@ impl Kernel {
     pub(crate) fn text_over(&self, face: (&str, &str)) -> String {
         let mut text = format!("#define F16 {}\n", u32::from(self.element == Element::F16));
         self.defines.iter().for_each(|(name, value)| text += &format!("#define {name} {value}\n"));
-        for (file, part) in [face, COMMON, self.source.file()] {
+        for (file, part) in [face, COMMON].iter().chain(self.source.files()) {
             text += &format!("#line 1 \"{file}\"\n{part}");
         }
         text
@@ -93,7 +120,7 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    const MOST: usize = 24;
+    const MOST: usize = 32;
 
     fn word(mut self, word: u64) -> Self {
         self.words[self.len] = word;

@@ -114,6 +114,12 @@ DEVICE void copy_async(void *to, const void *from, int valid) {
                  :: "r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 
+// As `copy_async`, eight bytes.
+DEVICE void copy_async_8(void *to, const void *from, int valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
+                 :: "r"(shared_address(to)), "l"(from), "r"(valid ? 8 : 0) : "memory");
+}
+
 // Closes a group of copies.
 DEVICE void copy_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -1,6 +1,6 @@
 //! Kernels of `linear.cu`: which of them computes a linear, and over which grid.
 
-use super::{Args, Call, Element, Kernel, Source};
+use super::{Args, Call, Defines, Element, Kernel, Source};
 use crate::model::decoder;
 
 /// Inputs of a step: what packed weights are padded to.
@@ -81,7 +81,7 @@ struct Tiling {
     panels: u32,
     warps: u32,
     stages: u32,
-    defines: &'static [(&'static str, u32)],
+    defines: Defines,
 }
 
 macro_rules! tiling {
@@ -91,12 +91,12 @@ macro_rules! tiling {
             panels: $panels,
             warps: $row_warps * $panels,
             stages: $stages,
-            defines: &[
+            defines: Defines::of(&[
                 ("TILE_MT", $tiles),
                 ("TILE_ROW_WARPS", $row_warps),
                 ("TILE_PANELS", $panels),
                 ("TILE_STAGES", $stages),
-            ],
+            ]),
         }
     };
 }
@@ -106,8 +106,8 @@ const FEW: Tiling = tiling!(4, 1, 4, 6);
 /// More rows.
 const MANY: Tiling = tiling!(4, 2, 4, 4);
 
-const STREAM_16: &[(&str, u32)] = &[("STREAM_TILES", 1), ("STREAM_STAGES", 3), ("STREAM_BLOCKS", 2)];
-const STREAM_32: &[(&str, u32)] = &[("STREAM_TILES", 2), ("STREAM_STAGES", 4), ("STREAM_BLOCKS", 1)];
+const STREAM_16: Defines = Defines::of(&[("STREAM_TILES", 1), ("STREAM_STAGES", 3), ("STREAM_BLOCKS", 2)]);
+const STREAM_32: Defines = Defines::of(&[("STREAM_TILES", 2), ("STREAM_STAGES", 4), ("STREAM_BLOCKS", 1)]);
 const STREAM_WARPS: u32 = 8;
 
 /// How a linear is computed.

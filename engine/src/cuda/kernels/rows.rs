@@ -1,13 +1,13 @@
 //! Kernels of `rows.cu`, which take a row at a time.
 
-use super::{Args, Call, Element, Kernel, Source};
+use super::{Args, Call, Defines, Element, Kernel, Source};
 use crate::model::decoder::NormKind;
 
 const ROW_THREADS: u32 = 256;
 const LARGEST_THREADS: u32 = 1024;
 
 fn call(name: &'static str, element: Element, rows: u32, threads: u32, args: Args) -> Call {
-    let kernel = Kernel { name, source: Source::Rows, element, defines: &[] };
+    let kernel = Kernel { name, source: Source::Rows, element, defines: Defines::default() };
     // Where threads meet, each warp leaves a word or two.
     Call { kernel, grid: [rows, 1, 1], threads, shared_bytes: threads / 32 * 8, args }
 }
