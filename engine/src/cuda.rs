@@ -39,9 +39,9 @@ mod rows;
 mod weights;
 
 pub(crate) use device::Device;
+pub(crate) use weights::{check, check_path};
 #[cfg(test)]
 pub(crate) use {emulated::Emulated, emulator::Order};
-pub(crate) use weights::{check, check_path};
 
 use crate::{
     Error, Model,
@@ -50,11 +50,11 @@ use crate::{
 };
 use device::{Memory, Region};
 use graphs::Graphs;
-use kernels::{Element, Linear};
+use kernels::{Element, Kernel, Linear};
 use kv_cache::{KvDtype, PageLayout, TokenId};
 use pages::Pool as Pages;
 use rows::{Capacity, Parts, Rows};
-use std::ops::Range;
+use std::{collections::HashSet, ops::Range, time::Instant};
 use weights::Uploaded;
 
 /// Returns what keys and values of `model` are kept as when nobody says.
@@ -167,6 +167,8 @@ pub(crate) struct Cuda {
     logits: Vec<f32>,
     likely: Vec<TokenId>,
     pool: Pool,
+    /// Present while calls are made only to learn which kernels they are of.
+    listed: Option<HashSet<Kernel>>,
 }
 
 impl Cuda {
@@ -176,7 +178,7 @@ impl Cuda {
         let weights = Uploaded::upload(&mut *device, &model.decoder, &model.weights, element, sizes.context)?;
         let buffers = Buffers::reserve(&mut *device, &sizes, &model.decoder, &weights, element)?;
         let region = device.alloc("the rows of a step", sizes.capacity.bytes())?;
-        let mut home = Self {
+        Ok(Self {
             device,
             element,
             sizes,
@@ -193,14 +195,8 @@ impl Cuda {
             logits: vec![0.0; sizes.logits_rows * sizes.logits],
             likely: vec![0; sizes.logits_rows],
             pool: Pool::new(threads)?,
-        };
-        home.prepare(&model.decoder)?;
-        Ok(home)
-    }
-
-    /// Makes ready what steps may call.
-    fn prepare(&mut self, _: &Decoder) -> Result<(), Error> {
-        Linear::variants(self.element).try_for_each(|kernel| self.device.prepare(&kernel))
+            listed: None,
+        })
     }
 
     /// Says whether weights were rounded when they were uploaded.
@@ -222,14 +218,21 @@ impl Cuda {
         let mib = |bytes: u64| bytes >> 20;
         let problem = format!(
             "a share of {share} is {} MiB of {}; weights and buffers take {} of them, others have {}, and {} are free: change the share (gpu_memory_utilization), or take a smaller model or token_budget",
-            mib(mine), mib(total), mib(own), mib(others), mib(free)
+            mib(mine),
+            mib(total),
+            mib(own),
+            mib(others),
+            mib(free)
         );
         Err(Error::card(self.device.name(), "find room for pages", problem))
     }
 
-    /// Reserves the pool.
-    pub(crate) fn reserve_pages(&mut self, layout: &PageLayout) -> Result<(), Error> {
+    /// Reserves the pool, and makes ready what steps of `model` do.
+    pub(crate) fn reserve_pages(&mut self, model: &Model, layout: &PageLayout) -> Result<(), Error> {
         self.pages = Some(Pages::reserve(&mut *self.device, layout, self.element)?);
+        let began = Instant::now();
+        self.prepare(&model.decoder)?;
+        tracing::debug!(seconds = began.elapsed().as_secs_f64(), "kernels are ready");
         Ok(())
     }
 }

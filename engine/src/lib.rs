@@ -37,7 +37,7 @@ pub use lora::{Adapter, AdapterError, Adapters};
 pub use memory::KvMemory;
 pub use model::{ElementType, ExpertShape, LatentRanks, LoadProgress, Model, ModelInfo, ModelShape, Quantize};
 pub use sampling::{Logprobs, Sample, Sampled, Sampling, Stuck};
-pub use step::{Engine, check_device, ExpertTraffic, PromptLogprobs, Row, Step, Yield};
+pub use step::{Engine, ExpertTraffic, PromptLogprobs, Row, Step, Yield, check_device};
 
 #[cfg(test)]
 mod tests;

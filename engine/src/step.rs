@@ -15,8 +15,8 @@ use crate::{
 };
 use kv_cache::PageId;
 use limits::Limits;
-pub(crate) use making::page_layout;
 pub use making::check_device;
+pub(crate) use making::page_layout;
 use std::{
     ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},

@@ -62,7 +62,7 @@ pub(crate) trait Device: std::fmt::Debug + Send + Sync {
     /// Makes a kernel ready, so that its first call does not wait for a compiler.
     fn prepare(&mut self, kernel: &Kernel) -> Result<(), Error>;
 
-    /// Hands the bytes of each of `from` to `to`, with its index, in order, once mark `mark` is passed. What was asked after the mark goes on meanwhile.
+    /// Hands the bytes of each of `from`, which are up to [`super::pages::MOST_BLOCK_BYTES`], to `to`, with its index, in order, once mark `mark` is passed. What was asked after the mark goes on meanwhile.
     fn fetch(&mut self, mark: usize, from: &[Region], to: &mut dyn FnMut(usize, &[u8])) -> Result<(), Error>;
 
     /// Runs a kernel.

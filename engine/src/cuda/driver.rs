@@ -10,6 +10,7 @@ use super::{
     device::{Device, Graph, Memory, Region},
     kernels::{Call, Kernel},
     nvrtc::{self, Nvrtc},
+    pages::MOST_BLOCK_BYTES,
 };
 use crate::Error;
 use cudarc::driver::{
@@ -29,7 +30,7 @@ const OLDEST_CUDA: c_int = 12_000;
 /// Oldest architecture: the first with bf16 in its tensor cores.
 const OLDEST_ARCHITECTURE: (c_int, c_int) = (8, 0);
 /// Bytes of page-locked memory that uploads of a step go through, and as many for downloads.
-const STAGING: usize = 8 << 20;
+const STAGING: usize = MOST_BLOCK_BYTES;
 
 /// A card with everything that was put on it.
 #[derive(Debug)]
@@ -90,7 +91,9 @@ impl Card {
         result::init().map_err(|error| {
             let hint = match error.0 {
                 CUresult::CUDA_ERROR_NO_DEVICE => "; no card is visible to this process (CUDA_VISIBLE_DEVICES?)",
-                CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => "; the library and the kernel's module are of different drivers",
+                CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => {
+                    "; the library and the kernel's module are of different drivers"
+                }
                 _ => "",
             };
             fault("start the driver", format!("{}{hint}", describe(error)))

@@ -6,9 +6,12 @@ use super::{
     kernels::{Call, Kernel},
 };
 use crate::{Error, cpu::buffer::Buffer};
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering::Relaxed},
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
 };
 
 /// Bytes that it says it has.
@@ -21,7 +24,6 @@ pub(crate) struct Asked {
     pub(crate) uploads: AtomicUsize,
     /// Downloads and waits for marks.
     pub(crate) waits: AtomicUsize,
-    pub(crate) prepared: AtomicUsize,
     /// Calls, and graphs in their place.
     pub(crate) calls: AtomicUsize,
 }
@@ -33,6 +35,7 @@ pub(crate) struct Emulated {
     memory: Vec<Buffer>,
     used: u64,
     order: Order,
+    ready: HashSet<Kernel>,
     /// Whether kernels run; else only their calls are counted, and all memory stays zero.
     runs: bool,
     remembered: Option<Vec<Call>>,
@@ -43,8 +46,17 @@ pub(crate) struct Emulated {
 impl Emulated {
     /// Makes one whose threads take turns in `order`.
     pub(crate) fn new(order: Order) -> Self {
-        let (memory, graphs) = (Vec::new(), Vec::new());
-        Self { asked: Arc::default(), memory, used: 0, order, runs: true, remembered: None, graphs, marks: 0 }
+        Self {
+            asked: Arc::default(),
+            memory: Vec::new(),
+            used: 0,
+            order,
+            ready: HashSet::new(),
+            runs: true,
+            remembered: None,
+            graphs: Vec::new(),
+            marks: 0,
+        }
     }
 
     /// Makes one that computes nothing.
@@ -109,13 +121,14 @@ impl Device for Emulated {
         Ok(())
     }
 
-    fn prepare(&mut self, _: &Kernel) -> Result<(), Error> {
-        self.asked.prepared.fetch_add(1, Relaxed);
+    fn prepare(&mut self, kernel: &Kernel) -> Result<(), Error> {
+        self.ready.insert(*kernel);
         Ok(())
     }
 
     fn launch(&mut self, call: &Call) -> Result<(), Error> {
         self.asked.calls.fetch_add(1, Relaxed);
+        assert!(self.ready.contains(&call.kernel), "{:?} was not made ready", call.kernel);
         match &mut self.remembered {
             Some(calls) => {
                 calls.push(*call);

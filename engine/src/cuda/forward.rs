@@ -4,21 +4,24 @@ use super::{
     Buffers, Cuda,
     device::Region,
     graphs::Bucket,
-    kernels::{self, Attention, Cap, Element, Embed, Finish, Gather, HeadNorms, Largest, Norm, NormTo, Pages, Rotary, Share},
+    kernels::{
+        self, Attention, Call, Cap, Element, Embed, Finish, Gather, HeadNorms, Largest, Norm, NormTo, Pages, Rotary,
+        Share,
+    },
     rows::Capacity,
     weights::{Inner, Linear, NormWeights},
 };
 use crate::{
     Error, KvMemory, Model,
     cpu::{nodes::Stay, pool::Pool},
-    home::{Home, Logits, Pass, Span},
+    home::{Home, Logits, Pass, Place, Span},
     model::{
         checkpoint::ElementType,
         decoder::{Decoder, QkNorm},
     },
 };
 use kv_cache::{PageId, TokenId};
-use std::ops::Range;
+use std::{collections::HashSet, ops::Range};
 
 impl Home for Cuda {
     fn name(&self) -> &str {
@@ -97,7 +100,7 @@ impl Home for Cuda {
         if list > 0 {
             let stride = (self.sizes.residual / 2) as u32;
             let (from, rows) = (from.address, self.parts.kept.address);
-            self.device.launch(&Gather { kept: list as u32, from, rows, to: to.address, stride }.call())?;
+            self.call(&Gather { kept: list as u32, from, rows, to: to.address, stride }.call())?;
         }
         self.hidden = to;
         Ok(())
@@ -202,6 +205,39 @@ impl Cuda {
         self.device.mark(0)
     }
 
+    /// Makes ready every kernel that steps may call: neither a request nor a graph is the place to compile one.
+    pub(super) fn prepare(&mut self, decoder: &Decoder) -> Result<(), Error> {
+        self.listed = Some(HashSet::new());
+        let Capacity { rows: most, sequences, .. } = self.sizes.capacity;
+        for longest in [1, self.sizes.context] {
+            for rows in (0..).map(|power| 1 << power).take_while(|rows| *rows <= most.min(sequences)) {
+                self.launch_decode(decoder, Bucket { rows, longest })?;
+            }
+        }
+        // Kernels of linears change with the number of rows, those of attention with that of a sequence's.
+        for tokens in [2, 17, 33, 65, most].into_iter().filter(|tokens| *tokens <= most) {
+            let span = Span { first: 0, tokens, start: 0, pages: &[], adapter: None, leaves: false };
+            let kept = Span { tokens: 1, start: tokens - 1, ..span };
+            let places = [Place { row: 0, token: tokens - 1 }];
+            let tokens = vec![0; tokens];
+            let pass = Pass { tokens: &tokens, spans: &[span], places: &places, kept: &[kept] };
+            self.launch_pass(decoder, &pass)?;
+        }
+        let listed = self.listed.take().expect("it was put there above");
+        listed.iter().try_for_each(|kernel| self.device.prepare(kernel))
+    }
+
+    /// Asks the device for a call, or lists its kernel while that is what calls are made for.
+    fn call(&mut self, call: &Call) -> Result<(), Error> {
+        match &mut self.listed {
+            Some(listed) => {
+                listed.insert(call.kernel);
+                Ok(())
+            }
+            None => self.device.launch(call),
+        }
+    }
+
     fn launch_decode(&mut self, decoder: &Decoder, bucket: Bucket) -> Result<(), Error> {
         let Bucket { rows, longest } = bucket;
         let all = Part { first: 0, count: rows, rows, most_rows: 1, longest };
@@ -227,7 +263,9 @@ impl Cuda {
         self.embed(decoder, &at)?;
         for layer in 0..=last {
             self.write_pages(decoder, &at, layer)?;
-            self.device.mark(layer)?;
+            if self.listed.is_none() {
+                self.device.mark(layer)?;
+            }
             if layer == last {
                 // From here on a token matters only to its own logits.
                 if self.rows == 0 {
@@ -289,7 +327,7 @@ impl Cuda {
             kind,
             scale: self.weights.embedding_scale,
         };
-        self.device.launch(&embed.call())
+        self.call(&embed.call())
     }
 
     /// Norms the residual into the input of the next linear, or takes it as it is.
@@ -321,7 +359,7 @@ impl Cuda {
             eps: decoder.norm_eps,
             into,
         };
-        self.device.launch(&norm.call())
+        self.call(&norm.call())
     }
 
     fn linear(
@@ -341,7 +379,7 @@ impl Cuda {
             counters: self.buffers.counters.address,
             ..call
         };
-        self.device.launch(&call.call())
+        self.call(&call.call())
     }
 
     /// Adds a product to the residual, through a norm where there is one.
@@ -390,7 +428,7 @@ impl Cuda {
             norms,
             pages: self.layer_pages(layer),
         };
-        self.device.launch(&rotary.call())
+        self.call(&rotary.call())
     }
 
     /// Attends over the pages of layer `layer`: sequences of few rows apart from those of many, as many at a time as there is room for states.
@@ -404,8 +442,8 @@ impl Cuda {
                 let count = most.min(part.first + part.count - first);
                 let sequences = at.sequences.part(first * 16, count * 16).address;
                 let (call, merge) = Attention { sequences, sequence_count: count as u32, ..all }.calls();
-                self.device.launch(&call)?;
-                merge.map_or(Ok(()), |merge| self.device.launch(&merge))?;
+                self.call(&call)?;
+                merge.map_or(Ok(()), |merge| self.call(&merge))?;
             }
         }
         Ok(())
@@ -442,7 +480,7 @@ impl Cuda {
     fn gather(&mut self, kept: usize, from: Region, to: Region, stride: usize) -> Result<(), Error> {
         let rows = self.parts.kept.address;
         let gather = Gather { kept: kept as u32, from: from.address, rows, to: to.address, stride: stride as u32 };
-        self.device.launch(&gather.call())
+        self.call(&gather.call())
     }
 
     /// Computes the logits of `rows` and finds the largest of each, unless the pass has.
@@ -462,9 +500,9 @@ impl Cuda {
         let (scale, cap) = (decoder.logit_scale, decoder.logit_cap);
         let (rows, stride, columns, logits) = (rows as u32, stride as u32, decoder.vocab_size as u32, logits.address);
         if scale != 1.0 || cap.is_some() {
-            self.device.launch(&Cap { rows, logits, stride, columns, scale, cap }.call())?;
+            self.call(&Cap { rows, logits, stride, columns, scale, cap }.call())?;
         }
         let to = self.buffers.largest.address;
-        self.device.launch(&Largest { rows, logits, to, stride, columns }.call())
+        self.call(&Largest { rows, logits, to, stride, columns }.call())
     }
 }

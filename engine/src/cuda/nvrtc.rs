@@ -129,15 +129,15 @@ impl Nvrtc {
     /// # Errors
     /// What the compiler says.
     pub(crate) fn compile(&self, name: &str, source: &str, options: &[String]) -> Result<Compiled, String> {
-        let text = |text: &str| CString::new(text).map_err(|_| format!("{name}: a zero byte in the source or an option"));
+        let text =
+            |text: &str| CString::new(text).map_err(|_| format!("{name}: a zero byte in the source or an option"));
         let (title, source) = (text(name)?, text(source)?);
         let options = options.iter().map(|option| text(option)).collect::<Result<Vec<_>, _>>()?;
         let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
         let mut open = Open { functions: &self.functions, program: null_mut() };
         // SAFETY: strings end with a zero and live until the end of the function; there are no headers.
-        let created = unsafe {
-            (self.functions.create)(&mut open.program, source.as_ptr(), title.as_ptr(), 0, null(), null())
-        };
+        let created =
+            unsafe { (self.functions.create)(&mut open.program, source.as_ptr(), title.as_ptr(), 0, null(), null()) };
         self.check(created).map_err(|problem| format!("{name}: {problem}"))?;
         // SAFETY: the program was made just above, and there are as many options as said.
         let compiled = unsafe { (self.functions.compile)(open.program, options.len() as c_int, options.as_ptr()) };

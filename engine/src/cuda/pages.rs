@@ -12,6 +12,9 @@ use super::{
 use crate::{Error, KvMemory, home::Span};
 use kv_cache::{PageId, PageLayout};
 
+/// Most bytes of a block: every device takes that many in a copy.
+pub(super) const MOST_BLOCK_BYTES: usize = 8 << 20;
+
 /// The pool of a device.
 #[derive(Debug)]
 pub(super) struct Pool {
@@ -32,6 +35,14 @@ impl Pool {
     pub(super) fn reserve(device: &mut dyn Device, layout: &PageLayout, element: Element) -> Result<Self, Error> {
         let copied = vec![false; layout.pages as usize];
         let layout = PageLayout { pages: layout.pages + 1, ..layout.clone() };
+        if layout.block_bytes() > MOST_BLOCK_BYTES {
+            let problem = format!(
+                "{} tokens make blocks of {} bytes, and copies to the host take {MOST_BLOCK_BYTES} at a time",
+                layout.page_tokens,
+                layout.block_bytes()
+            );
+            return Err(Error::setting("page_tokens", problem));
+        }
         let region = device.alloc("pages", layout.pool_bytes())?;
         let layers = (0..layout.layers as usize).map(|layer| Pages::new(&layout, element, region.address, layer));
         let layers = layers.collect::<Result<_, _>>().map_err(|problem| Error::setting("device", problem))?;
@@ -87,9 +98,8 @@ impl Cuda {
             for &page in pages {
                 let from = memory.layout().block_offset(layer, page);
                 // SAFETY: `block_offset` checked that the block lies in the pool, and whoever wrote the page has told us that it is done.
-                let block = unsafe {
-                    std::slice::from_raw_parts(memory.as_mut_ptr().add(from), memory.layout().block_bytes())
-                };
+                let block =
+                    unsafe { std::slice::from_raw_parts(memory.as_mut_ptr().add(from), memory.layout().block_bytes()) };
                 self.device.upload(pool.block(layer, page), block)?;
             }
         }

@@ -122,8 +122,9 @@ pub(crate) fn check_path(path: &Path, config: &Config) -> Result<(), Error> {
 }
 
 fn unread(dtype: &str) -> Error {
-    let problem =
-        format!("weights of type {dtype} are not read on a card yet: bf16 and f16 are, and f32, which are rounded to bf16");
+    let problem = format!(
+        "weights of type {dtype} are not read on a card yet: bf16 and f16 are, and f32, which are rounded to bf16"
+    );
     Error::setting("device", problem)
 }
 
@@ -148,7 +149,8 @@ fn check_decoder(decoder: &Decoder, element: Element, config: &Config) -> Result
     let own = kv_dtype(element);
     match config.kv_dtype {
         Some(other) if ![own, KvDtype::Fp8, KvDtype::Int8].contains(&other) => {
-            let problem = format!("{other} pages are not written on a card for this model: {own}, fp8 and int8 ones are");
+            let problem =
+                format!("{other} pages are not written on a card for this model: {own}, fp8 and int8 ones are");
             Err(Error::setting("kv_dtype", problem))
         }
         _ => Ok(()),

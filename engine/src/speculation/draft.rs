@@ -70,7 +70,8 @@ impl DraftModel {
             return Err(Error::setting("draft_model", problem));
         }
         if target.config().device != Device::Cpu {
-            let problem = format!("the model runs on {}, and no draft model runs beside it yet", target.config().device);
+            let problem =
+                format!("the model runs on {}, and no draft model runs beside it yet", target.config().device);
             return Err(Error::setting("draft_model", problem));
         }
         let longest = target.max_model_len().min(model.info().max_position as usize);

@@ -96,16 +96,30 @@ impl Engine {
         crate::cuda::check(&model, config)?;
         let context = context(&model, config);
         // Without pages yet; how many there is room for is known when everything else has its memory.
-        let mut config = Config { kv_dtype: Some(config.kv_dtype.unwrap_or_else(|| crate::cuda::kv_dtype(&model))), ..config.clone() };
-        let most = Limits::new(&model, &config, &page_layout(&model, &Config { kv_bytes: Some(u64::MAX), ..config.clone() })?, false)?;
-        let sizes = crate::cuda::Sizes::new(&model, (most.token_budget, most.max_sequences), most.logits_rows(), context, most.page_tokens);
+        let mut config = Config {
+            kv_dtype: Some(config.kv_dtype.unwrap_or_else(|| crate::cuda::kv_dtype(&model))),
+            ..config.clone()
+        };
+        let most = Limits::new(
+            &model,
+            &config,
+            &page_layout(&model, &Config { kv_bytes: Some(u64::MAX), ..config.clone() })?,
+            false,
+        )?;
+        let sizes = crate::cuda::Sizes::new(
+            &model,
+            (most.token_budget, most.max_sequences),
+            most.logits_rows(),
+            context,
+            most.page_tokens,
+        );
         let mut home = crate::cuda::Cuda::new(device, &model, sizes, threads(&config)?)?;
         if config.kv_bytes.is_none() {
             config.kv_bytes = Some(home.bytes_for_pages(config.gpu_memory_utilization)?);
         }
         let layout = page_layout(&model, &config)?;
         let limits = Limits::new(&model, &config, &layout, false)?;
-        home.reserve_pages(&layout)?;
+        home.reserve_pages(&model, &layout)?;
         let fingerprint = match home.rounds() {
             // What weights were rounded to is another model.
             true => derived(&format!("bf16 {}", fingerprint(&model, context))),
@@ -168,7 +182,11 @@ pub fn check_device(path: &Path, config: &Config) -> Result<(), Error> {
         Device::Cuda(_) => crate::cuda::check_path(path, config),
         #[cfg(not(feature = "cuda"))]
         Device::Cuda(_) => {
-            let problem = format!("{} is asked for {}, and this binary was built without the feature `cuda`", config.device, path.display());
+            let problem = format!(
+                "{} is asked for {}, and this binary was built without the feature `cuda`",
+                config.device,
+                path.display()
+            );
             Err(Error::setting("device", problem))
         }
     }

@@ -31,13 +31,8 @@ fn check(paths: &[&str]) {
 const LLAMA: [&str; 2] = ["tests/golden/llama", "tests/golden/llama3-bf16-sharded"];
 const QWEN: [&str; 3] = ["tests/golden/qwen2", "tests/golden/qwen2-bf16-sharded", "tests/golden/qwen3"];
 const GEMMA: [&str; 2] = ["tests/golden/gemma2", "tests/golden/gemma3"];
-const OTHERS: [&str; 5] = [
-    "tests/golden/mistral",
-    "tests/golden/phi3",
-    "tests/golden/cohere",
-    "tests/golden/olmo2",
-    "tests/golden/gptneox",
-];
+const OTHERS: [&str; 5] =
+    ["tests/golden/mistral", "tests/golden/phi3", "tests/golden/cohere", "tests/golden/olmo2", "tests/golden/gptneox"];
 
 #[test]
 fn llama() {
@@ -138,7 +133,8 @@ fn asked(batch: usize, steps: usize, sampling: &Sampling) -> Vec<[usize; 4]> {
     (0..steps)
         .map(|step| {
             let history = vec![1; 30 + step];
-            let sample = Sample { sampling, history: &history, prompt_tokens: 30, forbidden: &[], min_tokens: 0, grammar: None };
+            let sample =
+                Sample { sampling, history: &history, prompt_tokens: 30, forbidden: &[], min_tokens: 0, grammar: None };
             let row = |pages| Row { tokens: &[7], start: 29 + step, pages, sample: Some(sample), ..Row::default() };
             let rows: Vec<Row<'_>> = pages.iter().map(|pages| row(&pages[..])).collect();
             let mut layers = 0;

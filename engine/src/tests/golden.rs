@@ -100,15 +100,26 @@ pub(super) fn prompts(path: &str, recorded: &str) -> Vec<(Prompt, Vec<f32>)> {
     let logits = std::fs::read(repository(path).join("logits.safetensors")).expect("logits.safetensors");
     let logits = SafeTensors::deserialize(&logits).expect("logits.safetensors");
     let floats = |bytes: &[u8]| bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-    let reference = |prompt: &Prompt| logits.tensor(&format!("{}{recorded}", prompt.name)).map(|tensor| floats(tensor.data()));
-    prompts.into_iter().map(|prompt| {
-        let reference = reference(&prompt).expect("a tensor for each prompt");
-        (prompt, reference)
-    }).collect()
+    let reference =
+        |prompt: &Prompt| logits.tensor(&format!("{}{recorded}", prompt.name)).map(|tensor| floats(tensor.data()));
+    prompts
+        .into_iter()
+        .map(|prompt| {
+            let reference = reference(&prompt).expect("a tensor for each prompt");
+            (prompt, reference)
+        })
+        .collect()
 }
 
 /// Computes a prompt in chunks, compares its last logits, and continues it greedily one token at a time.
-pub(super) fn check_prompt(runner: &mut Runner, prompt: &Prompt, reference: &[f32], chunk: usize, limit: Tolerance, what: &str) {
+pub(super) fn check_prompt(
+    runner: &mut Runner,
+    prompt: &Prompt,
+    reference: &[f32],
+    chunk: usize,
+    limit: Tolerance,
+    what: &str,
+) {
     let what = format!("{what} {} in chunks of {chunk}", prompt.name);
     let sampling = Sampling { logprobs: Some(3), ..Sampling::default() };
     let mut tokens = prompt.ids.clone();

@@ -20,10 +20,8 @@ fn needed(elf: &[u8]) -> Vec<String> {
         .map(|at| [number(at, 4), number(at + 8, 8), number(at + 16, 8), number(at + 32, 8)])
         .collect();
     let [_, offset, _, bytes] = *segments.iter().find(|segment| segment[0] == DYNAMIC).expect("a dynamic section");
-    let tags: Vec<(u64, u64)> = (offset as usize..(offset + bytes) as usize)
-        .step_by(16)
-        .map(|at| (number(at, 8), number(at + 8, 8)))
-        .collect();
+    let tags: Vec<(u64, u64)> =
+        (offset as usize..(offset + bytes) as usize).step_by(16).map(|at| (number(at, 8), number(at + 8, 8))).collect();
     let (_, strings) = *tags.iter().find(|(tag, _)| *tag == STRINGS).expect("a table of strings");
     let holds = |segment: &&[u64; 4]| segment[0] == LOAD && (segment[2]..segment[2] + segment[3]).contains(&strings);
     let [_, offset, address, _] = segments.iter().find(holds).expect("a segment with the strings");
@@ -62,7 +60,8 @@ async fn what_a_card_does_not_run_yet_is_refused_before_weights_are_loaded() {
         ("llama", &["--kv-dtype", "f16"], ["kv_dtype", "f16"]),
     ] {
         let path = golden(model);
-        let output = refusal(&[&["up", "--listen", "127.0.0.1:0", "--engine", "cuda", "--model", &path], more].concat()).await;
+        let output =
+            refusal(&[&["up", "--listen", "127.0.0.1:0", "--engine", "cuda", "--model", &path], more].concat()).await;
         words.iter().for_each(|word| assert!(output.contains(word), "{model}: {output:?} lacks {word:?}"));
         assert!(!output.contains("loading weights"), "{output}");
     }
