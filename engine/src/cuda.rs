@@ -4,3 +4,5 @@
 mod emulator;
 #[cfg(test)]
 mod kernels;
+#[cfg(test)]
+mod nvrtc;

@@ -143,4 +143,6 @@ impl Args {
 }
 
 #[cfg(test)]
+mod resources;
+#[cfg(test)]
 mod tests;
