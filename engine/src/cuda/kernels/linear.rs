@@ -1,7 +1,7 @@
 //! Kernels of `linear.cu`: which of them computes a linear, and over which grid.
 
 use super::{Args, Call, Defines, Element, Kernel, Source};
-use crate::model::decoder;
+use crate::model::decoder::Activation;
 
 /// Inputs of a step: what packed weights are padded to.
 const STEP: usize = 32;
@@ -46,8 +46,6 @@ pub(crate) enum Finish {
     /// They go through the activation: 16-bit floats.
     Activate(Activation),
 }
-
-pub(crate) use decoder::Activation;
 
 /// A linear: `sums[row][output] = bias + inputs[row] . weights[output]`.
 #[derive(Clone, Copy, Debug)]
@@ -129,7 +127,8 @@ impl Linear {
     /// Blocks from which on runs of one output need no blocks of their own.
     const BLOCKS: u32 = 132;
 
-    /// Every variant, for compiling ahead and for tests.
+    /// Every variant.
+    #[cfg(test)]
     pub(crate) fn variants(element: Element) -> impl Iterator<Item = Kernel> {
         let stream = [STREAM_16, STREAM_32].map(|defines| ("linear_stream", defines));
         let tiled = [FEW, MANY, MANY_NARROW].map(|tiling| ("linear_tiled", tiling.defines));
