@@ -246,11 +246,12 @@ impl Buffers {
         element: Element,
     ) -> Result<Self, Error> {
         let rows = sizes.capacity.rows;
+        let most_shared = device.most_shared();
         let mut alloc = |bytes: usize| device.alloc("what a step works in", bytes);
         let post_norms = decoder.names.attention_post_norm.or(decoder.names.mlp_post_norm).is_some();
         // What sums of parts need depends on how many rows there are, and not always more on more.
         let of = |linear: &weights::Linear| {
-            let bytes = |rows: usize| linear.call(element, rows, Region::default(), 0).partial_bytes();
+            let bytes = |rows: usize| linear.call(element, most_shared, rows, Region::default(), 0).partial_bytes();
             (1..=rows).step_by(16).chain([rows]).map(bytes).max().unwrap_or(0)
         };
         // No less than a sequence of any length leaves.

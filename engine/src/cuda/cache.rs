@@ -4,7 +4,7 @@
 //! follows, so that one which was cut short is compiled again instead of loaded. Nothing here can fail a start: without a cache,
 //! kernels are compiled each time.
 
-use super::nvrtc::Nvrtc;
+use super::nvrtc::{Compiled, Nvrtc};
 use std::{
     fs, io,
     path::{Path, PathBuf},
@@ -30,7 +30,8 @@ impl Cache {
         if let Some(cubin) = path.as_deref().and_then(read) {
             return Ok(cubin);
         }
-        let cubin = nvrtc.compile(name, source, options)?.cubin;
+        let Compiled { cubin, log } = nvrtc.compile(name, source, options)?;
+        tracing::debug!(name, log, "a kernel was compiled");
         if let Some(path) = path
             && let Err(error) = write(&path, &cubin)
         {

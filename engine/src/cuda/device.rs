@@ -47,6 +47,9 @@ pub(crate) trait Device: std::fmt::Debug + Send + Sync {
     /// Names it for people.
     fn name(&self) -> &str;
 
+    /// Returns the bytes of shared memory that a block may have.
+    fn most_shared(&self) -> u32;
+
     /// Returns how its memory is shared out.
     fn memory(&mut self) -> Result<Memory, Error>;
 

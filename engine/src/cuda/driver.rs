@@ -233,6 +233,10 @@ impl Device for Card {
         &self.name
     }
 
+    fn most_shared(&self) -> u32 {
+        self.shared_bytes as u32
+    }
+
     fn memory(&mut self) -> Result<Memory, Error> {
         self.enter()?;
         let (free, total) = result::mem_get_info().map_err(|error| self.fault("ask for its memory", error))?;

@@ -83,6 +83,10 @@ impl Device for Emulated {
         "emulated"
     }
 
+    fn most_shared(&self) -> u32 {
+        227 << 10
+    }
+
     fn memory(&mut self) -> Result<Memory, Error> {
         Ok(Memory { total: MEMORY, free: MEMORY - self.used, own: self.used })
     }

@@ -370,7 +370,7 @@ impl Cuda {
         (to, to_stride): (Region, usize),
         finish: Finish,
     ) -> Result<(), Error> {
-        let call = linear.call(self.element, rows, from, from_stride);
+        let call = linear.call(self.element, self.device.most_shared(), rows, from, from_stride);
         let call = kernels::Linear {
             to: to.address,
             to_stride: to_stride as u32,

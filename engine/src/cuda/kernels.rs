@@ -13,7 +13,7 @@ mod linear;
 mod pages;
 mod rows;
 
-pub(crate) use linear::{Activation, Finish, Linear, LinearShape};
+pub(crate) use linear::{Finish, Linear, LinearShape};
 pub(crate) use pages::{Attention, HeadNorms, Pages, Rotary, Share};
 pub(crate) use rows::{Cap, Embed, Gather, Largest, Norm, NormTo, Table};
 
@@ -142,5 +142,7 @@ impl Args {
     }
 }
 
+#[cfg(test)]
+mod resources;
 #[cfg(test)]
 mod tests;

@@ -28,6 +28,8 @@ pub(crate) struct Nvrtc {
     version: (c_int, c_int),
     /// Keeps the functions where they are.
     _library: Library,
+    /// What it opens by a bare name when it compiles; open already, where it lies beside a named file and the loader does not look.
+    _builtins: Option<Library>,
 }
 
 /// What it made of a source.
@@ -101,7 +103,9 @@ impl Nvrtc {
         for place in &places {
             // SAFETY: NVRTC's initialisers do nothing but set up its own state.
             match unsafe { Library::new(place) } {
-                Ok(library) => return Self::of(library).map_err(|error| format!("{}: {error}", place.display())),
+                Ok(library) => {
+                    return Self::of(library, place).map_err(|error| format!("{}: {error}", place.display()));
+                }
                 Err(error) => problem = error.to_string(),
             }
         }
@@ -109,12 +113,17 @@ impl Nvrtc {
         Err(format!("NVRTC cannot be opened ({problem}); looked for {}", looked.join(", ")))
     }
 
-    fn of(library: Library) -> Result<Self, String> {
+    fn of(library: Library, place: &Path) -> Result<Self, String> {
         let functions = Functions::of(&library).map_err(|error| error.to_string())?;
         let mut version = (0, 0);
         // SAFETY: both are ours to write.
         match unsafe { (functions.version)(&mut version.0, &mut version.1) } {
-            0 => Ok(Self { functions, version, _library: library }),
+            0 => {
+                let builtins = place.with_file_name(format!("libnvrtc-builtins.so.{}.{}", version.0, version.1));
+                // SAFETY: a table of functions, without initialisers.
+                let _builtins = unsafe { Library::new(builtins) }.ok();
+                Ok(Self { functions, version, _library: library, _builtins })
+            }
             code => Err(format!("it says no version, but error {code}")),
         }
     }

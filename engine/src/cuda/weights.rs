@@ -34,7 +34,14 @@ pub(crate) struct Linear {
 
 impl Linear {
     /// Returns it as a call that reads rows of `input`, and is to be told where its sums go.
-    pub(crate) fn call(&self, element: Element, rows: usize, input: Region, input_stride: usize) -> kernels::Linear {
+    pub(crate) fn call(
+        &self,
+        element: Element,
+        most_shared: u32,
+        rows: usize,
+        input: Region,
+        input_stride: usize,
+    ) -> kernels::Linear {
         kernels::Linear {
             element,
             shape: self.shape,
@@ -48,6 +55,7 @@ impl Linear {
             finish: Finish::Store,
             partial: 0,
             counters: 0,
+            most_shared,
         }
     }
 }

@@ -97,34 +97,34 @@ DEVICE void put_state(float *to, u32 stride, const State *state) {
     UNROLL for (at = 0; at < 8 * DIM_TILES; at++) to[(4 + at) * stride] = state->out[at / 4][at % 4];
 }
 
-// state = what stands at `from` merged with it, where `later`, else it with what stands there.
-DEVICE void merge_state(State *state, const float *from, u32 stride, int later) {
+// state = the total that stands at `from`, and the part `state` behind it.
+DEVICE void merge_total(State *state, const float *from, u32 stride) {
     Shares share[2];
     int at, i;
     UNROLL for (i = 0; i < 2; i++) {
-        float other = from[i * stride], sum = from[(2 + i) * stride];
-        share[i] = later ? shares(other, state->largest[i]) : shares(state->largest[i], other);
+        share[i] = shares(from[i * stride], state->largest[i]);
         state->largest[i] = share[i].largest;
-        state->sum[i] = later ? merged(sum, state->sum[i], share[i]) : merged(state->sum[i], sum, share[i]);
+        state->sum[i] = merged(from[(2 + i) * stride], state->sum[i], share[i]);
     }
     UNROLL for (at = 0; at < 8 * DIM_TILES; at++) {
-        float other = from[(4 + at) * stride], *own = &state->out[at / 4][at % 4];
-        *own = later ? merged(other, *own, share[at / 2 % 2]) : merged(*own, other, share[at / 2 % 2]);
+        float *own = &state->out[at / 4][at % 4];
+        *own = merged(from[(4 + at) * stride], *own, share[at / 2 % 2]);
     }
 }
 
-// Writes the outputs of 16 rows, from row `first` of the sequence on.
-DEVICE void write_out(const AttentionArguments *args, const u32 *sequence, u32 kv_head, u32 first, const State *state) {
+// Writes outputs of 16 rows, from row `first` of the sequence on: `tiles` times eight columns, from `column` on.
+DEVICE void write_out(const AttentionArguments *args, const u32 *sequence, u32 kv_head, u32 first, const float *sum, float (*out)[4],
+                      u32 column, int tiles) {
     u32 lane = THREAD % WARP, group = args->group, dim = args->pages.dim;
     int i, at;
+    column += lane % 4 * 2;
     UNROLL for (i = 0; i < 2; i++) {
-        u32 row = first + lane / 4 + 8 * i, column = lane % 4 * 2;
+        u32 row = first + lane / 4 + 8 * i;
         if (row >= sequence[1] * group) continue;
-        float inverse = 1.0f / state->sum[i];
+        float inverse = 1.0f / sum[i];
         u16 *to = args->to + (u64)(sequence[0] + row / group) * args->to_stride + (kv_head * group + row % group) * dim;
-        UNROLL for (at = 0; at < 2 * DIM_TILES; at++)
-            if (8 * at + column < dim)
-                *(u32 *)(to + 8 * at + column) = narrow_pair(state->out[at][2 * i] * inverse, state->out[at][2 * i + 1] * inverse);
+        UNROLL for (at = 0; at < tiles; at++)
+            if (8 * at + column < dim) *(u32 *)(to + 8 * at + column) = narrow_pair(out[at][2 * i] * inverse, out[at][2 * i + 1] * inverse);
     }
 }
 
@@ -335,34 +335,42 @@ KERNEL(attention, AttentionArguments, ATT_WARPS * WARP, 1) {
         if (ATT_STAGES > 1) stage ^= 1;
         if ((block + 1) % PART_BLOCKS == 0 && block + 1 < end) {
             end_part(&state);
-            if (before) merge_state(&state, totals, ATT_WARPS * WARP, 1);
+            if (before) merge_total(&state, totals, ATT_WARPS * WARP);
             put_state(totals, ATT_WARPS * WARP, &state);
             clear(&state);
             before = 1;
         }
     }
     end_part(&state);
-    if (before) merge_state(&state, totals, ATT_WARPS * WARP, 1);
+    if (before) merge_total(&state, totals, ATT_WARPS * WARP);
     if (args.parts > 1) {
         u64 own = ((u64)BLOCK_Z * args.sequence_count + index) * args.pages.kv_heads + kv_head;
         put_state(args.states + own * STATE_FLOATS * WARP + lane, WARP, &state);
         return;
     }
-    write_out(&args, sequence, kv_head, first_row + warp * 16, &state);
+    write_out(&args, sequence, kv_head, first_row + warp * 16, state.sum, state.out, 0, 2 * DIM_TILES);
 }
 
 #if ATT_WARPS == 1
-// Merges the parts of sequences with up to 16 rows. Blocks along x are sequences, along y key/value heads.
-KERNEL(attention_merge, AttentionArguments, WARP, 1) {
-    u32 index = BLOCK_X, kv_head = BLOCK_Y, lane = THREAD % WARP, i, sequence[4];
+// Merges the parts of sequences with up to 16 rows. Blocks along x are sequences, along y key/value heads; a warp has 16 columns.
+KERNEL(attention_merge, AttentionArguments, WARP * DIM_TILES, 1) {
+    u32 index = BLOCK_X, kv_head = BLOCK_Y, lane = THREAD % WARP, warp = THREAD / WARP, sequence[4];
+    int at, i;
     for (i = 0; i < 4; i++) sequence[i] = args.sequences[4 * index + i];
     u32 part = first_block(&args, sequence[2]) / PART_BLOCKS, end = (sequence[2] + sequence[1] - 1) / (KEYS * PART_BLOCKS) + 1;
-    State state;
-    clear(&state);
+    float largest[2] = {-INFINITE, -INFINITE}, sum[2] = {0.0f, 0.0f}, out[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
     ROLLED for (; part < end; part++) {
         u64 own = ((u64)part * args.sequence_count + index) * args.pages.kv_heads + kv_head;
-        merge_state(&state, args.states + own * STATE_FLOATS * WARP + lane, WARP, 0);
+        const float *from = args.states + own * STATE_FLOATS * WARP + lane;
+        Shares share[2];
+        UNROLL for (i = 0; i < 2; i++) {
+            share[i] = shares(largest[i], from[i * WARP]);
+            largest[i] = share[i].largest;
+            sum[i] = merged(sum[i], from[(2 + i) * WARP], share[i]);
+        }
+        UNROLL for (at = 0; at < 8; at++)
+            out[at / 4][at % 4] = merged(out[at / 4][at % 4], from[(4 + warp * 8 + at) * WARP], share[at / 2 % 2]);
     }
-    write_out(&args, sequence, kv_head, 0, &state);
+    write_out(&args, sequence, kv_head, 0, sum, out, warp * 16, 2);
 }
 #endif

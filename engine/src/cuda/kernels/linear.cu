@@ -208,7 +208,8 @@ KERNEL(linear_tiled, LinearArguments, TILE_WARPS * WARP, 1) {
     u32 apart = args.partial != 0, run = apart ? BLOCK_Z : 0, last_run = apart ? run : args.splits - 1;
     u32 start = run_start(&args, run), end = run_start(&args, last_run + 1), next_run = run_start(&args, run + 1), step;
     float sums[TILE_MT][2][16], *totals = (float *)(room + TILE_STAGES * TILE_STAGE_BYTES) + THREAD;
-    int tile, half, at, i;
+    // Warps behind the last row or panel only copy.
+    int tile, half, at, i, busy = first_panel + panel_warp < args.panels && first_row + row_warp * TILE_MT * 16 < args.rows;
     UNROLL for (tile = 0; tile < TILE_MT; tile++)
         UNROLL for (at = 0; at < 32; at++) sums[tile][at / 16][at % 16] = 0.0f;
     UNROLL for (at = 0; at < TILE_STAGES - 1; at++) {
@@ -234,6 +235,7 @@ KERNEL(linear_tiled, LinearArguments, TILE_WARPS * WARP, 1) {
         barrier();
         if (ahead < end) tile_load(&args, room + (ahead - start) % TILE_STAGES * TILE_STAGE_BYTES, first_row, first_panel, ahead);
         copy_commit();
+        if (!busy) continue;
         quad a[TILE_MT][2];
         UNROLL for (tile = 0; tile < TILE_MT; tile++)
             UNROLL for (i = 0; i < 2; i++)

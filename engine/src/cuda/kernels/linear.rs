@@ -1,7 +1,7 @@
 //! Kernels of `linear.cu`: which of them computes a linear, and over which grid.
 
 use super::{Args, Call, Defines, Element, Kernel, Source};
-use crate::model::decoder;
+use crate::model::decoder::Activation;
 
 /// Inputs of a step: what packed weights are padded to.
 const STEP: usize = 32;
@@ -47,8 +47,6 @@ pub(crate) enum Finish {
     Activate(Activation),
 }
 
-pub(crate) use decoder::Activation;
-
 /// A linear: `sums[row][output] = bias + inputs[row] . weights[output]`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Linear {
@@ -70,8 +68,10 @@ pub(crate) struct Linear {
     pub(crate) finish: Finish,
     /// Room for sums of runs that are computed apart: [`Linear::partial_bytes`].
     pub(crate) partial: u64,
-    /// Zeros, and zeros again when it is done: a u32 for each block of a layer of the grid, [`Linear::tiles`].
+    /// Zeros, and zeros again when it is done: u32 `[`[`Linear::most_counters`]`]`.
     pub(crate) counters: u64,
+    /// Bytes of shared memory that a block of the device may have, opted in: 163 KiB on sm_80, 227 KiB from sm_90 on.
+    pub(crate) most_shared: u32,
 }
 
 /// A way to compile `linear_tiled`.
@@ -101,10 +101,14 @@ macro_rules! tiling {
     };
 }
 
-/// Up to 64 rows, where the weights' way from memory is what counts: half a tile of rows, many stages.
-const FEW: Tiling = tiling!(4, 1, 4, 6);
+/// Up to 64 rows, where the weights' way from memory is what counts: half a tile of rows.
+const FEW: Tiling = tiling!(4, 1, 4, 4);
 /// More rows.
 const MANY: Tiling = tiling!(4, 2, 4, 4);
+/// More rows, where a block cannot have the shared memory of [`MANY`]: before sm_90.
+const MANY_NARROW: Tiling = tiling!(4, 2, 2, 4);
+/// What a block may have from sm_90 on.
+const WIDE_SHARED: u32 = 227 << 10;
 
 const STREAM_16: Defines = Defines::of(&[("STREAM_TILES", 1), ("STREAM_STAGES", 3), ("STREAM_BLOCKS", 2)]);
 const STREAM_32: Defines = Defines::of(&[("STREAM_TILES", 2), ("STREAM_STAGES", 4), ("STREAM_BLOCKS", 1)]);
@@ -123,10 +127,11 @@ impl Linear {
     /// Blocks from which on runs of one output need no blocks of their own.
     const BLOCKS: u32 = 132;
 
-    /// Every variant, for compiling ahead and for tests.
+    /// Every variant.
+    #[cfg(test)]
     pub(crate) fn variants(element: Element) -> impl Iterator<Item = Kernel> {
         let stream = [STREAM_16, STREAM_32].map(|defines| ("linear_stream", defines));
-        let tiled = [FEW, MANY].map(|tiling| ("linear_tiled", tiling.defines));
+        let tiled = [FEW, MANY, MANY_NARROW].map(|tiling| ("linear_tiled", tiling.defines));
         let kernel = move |(name, defines)| Kernel { name, source: Source::Linear, element, defines };
         stream.into_iter().chain(tiled).map(kernel)
     }
@@ -136,6 +141,7 @@ impl Linear {
             0..=16 => Way::Stream { tiles: 1 },
             17..=32 => Way::Stream { tiles: 2 },
             33..=64 => self.tiled(FEW),
+            _ if self.most_shared < WIDE_SHARED => self.tiled(MANY_NARROW),
             _ => self.tiled(MANY),
         }
     }

@@ -227,7 +227,7 @@ impl Attention {
         let merge = Call {
             kernel: Kernel { name: "attention_merge", ..kernel },
             grid: [self.sequence_count, kv_heads, 1],
-            threads: 32,
+            threads: 32 * tiles,
             shared_bytes: 0,
             args,
         };

@@ -68,6 +68,7 @@ impl Case {
             finish: Finish::Store,
             partial: 0,
             counters: 0,
+            most_shared: WIDE_SHARED,
         }
     }
 
@@ -92,7 +93,7 @@ fn ways(linear: &Linear) -> Vec<Way> {
     if linear.rows <= 32 {
         ways.push(Way::Stream { tiles: 2 });
     }
-    for tiling in [FEW, MANY] {
+    for tiling in [FEW, MANY, MANY_NARROW] {
         ways.extend([false, true].map(|apart| Way::Tiled { tiling, apart: apart && linear.shape.splits > 1 }));
     }
     ways
@@ -100,7 +101,7 @@ fn ways(linear: &Linear) -> Vec<Way> {
 
 /// Runs a linear in one way, with room for its partial sums.
 fn run_way(linear: &Linear, way: Way, before: &[u8]) -> Vec<u8> {
-    let mut counters = Memory::of_bytes(&[0; 4096]);
+    let mut counters = Memory::of_bytes(&vec![0; Linear::most_counters() as usize * 4]);
     let partial = Memory::of_bytes(&vec![0xff; 4 << 20]);
     let left = run(before, |to| {
         Linear { to, partial: partial.address(), counters: counters.address(), ..*linear }.call_by(way)
@@ -109,19 +110,26 @@ fn run_way(linear: &Linear, way: Way, before: &[u8]) -> Vec<u8> {
     left
 }
 
+/// Outputs, inputs, rows: whole panels, steps and tiles, and one more or less.
+const SHAPES: [(usize, usize, usize); 8] = [
+    (64, 32, 1),
+    (64, 31, 2),
+    (80, 48, 9),
+    (200, 100, 16),
+    (64, 300, 17),
+    (330, 64, 33),
+    (64, 520, 70),
+    (576, 96, 140),
+];
+
 #[test]
 fn outputs_are_sums_of_products_whatever_the_way() {
     for element in [Element::Bf16, Element::F16] {
-        for (outputs, inputs, rows) in [
-            (64, 32, 1),
-            (64, 31, 2),
-            (80, 48, 9),
-            (200, 100, 16),
-            (64, 300, 17),
-            (330, 64, 33),
-            (64, 520, 70),
-            (576, 96, 140),
-        ] {
+        let shapes: &[(usize, usize, usize)] = match element {
+            Element::Bf16 => &SHAPES,
+            Element::F16 => &[(80, 48, 9), (64, 520, 70)],
+        };
+        for &(outputs, inputs, rows) in shapes {
             let case = Case::new(element, outputs, inputs, rows);
             let linear = Linear { bias: case.stored_bias.address(), ..case.linear(false) };
             let (width, expected) = (linear.to_stride as usize, case.exact());
@@ -148,7 +156,7 @@ fn a_row_alone_has_the_bits_it_has_among_others() {
     });
     for (first, rows) in [(0, 1), (149, 1), (77, 5), (3, 16), (90, 33), (40, 64)] {
         let some = Linear { rows, input: linear.input + (first * case.stride * 2) as u64, ..linear };
-        let mut counters = Memory::of_bytes(&[0; 4096]);
+        let mut counters = Memory::of_bytes(&vec![0; Linear::most_counters() as usize * 4]);
         let partial = Memory::of_bytes(&vec![0; some.partial_bytes() as usize]);
         let got = run_floats(rows as usize * width, |to| {
             Linear { to, partial: partial.address(), counters: counters.address(), ..some }.call()
@@ -222,6 +230,22 @@ fn gelu_is_the_exact_one() {
     };
     let expected: Vec<f64> = case.exact().iter().map(|x| 0.5 * x * (1.0 + erf(x / 2f64.sqrt()))).collect();
     close("gelu", &got, &expected, 6e-4);
+}
+
+#[test]
+fn blocks_fit_their_device() {
+    for (rows, splits, most_shared) in
+        [(40, 8, 163 << 10), (300, 8, 163 << 10), (40, 8, WIDE_SHARED), (300, 8, WIDE_SHARED)]
+    {
+        let shape = LinearShape { panels: 64, steps: 128, splits };
+        let empty = Case::empty();
+        let linear = Linear { shape, rows, most_shared, input_stride: 4096, to_stride: 4096, ..empty.linear(false) };
+        for apart in [false, true] {
+            let Way::Tiled { tiling, .. } = linear.way() else { panic!("{rows} rows are many") };
+            let call = linear.call_by(Way::Tiled { tiling, apart });
+            assert!(call.shared_bytes <= most_shared, "{} bytes for {rows} rows of {most_shared}", call.shared_bytes);
+        }
+    }
 }
 
 #[test]
