@@ -172,6 +172,32 @@ DEVICE u16 f16_from(float value) {
     return (u16)(sign | ((magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13));
 }
 
+// Products of 16-bit floats are exact as double, and so are sums of the numbers that kernels make here.
+DEVICE u32 bf16_pair_fma(u32 a, u32 b, u32 c) {
+    u32 d = 0;
+    for (int at = 0; at < 32; at += 16) {
+        double sum = (double)bf16_wide((u16)(a >> at)) * bf16_wide((u16)(b >> at)) + bf16_wide((u16)(c >> at));
+        d |= (u32)bf16_from((float)sum) << at;
+    }
+    return d;
+}
+
+DEVICE u32 f16_pair_fma(u32 a, u32 b, u32 c) {
+    u32 d = 0;
+    for (int at = 0; at < 32; at += 16) {
+        double sum = (double)f16_float((u16)(a >> at)) * f16_float((u16)(b >> at)) + f16_float((u16)(c >> at));
+        d |= (u32)f16_from((float)sum) << at;
+    }
+    return d;
+}
+
+DEVICE u32 pick_bytes(u32 a, u32 b, u32 which) {
+    u64 bytes = (u64)b << 32 | a;
+    u32 picked = 0;
+    for (int at = 0; at < 4; at++) picked |= (u32)(bytes >> 8 * (which >> 4 * at & 7) & 0xff) << 8 * at;
+    return picked;
+}
+
 typedef struct ALIGNED(16) { u32 word[4]; } quad;
 
 DEVICE quad load_once(const void *from) { return *(const quad *)from; }

@@ -9,10 +9,12 @@
 //!
 //! Buffers begin at multiples of 256 bytes, and rows of 16-bit floats at multiples of 16. Strides count elements.
 
+mod codes;
 mod linear;
 mod pages;
 mod rows;
 
+pub(crate) use codes::Codes;
 pub(crate) use linear::{Finish, Linear, LinearShape};
 pub(crate) use pages::{Attention, HeadNorms, Pages, Rotary, Share};
 pub(crate) use rows::{Cap, Embed, Gather, Largest, Norm, NormTo, Table};
@@ -22,6 +24,7 @@ pub(crate) use rows::{Cap, Embed, Gather, Largest, Norm, NormTo, Table};
 pub(crate) enum Source {
     Rows,
     Linear,
+    Codes,
     Rotary,
     Attention,
 }
@@ -29,10 +32,12 @@ pub(crate) enum Source {
 impl Source {
     /// Returns the names and texts of what it is made of.
     fn files(self) -> &'static [(&'static str, &'static str)] {
+        const LINEAR: (&str, &str) = ("linear.cu", include_str!("kernels/linear.cu"));
         const PAGES: (&str, &str) = ("pages.cu", include_str!("kernels/pages.cu"));
         match self {
             Source::Rows => &[("rows.cu", include_str!("kernels/rows.cu"))],
-            Source::Linear => &[("linear.cu", include_str!("kernels/linear.cu"))],
+            Source::Linear => &[LINEAR],
+            Source::Codes => &[LINEAR, ("codes.cu", include_str!("kernels/codes.cu"))],
             Source::Rotary => &[PAGES, ("rotary.cu", include_str!("kernels/rotary.cu"))],
             Source::Attention => &[PAGES, ("attention.cu", include_str!("kernels/attention.cu"))],
         }

@@ -55,6 +55,7 @@ impl Linear {
             finish: Finish::Store,
             partial: 0,
             counters: 0,
+            codes: None,
             most_shared,
         }
     }

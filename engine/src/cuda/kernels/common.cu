@@ -8,11 +8,13 @@ DEVICE float wide(u16 bits) { return f16_float(bits); }
 DEVICE u16 narrow(float value) { return f16_from(value); }
 DEVICE u32 narrow_pair(float low, float high) { return f16_from(low) | (u32)f16_from(high) << 16; }
 #define mma mma_f16
+#define pair_fma f16_pair_fma
 #else
 DEVICE float wide(u16 bits) { return bits_float((u32)bits << 16); }
 DEVICE u16 narrow(float value) { return bf16_from(value); }
 DEVICE u32 narrow_pair(float low, float high) { return bf16_pair(low, high); }
 #define mma mma_bf16
+#define pair_fma bf16_pair_fma
 #endif
 
 // Outputs of a panel of packed weights (engine/src/cpu/packed.rs).

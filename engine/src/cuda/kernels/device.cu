@@ -61,6 +61,22 @@ DEVICE u32 bf16_pair(float low, float high) {
     return pair;
 }
 
+// a * b + c of two bf16, each rounded once.
+DEVICE u32 bf16_pair_fma(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+DEVICE u32 f16_pair_fma(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+// Of the eight bytes of `a` and then `b`, the four that the nibbles of `which` name, the lowest first.
+DEVICE u32 pick_bytes(u32 a, u32 b, u32 which) { return __byte_perm(a, b, which); }
+
 DEVICE u16 f16_from(float value) {
     u16 bits;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));

@@ -101,8 +101,45 @@ DEVICE void multiply_step(float *sums, const quad *a, const quad *b) {
 }
 
 #ifdef STREAM_TILES
-enum { STREAM_WARPS = 8, STREAM_ROWS = 16 * STREAM_TILES };
+// Two blocks on a processor where registers allow.
+enum { STREAM_WARPS = 8, STREAM_ROWS = 16 * STREAM_TILES, STREAM_BLOCKS = STREAM_TILES == 1 ? 2 : 1 };
 
+// Leaves a warp's sums where `join_runs` finds them: `[warps][rows][32]`.
+DEVICE void leave_sums(u8 *room, float (*sums)[16]) {
+    u32 lane = THREAD % WARP, g = lane / 4, q = lane % 4;
+    float *partial = (float *)room + THREAD / WARP * (STREAM_ROWS * 32);
+    int tile, at, e, j;
+    UNROLL for (tile = 0; tile < STREAM_TILES; tile++)
+        UNROLL for (at = 0; at < 2; at++)
+            UNROLL for (e = 0; e < 2; e++)
+                UNROLL for (j = 0; j < 4; j++)
+                    partial[(tile * 16 + at * 8 + g) * 32 + 8 * q + 4 * e + j] = sums[tile][4 * j + 2 * at + e];
+}
+
+// Adds runs from first to last and ends the outputs of `halves` halves of panels, from `first_half` on, for `rows` rows from `first_row` on. A
+// thread takes eight outputs of a row, or as many gates.
+DEVICE void join_runs(const LinearArguments *args, const u8 *room, u32 first_half, u32 halves, u32 first_row, u32 rows) {
+    u32 gated = args->what == GATE, units = (gated ? halves / 2 : halves) * rows * 4, unit;
+    int at, e;
+    barrier();
+    ROLLED for (unit = THREAD; unit < units; unit += STREAM_WARPS * WARP) {
+        u32 column = unit % 4 * 8, row = unit / 4 % rows, own = unit / 4 / rows * (gated ? 2 : 1), half = first_half + own, split;
+        const float *first = (const float *)room + (u64)own * args->splits * (STREAM_ROWS * 32) + row * 32 + column;
+        float totals[2][8];
+        if (half >= 2 * args->panels) break;
+        UNROLL for (e = 0; e < 2; e++) {
+            if (e == 1 && !gated) break;
+            UNROLL for (at = 0; at < 8; at++) totals[e][at] = first[at];
+            for (split = 1; split < args->splits; split++)
+                UNROLL for (at = 0; at < 8; at++) totals[e][at] += first[split * (STREAM_ROWS * 32) + at];
+            first += args->splits * (STREAM_ROWS * 32);
+        }
+        if (gated) finish_gated(args, first_row + row, half / 2, column, totals[0], totals[1]);
+        else finish(args, first_row + row, half * 32 + column, totals[0]);
+    }
+}
+
+#ifndef CODE
 typedef struct { quad a[2 * STREAM_TILES], b[4]; } StreamStage;
 
 DEVICE void stream_load(const LinearArguments *args, StreamStage *stage, const u32 *weights, const u16 *input, u32 step, u32 end) {
@@ -122,8 +159,8 @@ KERNEL(linear_stream, LinearArguments, STREAM_WARPS * WARP, STREAM_BLOCKS) {
     u32 lane = THREAD % WARP, warp = THREAD / WARP, g = lane / 4, q = lane % 4;
     u32 halves = STREAM_WARPS / args.splits, run = warp % args.splits;
     u32 half = BLOCK_X * halves + warp / args.splits;
-    float *partial = (float *)room + warp * (STREAM_ROWS * 32), sums[STREAM_TILES][16];
-    int at, tile, stage, e, j;
+    float sums[STREAM_TILES][16];
+    int at, tile, stage;
     UNROLL for (tile = 0; tile < STREAM_TILES; tile++)
         UNROLL for (at = 0; at < 16; at++) sums[tile][at] = 0.0f;
     if (half < 2 * args.panels) {
@@ -142,32 +179,10 @@ KERNEL(linear_stream, LinearArguments, STREAM_WARPS * WARP, STREAM_BLOCKS) {
             }
         }
     }
-    // [rows][32], a lane's sums as it has them.
-    UNROLL for (tile = 0; tile < STREAM_TILES; tile++)
-        UNROLL for (at = 0; at < 2; at++)
-            UNROLL for (e = 0; e < 2; e++)
-                UNROLL for (j = 0; j < 4; j++)
-                    partial[(tile * 16 + at * 8 + g) * 32 + 8 * q + 4 * e + j] = sums[tile][4 * j + 2 * at + e];
-    barrier();
-    // Runs are added from first to last; a thread takes eight outputs of a row, or as many gates.
-    u32 gated = args.what == GATE, units = (gated ? halves / 2 : halves) * args.rows * 4, unit;
-    for (unit = THREAD; unit < units; unit += STREAM_WARPS * WARP) {
-        u32 column = unit % 4 * 8, row = unit / 4 % args.rows, own = unit / 4 / args.rows * (gated ? 2 : 1), split;
-        const float *first = (const float *)room + (u64)own * args.splits * (STREAM_ROWS * 32) + row * 32 + column;
-        float totals[2][8];
-        half = BLOCK_X * halves + own;
-        if (half >= 2 * args.panels) break;
-        UNROLL for (e = 0; e < 2; e++) {
-            if (e == 1 && !gated) break;
-            UNROLL for (at = 0; at < 8; at++) totals[e][at] = first[at];
-            for (split = 1; split < args.splits; split++)
-                UNROLL for (at = 0; at < 8; at++) totals[e][at] += first[split * (STREAM_ROWS * 32) + at];
-            first += args.splits * (STREAM_ROWS * 32);
-        }
-        if (gated) finish_gated(&args, row, half / 2, column, totals[0], totals[1]);
-        else finish(&args, row, half * 32 + column, totals[0]);
-    }
+    leave_sums(room, sums);
+    join_runs(&args, room, BLOCK_X * halves, halves, 0, args.rows);
 }
+#endif
 #endif
 
 #ifdef TILE_MT

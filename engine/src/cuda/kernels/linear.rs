@@ -1,6 +1,6 @@
 //! Kernels of `linear.cu`: which of them computes a linear, and over which grid.
 
-use super::{Args, Call, Defines, Element, Kernel, Source};
+use super::{Args, Call, Codes, Defines, Element, Kernel, Source};
 use crate::model::decoder::Activation;
 
 /// Inputs of a step: what packed weights are padded to.
@@ -23,11 +23,16 @@ pub(crate) struct LinearShape {
 impl LinearShape {
     /// Returns the shape of `outputs` by `inputs` weights; `gated` where panels hold gates and what they let through.
     pub(crate) fn new(outputs: usize, inputs: usize, gated: bool) -> Self {
+        Self::in_segments(outputs, inputs, gated, 1)
+    }
+
+    /// As [`LinearShape::new`], for runs of whole segments of `segment` steps.
+    pub(super) fn in_segments(outputs: usize, inputs: usize, gated: bool, segment: usize) -> Self {
         let (panels, steps) = (outputs.div_ceil(PANEL), inputs.div_ceil(STEP));
         // A pair of half panels stays in one block of eight warps.
         let most = if gated { 4 } else { 8 };
         let mut splits = 1;
-        while splits < most && 2 * panels * splits < WARPS && 2 * splits <= steps {
+        while splits < most && 2 * panels * splits < WARPS && 2 * splits <= steps.div_ceil(segment) {
             splits *= 2;
         }
         Self { panels: panels as u32, steps: steps as u32, splits: splits as u32 }
@@ -70,6 +75,8 @@ pub(crate) struct Linear {
     pub(crate) partial: u64,
     /// Zeros, and zeros again when it is done: u32 `[`[`Linear::most_counters`]`]`.
     pub(crate) counters: u64,
+    /// How the weights lie, where they are codes.
+    pub(crate) codes: Option<Codes>,
     /// Bytes of shared memory that a block of the device may have, opted in: 163 KiB on sm_80, 227 KiB from sm_90 on.
     pub(crate) most_shared: u32,
 }
@@ -110,8 +117,8 @@ const MANY_NARROW: Tiling = tiling!(4, 2, 2, 4);
 /// What a block may have from sm_90 on.
 const WIDE_SHARED: u32 = 227 << 10;
 
-const STREAM_16: Defines = Defines::of(&[("STREAM_TILES", 1), ("STREAM_STAGES", 3), ("STREAM_BLOCKS", 2)]);
-const STREAM_32: Defines = Defines::of(&[("STREAM_TILES", 2), ("STREAM_STAGES", 4), ("STREAM_BLOCKS", 1)]);
+const STREAM_16: Defines = Defines::of(&[("STREAM_TILES", 1), ("STREAM_STAGES", 3)]);
+const STREAM_32: Defines = Defines::of(&[("STREAM_TILES", 2), ("STREAM_STAGES", 4)]);
 const STREAM_WARPS: u32 = 8;
 
 /// How a linear is computed.
@@ -121,6 +128,8 @@ enum Way {
     Stream { tiles: u32 },
     /// Through shared memory.
     Tiled { tiling: Tiling, apart: bool },
+    /// Codes through registers, for tiles of some 16 rows.
+    Codes { codes: Codes, tiles: u32 },
 }
 
 impl Linear {
@@ -137,6 +146,9 @@ impl Linear {
     }
 
     fn way(&self) -> Way {
+        if let Some(codes) = self.codes {
+            return Way::Codes { codes, tiles: if self.rows <= 16 { 1 } else { 2 } };
+        }
         match self.rows {
             0..=16 => Way::Stream { tiles: 1 },
             17..=32 => Way::Stream { tiles: 2 },
@@ -191,6 +203,11 @@ impl Linear {
                 let grid = [(2 * panels).div_ceil(halves), 1, 1];
                 ("linear_stream", defines, grid, STREAM_WARPS * 32, STREAM_WARPS * tiles * 16 * 32 * 4, 0)
             }
+            Way::Codes { codes, tiles } => {
+                let grid = [(2 * panels).div_ceil(STREAM_WARPS / splits), self.rows.div_ceil(16 * tiles), 1];
+                let shared_bytes = STREAM_WARPS * tiles * 16 * 32 * 4;
+                ("linear_codes", codes.defines(tiles), grid, STREAM_WARPS * 32, shared_bytes, 0)
+            }
             Way::Tiled { tiling, apart } => {
                 let stage = tiling.rows * 64 + tiling.panels * 4096;
                 let totals = if splits > 1 && !apart { tiling.rows * tiling.panels * PANEL as u32 * 4 } else { 0 };
@@ -203,7 +220,11 @@ impl Linear {
         let args = Args::default().word(self.weights).word(self.bias).word(self.input).word(self.to);
         let args = args.word(partial).word(self.counters).number(self.rows).number(panels).number(steps).number(splits);
         let args = args.number(self.input_stride).number(self.to_stride).number(what).number(activation);
-        let kernel = Kernel { name, source: Source::Linear, element: self.element, defines };
+        let (source, args) = match way {
+            Way::Codes { codes, .. } => (Source::Codes, codes.append(args)),
+            Way::Stream { .. } | Way::Tiled { .. } => (Source::Linear, args),
+        };
+        let kernel = Kernel { name, source, element: self.element, defines };
         Call { kernel, grid, threads, shared_bytes, args }
     }
 }

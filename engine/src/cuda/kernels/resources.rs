@@ -2,7 +2,7 @@
 //!
 //! Needs NVRTC of CUDA 13.0, which `tests/servers/install.sh` takes from PyPI, and no card. Without it the test is skipped and says so.
 
-use super::{Attention, Call, Element, Kernel, Linear, Pages, Rotary, Source};
+use super::{Attention, Call, Codes, Element, Kernel, Linear, Pages, Rotary, Source};
 use crate::cuda::nvrtc::{Nvrtc, options};
 use kv_cache::{KvDtype, PageLayout};
 use std::{collections::BTreeMap, path::Path};
@@ -70,6 +70,7 @@ fn kernels() -> Vec<Kernel> {
     let rows = |element| Kernel { name: "", source: Source::Rows, element, defines: super::Defines::default() };
     let mut kernels = vec![rows(Element::Bf16), rows(Element::F16)];
     kernels.extend(Linear::variants(Element::Bf16).chain(Linear::variants(Element::F16)));
+    kernels.extend(Codes::variants());
     kernels.extend([KvDtype::Bf16, KvDtype::F16, KvDtype::Fp8, KvDtype::Int8].map(rotary));
     kernels.extend([64, 128, 256].into_iter().flat_map(|dim| attention(KvDtype::Bf16, dim)));
     kernels.extend([KvDtype::F16, KvDtype::Fp8, KvDtype::Int8].into_iter().flat_map(|dtype| attention(dtype, 128)));

@@ -68,6 +68,7 @@ impl Case {
             finish: Finish::Store,
             partial: 0,
             counters: 0,
+            codes: None,
             most_shared: WIDE_SHARED,
         }
     }
