@@ -38,7 +38,13 @@ fn number(library: &Library, name: &str) -> c_int {
 }
 
 /// Computes `tokens[start..]` as the rows of as many sequences as there are `tables`, and returns the logits of each.
-fn logits(engine: &mut Engine, tokens: &[TokenId], start: usize, tables: &[Vec<PageId>], leaves: bool) -> Vec<Vec<f32>> {
+fn logits(
+    engine: &mut Engine,
+    tokens: &[TokenId],
+    start: usize,
+    tables: &[Vec<PageId>],
+    leaves: bool,
+) -> Vec<Vec<f32>> {
     let sampling = Sampling { logprobs: Some(0), ..Sampling::default() };
     let sample = Sample {
         sampling: &sampling,

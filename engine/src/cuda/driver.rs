@@ -108,7 +108,10 @@ impl Card {
         }
         let count = result::device::get_count().map_err(refused("count cards"))?;
         if ordinal >= count as usize {
-            return Err(fault("find it", format!("this machine has {count} {}, counted from 0", if count == 1 { "card" } else { "cards" })));
+            return Err(fault(
+                "find it",
+                format!("this machine has {count} {}, counted from 0", if count == 1 { "card" } else { "cards" }),
+            ));
         }
         let device = result::device::get(ordinal as c_int).map_err(refused("find it"))?;
         let name = result::device::get_name(device).map_err(refused("ask for its name"))?;
