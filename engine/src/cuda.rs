@@ -137,6 +137,8 @@ struct Buffers {
     /// The token of the largest logit of each row.
     largest: Region,
     /// Sums that blocks leave to each other, and how many have.
+    /// A linear's inputs in the order of its weights, where they have one.
+    ordered: Region,
     partial: Region,
     counters: Region,
     /// What parts of long sequences leave to each other in attention.
@@ -256,6 +258,7 @@ impl Buffers {
         };
         // No less than a sequence of any length leaves.
         let each = sizes.context.div_ceil(512) * decoder.kv_heads * (decoder.head_dim / 2 + 12) * 128;
+        let reordered = weights.linears().any(|linear| linear.order.bytes > 0);
         let partial = weights.linears().map(of).max().unwrap_or(0);
         Ok(Self {
             residual: alloc(rows * sizes.residual * 4)?,
@@ -268,6 +271,7 @@ impl Buffers {
             outcome: alloc(if post_norms { rows * sizes.residual * 4 } else { 0 })?,
             logits: alloc(sizes.logits_rows * sizes.logits * 4)?,
             largest: alloc(sizes.logits_rows * 4)?,
+            ordered: alloc(if reordered { rows * sizes.residual.max(sizes.attended).max(sizes.gated) * 2 } else { 0 })?,
             partial: alloc(partial as usize)?,
             counters: alloc(Linear::most_counters() as usize * 4)?,
             states: alloc((sizes.capacity.sequences * each).min(STATES).max(each))?,

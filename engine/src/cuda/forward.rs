@@ -5,8 +5,8 @@ use super::{
     device::Region,
     graphs::Bucket,
     kernels::{
-        self, Attention, Call, Cap, Element, Embed, Finish, Gather, HeadNorms, Largest, Norm, NormTo, Pages, Rotary,
-        Share,
+        self, Attention, Call, Cap, Element, Embed, Finish, Gather, HeadNorms, Largest, Norm, NormTo, Pages, Reorder,
+        Rotary, Share,
     },
     rows::Capacity,
     weights::{Inner, Linear, NormWeights},
@@ -370,6 +370,13 @@ impl Cuda {
         (to, to_stride): (Region, usize),
         finish: Finish,
     ) -> Result<(), Error> {
+        let mut from = from;
+        if linear.order.bytes > 0 {
+            let (width, to) = ((linear.order.bytes / 4) as u32, self.buffers.ordered);
+            let (order, stride) = (linear.order.address, from_stride as u32);
+            self.call(&Reorder { rows: rows as u32, from: from.address, order, to: to.address, width, stride }.call())?;
+            from = to;
+        }
         let call = linear.call(self.element, self.device.most_shared(), rows, from, from_stride);
         let call = kernels::Linear {
             to: to.address,

@@ -17,7 +17,7 @@ mod rows;
 pub(crate) use codes::Codes;
 pub(crate) use linear::{Finish, Linear, LinearShape};
 pub(crate) use pages::{Attention, HeadNorms, Pages, Rotary, Share};
-pub(crate) use rows::{Cap, Embed, Gather, Largest, Norm, NormTo, Table};
+pub(crate) use rows::{Cap, Embed, Gather, Largest, Norm, NormTo, Reorder, Table};
 
 /// A file of kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

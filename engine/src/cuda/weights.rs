@@ -2,11 +2,11 @@
 //!
 //! Matrices are 16-bit floats there, in the panels of [`crate::cpu::packed`]: `[panels][depth / 2][64][2]`. A word of a panel, two neighbours
 //! along the depth of one output, is what a lane of a tensor core takes. They are f16 where all of a model's are, else bf16: f32 is rounded.
-//! Norms, biases and angles are f32.
+//! What is quantised lies there as in the host's panels, which are codes and scales. Norms, biases and angles are f32.
 
 use super::{
     device::{Device, Region},
-    kernels::{self, Element, Finish, LinearShape, Table},
+    kernels::{self, Codes, Element, Finish, LinearShape, Table},
 };
 use crate::{
     Config, Error, Model,
@@ -25,8 +25,11 @@ use std::path::Path;
 /// A linear on the device.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Linear {
-    /// `[panels][depth / 2][64][2]` 16-bit floats, the depth rounded up to 32.
+    /// `[panels][depth / 2][64][2]` 16-bit floats, the depth rounded up to 32; or the host's panels of codes.
     pub(crate) panels: Region,
+    pub(crate) codes: Option<Codes>,
+    /// Which input stands at each place, u32 `[depth]`; of no length where each stands at its own.
+    pub(crate) order: Region,
     /// `[panels][64]` f32; of no length where there is none.
     pub(crate) bias: Region,
     pub(crate) shape: LinearShape,
@@ -55,7 +58,7 @@ impl Linear {
             finish: Finish::Store,
             partial: 0,
             counters: 0,
-            codes: None,
+            codes: self.codes,
             most_shared,
         }
     }
@@ -114,8 +117,16 @@ pub(crate) struct Uploaded {
 pub(crate) fn check(model: &Model, config: &Config) -> Result<(), Error> {
     let weights = &model.weights;
     check_decoder(&model.decoder, element(weights), config)?;
-    let readable = |packed: &Packed| matches!(packed.weights(), WeightType::Float(_));
-    if weights.packed().all(readable) { Ok(()) } else { Err(unread(&weights.dtype)) }
+    let embedding = match &weights.embedding {
+        Embedding::Packed(packed) => Some(packed),
+        Embedding::Tied | Embedding::Rows { .. } => None,
+    };
+    for packed in weights.packed().chain(embedding) {
+        if let WeightType::Quantized(_) = packed.weights() {
+            Codes::new(packed).map_err(|problem| unread(&format!("{} ({problem})", weights.dtype)))?;
+        }
+    }
+    Ok(())
 }
 
 /// Says the same of the checkpoint at `path`, as far as its description goes.
@@ -123,16 +134,15 @@ pub(crate) fn check(model: &Model, config: &Config) -> Result<(), Error> {
 /// # Errors
 /// As [`check`], and [`Error::Checkpoint`] for a description that is at fault.
 pub(crate) fn check_path(path: &Path, config: &Config) -> Result<(), Error> {
-    let Opened { decoder, checkpoint, quantization, .. } = Opened::open(path)?;
+    let Opened { decoder, checkpoint, .. } = Opened::open(path)?;
     check_decoder(&decoder, element_of(checkpoint.matrix_dtype()), config)?;
-    let blocks = checkpoint.blocks_name().map(str::to_owned);
-    let quantised = quantization.map(|quantization| quantization.describe()).or(blocks);
-    quantised.map_or(Ok(()), |quantised| Err(unread(&quantised)))
+    checkpoint.blocks_name().map_or(Ok(()), |blocks| Err(unread(blocks)))
 }
 
 fn unread(dtype: &str) -> Error {
     let problem = format!(
-        "weights of type {dtype} are not read on a card yet: bf16 and f16 are, and f32, which are rounded to bf16"
+        "weights of type {dtype} are not read on a card yet: bf16 and f16 are, f32, which are rounded to bf16, and int4, int8 and fp8 of \
+         checkpoints in safetensors, in groups of a multiple of 32 inputs"
     );
     Error::setting("device", problem)
 }
@@ -224,9 +234,10 @@ impl Uploaded {
         let final_norm = to.norm(Some(&weights.final_norm))?.expect("it is there");
         let head = to.linear(&weights.head, false)?;
         let table = match &weights.embedding {
+            Embedding::Tied if head.codes.is_some() => to.rows_of(&weights.head.packed, decoder.vocab_size)?,
             Embedding::Tied => (Table::Panels, head.panels),
             Embedding::Rows { dtype, bytes } => to.rows(*dtype, bytes)?,
-            Embedding::Packed(_) => unreachable!("`check` refuses what is quantised"),
+            Embedding::Packed(packed) => to.rows_of(packed, decoder.vocab_size)?,
         };
         let angles = decoder.ropes.iter().map(|rope| {
             let (turns, pairs) = (rope.turns(context), rope.pairs());
@@ -264,6 +275,13 @@ struct Uploader<'a> {
 impl Uploader<'_> {
     fn linear(&mut self, linear: &crate::model::weights::Linear, gated: bool) -> Result<Linear, Error> {
         let packed = &linear.packed;
+        let bias = match &linear.bias {
+            Some(bias) => self.floats("biases", bias.as_flattened())?,
+            None => Region::default(),
+        };
+        if let WeightType::Quantized(_) = packed.weights() {
+            return self.codes(packed, bias, gated);
+        }
         let shape = LinearShape::new(packed.panels() * PANEL, packed.depth(), gated);
         let panel_bytes = packed.depth().next_multiple_of(32) * PANEL * 2;
         let panels = self.device.alloc("weights", packed.panels() * panel_bytes)?;
@@ -287,14 +305,44 @@ impl Uploader<'_> {
                     pair_up(contents, 2, packed.depth(), &narrow, &mut self.words);
                     self.device.upload(to, bytes_of(&self.words))?;
                 }
-                WeightType::Quantized(_) => unreachable!("`check` refuses what is quantised"),
+                WeightType::Quantized(_) => unreachable!("codes go up as they are"),
             }
         }
-        let bias = match &linear.bias {
-            Some(bias) => self.floats("biases", bias.as_flattened())?,
+        Ok(Linear { panels, codes: None, order: Region::default(), bias, shape })
+    }
+
+    /// Uploads weights that are codes.
+    fn codes(&mut self, packed: &Packed, bias: Region, gated: bool) -> Result<Linear, Error> {
+        let codes = Codes::new(packed).expect("`check` refuses what kernels do not read");
+        let panels = self.device.alloc("weights", packed.bytes())?;
+        for panel in 0..packed.panels() {
+            let to = panels.part(panel * packed.panel_bytes(), packed.panel_bytes());
+            self.device.upload(to, packed.panel_contents(panel))?;
+        }
+        let order = match packed.order() {
+            Some(order) => {
+                let region = self.device.alloc("weights", order.len() * 4)?;
+                // SAFETY: a u32 is four bytes.
+                let bytes = unsafe { std::slice::from_raw_parts(order.as_ptr().cast(), order.len() * 4) };
+                self.device.upload(region, bytes)?;
+                region
+            }
             None => Region::default(),
         };
-        Ok(Linear { panels, bias, shape })
+        Ok(Linear { panels, codes: Some(codes), order, bias, shape: codes.shape(packed.panels(), gated) })
+    }
+
+    /// Uploads the rows of an embedding that is quantised, widened.
+    fn rows_of(&mut self, packed: &Packed, vocab: usize) -> Result<(Table, Region), Error> {
+        let (width, mut row) = (packed.depth(), vec![0.0; packed.depth()]);
+        let region = self.device.alloc("the embedding", vocab * width * 4)?;
+        for token in 0..vocab {
+            packed.column(token, &mut row);
+            // SAFETY: an f32 is four bytes.
+            let bytes = unsafe { std::slice::from_raw_parts(row.as_ptr().cast(), width * 4) };
+            self.device.upload(region.part(token * width * 4, width * 4), bytes)?;
+        }
+        Ok((Table::Floats, region))
     }
 
     fn norm(&mut self, norm: Option<&Norm>) -> Result<Option<NormWeights>, Error> {

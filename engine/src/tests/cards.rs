@@ -34,6 +34,15 @@ const GEMMA: [&str; 2] = ["tests/golden/gemma2", "tests/golden/gemma3"];
 const OTHERS: [&str; 5] =
     ["tests/golden/mistral", "tests/golden/phi3", "tests/golden/cohere", "tests/golden/olmo2", "tests/golden/gptneox"];
 
+const QUANTISED: [&str; 6] = [
+    "tests/golden/llama-gptq-int4-g32",
+    "tests/golden/llama-gptq-int4-g32-actorder",
+    "tests/golden/llama-awq-int4-g32",
+    "tests/golden/llama-fp8-tensor",
+    "tests/golden/llama-fp8-channel",
+    "tests/golden/llama-int8-w8a8",
+];
+
 #[test]
 fn llama() {
     check(&LLAMA);
@@ -52,6 +61,11 @@ fn gemma() {
 #[test]
 fn other_families() {
     check(&OTHERS);
+}
+
+#[test]
+fn quantised_weights() {
+    check(&QUANTISED);
 }
 
 #[test]
@@ -172,8 +186,6 @@ fn what_a_card_does_not_run_is_refused_by_name_before_weights_are_loaded() {
     };
     refused("tests/golden/deepseek_v2", None, &["latent attention", "DeepseekV2ForCausalLM"]);
     refused("tests/golden/mixtral", None, &["experts", "MixtralForCausalLM"]);
-    refused("tests/golden/llama-gptq-int4-g32", None, &["int4 (gptq"]);
-    refused("tests/golden/llama-fp8-tensor", None, &["fp8"]);
     refused("tests/golden/llama", Some(KvDtype::F16), &["kv_dtype", "f16"]);
     let config = Config { device: Device::Cuda(0), ..small_config() };
     check_device(&super::repository("tests/golden/llama"), &config).expect("a model that runs");
@@ -201,7 +213,7 @@ mod on_a_card {
     #[test]
     #[ignore = "needs a card"]
     fn recorded_references() {
-        [&LLAMA[..], &QWEN, &GEMMA, &OTHERS].concat().iter().for_each(|path| check_on(path, REAL));
+        [&LLAMA[..], &QWEN, &GEMMA, &OTHERS, &QUANTISED].concat().iter().for_each(|path| check_on(path, REAL));
     }
 
     #[test]

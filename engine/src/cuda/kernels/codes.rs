@@ -23,7 +23,7 @@ pub(crate) struct Codes {
 }
 
 impl Codes {
-    /// Reads how `packed` lies.
+    /// Reads how `packed` lies; its inputs are to come in its [order](Packed::order).
     ///
     /// # Errors
     /// Says what the kernel cannot do.
@@ -31,9 +31,6 @@ impl Codes {
         let WeightType::Quantized(scheme) = packed.weights() else {
             return Err(format!("weights of type {:?} are no codes", packed.weights()));
         };
-        if packed.order().is_some() {
-            return Err("inputs in an order of their own (act-order)".into());
-        }
         let (groups, inputs) = (packed.groups(), packed.depth());
         // Bytes of a panel are read sixteen at a time.
         if groups.inputs < inputs && !groups.inputs.is_multiple_of(32) {

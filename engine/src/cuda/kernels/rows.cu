@@ -110,6 +110,24 @@ KERNEL(gather, GatherArguments, ROW_THREADS, 4) {
 }
 
 typedef struct {
+    FIELD(const u16 *, from);   // [rows][stride]
+    FIELD(const u32 *, order);  // [width]
+    FIELD(u16 *, to);           // [rows][stride], elsewhere
+    FIELD(u32, width);
+    FIELD(u32, stride);         // even
+} ReorderArguments;
+
+// to[i] = from[order[i]] in each row, zero beyond the width.
+KERNEL(reorder, ReorderArguments, ROW_THREADS, 4) {
+    const u16 *from = args.from + (u64)BLOCK_X * args.stride;
+    u32 *to = (u32 *)(args.to + (u64)BLOCK_X * args.stride), at;
+    for (at = 2 * THREAD; at < args.stride; at += 2 * ROW_THREADS) {
+        u32 low = at < args.width ? from[args.order[at]] : 0, high = at + 1 < args.width ? from[args.order[at + 1]] : 0;
+        to[at / 2] = low | high << 16;
+    }
+}
+
+typedef struct {
     FIELD(float *, logits);  // [rows][stride]
     FIELD(u32, stride);
     FIELD(u32, columns);

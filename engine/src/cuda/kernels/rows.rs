@@ -114,6 +114,28 @@ impl Gather {
     }
 }
 
+/// `to[row][i] = from[row][order[i]]`, zero beyond the width.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reorder {
+    pub(crate) rows: u32,
+    /// 16-bit floats `[rows][stride]`.
+    pub(crate) from: u64,
+    /// u32 `[width]`, each below it.
+    pub(crate) order: u64,
+    /// As `from`, apart from it.
+    pub(crate) to: u64,
+    pub(crate) width: u32,
+    /// Even.
+    pub(crate) stride: u32,
+}
+
+impl Reorder {
+    pub(crate) fn call(&self) -> Call {
+        let args = Args::default().word(self.from).word(self.order).word(self.to).number(self.width);
+        call("reorder", Element::Bf16, self.rows, ROW_THREADS, args.number(self.stride))
+    }
+}
+
 /// Logits `x` become `scale * x`, and `cap * tanh(x / cap)` of that.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cap {

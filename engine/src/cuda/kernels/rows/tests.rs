@@ -110,6 +110,20 @@ fn rows_are_kept_in_the_order_that_is_asked() {
 }
 
 #[test]
+fn inputs_are_brought_into_another_order() {
+    let (width, stride) = (601u32, 608u32);
+    let from = Memory::of_halves(&(0..2 * stride as u16).collect::<Vec<_>>());
+    let order: Vec<u32> = (0..width).map(|at| at * 7 % width).collect();
+    let list = Memory::of_words(&order);
+    let call = Reorder { rows: 2, from: from.address(), order: list.address(), to: 0, width, stride };
+    let got = halves(&run(&[0xff; 2 * 608 * 2], |to| Reorder { to, ..call }.call()));
+    for (row, got) in got.chunks_exact(stride as usize).enumerate() {
+        let expected = (0..stride as usize).map(|at| order.get(at).map_or(0, |from| row as u16 * 608 + *from as u16));
+        assert!(got.iter().copied().eq(expected), "row {row}");
+    }
+}
+
+#[test]
 fn logits_are_scaled_and_capped() {
     let (rows, columns, stride) = (2, 5000, 5056);
     let logits: Vec<f32> = noises(8, rows * stride).into_iter().map(|value| value * 60.0).collect();
