@@ -7,7 +7,10 @@
 //! Prompts that peers were told of are [`kept`](crate::kept) for them.
 
 use crate::{Borrowing, Keep, Parts, kept::Kept};
-use engine::scheduler::{Hold, Prefix, Scheduler, SequenceId};
+use engine::{
+    Engine,
+    scheduler::{Hold, Prefix, Scheduler, SequenceId},
+};
 use kv_cache::PageHash;
 use kv_transfer::{Begin, Commit, Event, HandoffId, Outcome, Peer, Transfer};
 use metrics::{Counter, Gauge, counter, gauge};
@@ -95,9 +98,15 @@ impl Prefixes {
     }
 
     /// Takes in what a link reports. Returns what is no concern of prefixes.
-    pub fn take(&mut self, event: Event, layers: u32, scheduler: &mut Scheduler, transfer: &Transfer) -> Option<Event> {
+    pub fn take(
+        &mut self,
+        event: Event,
+        engine: &mut Engine,
+        scheduler: &mut Scheduler,
+        transfer: &Transfer,
+    ) -> Option<Event> {
         match event {
-            Event::Asked { handoff, by, pages } => self.lend(handoff, by, &pages, layers, scheduler, transfer),
+            Event::Asked { handoff, by, pages } => self.lend(handoff, by, &pages, engine, scheduler, transfer),
             Event::Begun { handoff, .. } if self.wanted.contains_key(&handoff) => {
                 self.begun(handoff, scheduler, transfer);
             }
@@ -178,7 +187,7 @@ impl Prefixes {
         handoff: HandoffId,
         by: Peer,
         pages: &[PageHash],
-        layers: u32,
+        engine: &mut Engine,
         scheduler: &mut Scheduler,
         transfer: &Transfer,
     ) {
@@ -187,8 +196,13 @@ impl Prefixes {
             return transfer.refuse(handoff, format!("{here} of {} pages are here", pages.len()));
         }
         let hold = scheduler.lend(pages);
+        if let Err(error) = engine.export(hold.pages()) {
+            tracing::error!(handoff = handoff.0, %error, "a prefix cannot be sent");
+            scheduler.give_back(hold);
+            return transfer.refuse(handoff, error.to_string());
+        }
         let tokens = (pages.len() * scheduler.page_tokens()) as u32;
-        let count = pages.len() as u32;
+        let (count, layers) = (pages.len() as u32, engine.memory().layout().layers);
         transfer.begin(Begin { handoff, targets: vec![by], tokens, pages: hold.pages().to_vec() });
         transfer.push(handoff, 0..layers, 0..count);
         transfer.commit(handoff, Commit { first_token: 0 });

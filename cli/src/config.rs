@@ -3,8 +3,8 @@
 use crate::{
     model::Located,
     settings::{
-        Adapters, Common, Compute, Dialect, Door, KvDtype, KvLoadFailure, LogFormat, Membership, Placement, Tables,
-        Worker,
+        Adapters, Common, Compute, Dialect, Door, EngineChoice, KvDtype, KvLoadFailure, LogFormat, Membership,
+        Placement, Tables, Worker,
     },
 };
 use anyhow::{Context, anyhow, bail};
@@ -26,9 +26,13 @@ pub(crate) fn telemetry(common: &Common, default_log: &str) -> telemetry::Config
 /// Returns the engine's settings as far as `up` and worker processes share them.
 pub(crate) fn engine(compute: &Compute, tables: &Tables) -> anyhow::Result<engine::Config> {
     let mut config: engine::Config = tables.config("engine")?;
-    if let Some(memory) = compute.kv_memory {
-        config.kv_bytes = memory.0;
+    config.kv_bytes = compute.kv_memory.map(|memory| memory.0).or(config.kv_bytes);
+    if let EngineChoice::Device(device) = compute.engine {
+        config.device = device;
     }
+    config.gpu_memory_utilization = compute.gpu_memory_utilization.unwrap_or(config.gpu_memory_utilization);
+    config.nvrtc_library = compute.nvrtc_library.clone().or(config.nvrtc_library);
+    config.kernel_cache = config.kernel_cache.or_else(|| Some(std::env::home_dir()?.join(".cache/baton/kernels")));
     config.threads = compute.threads.or(config.threads);
     config.kv_dtype = match compute.kv_dtype {
         None => config.kv_dtype,

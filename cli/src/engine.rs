@@ -1,16 +1,19 @@
 //! The engines of workers: which kind, and made.
 
-use crate::settings::EngineChoice;
-use anyhow::Context;
-use engine::{Config, Engine, Model};
+use crate::{
+    model::Located,
+    settings::{Adapters, Compute, EngineChoice, Speculate},
+};
+use anyhow::{Context, bail};
+use engine::{Config, Device, Engine, Model};
 use std::sync::Arc;
 use timing::Profile;
 
 /// What computes, ready to be made.
 #[derive(Clone, Debug)]
 pub(crate) enum Kind {
-    /// This machine's processor.
-    Cpu,
+    /// This machine's processor, or a card.
+    Device(Device),
     /// Nothing: steps take as long as the profile says.
     Timed(Box<Profile>),
 }
@@ -22,15 +25,42 @@ impl Kind {
     /// Names the profile and the field that is wrong.
     pub(crate) fn read(choice: &EngineChoice) -> anyhow::Result<Self> {
         Ok(match choice {
-            EngineChoice::Cpu => Self::Cpu,
+            EngineChoice::Device(device) => Self::Device(*device),
             EngineChoice::Timed(path) => Self::Timed(Box::new(Profile::read(path).context("--engine")?)),
         })
+    }
+
+    /// Checks, before weights are loaded, that a card runs what is asked of it.
+    ///
+    /// # Errors
+    /// Names what it does not run yet.
+    pub(crate) fn check(
+        &self,
+        located: &Located,
+        compute: &Compute,
+        adapters: &Adapters,
+        guesses: Speculate,
+        config: &Config,
+    ) -> anyhow::Result<()> {
+        let Self::Device(device @ Device::Cuda(_)) = self else { return Ok(()) };
+        let asked = [
+            ("--lora", !adapters.lora.is_empty()),
+            ("--quantize", compute.quantize.is_some()),
+            ("--speculate draft", guesses == Speculate::Draft),
+        ];
+        if let Some((flag, _)) = asked.iter().find(|(_, asked)| *asked) {
+            bail!("--engine {device}: {flag} does not go with a card yet");
+        }
+        engine::check_device(&located.path, config).with_context(|| format!("--engine {device}"))
     }
 
     /// Makes an engine for `model`.
     pub(crate) fn engine(&self, model: Arc<Model>, config: &Config) -> anyhow::Result<Engine> {
         match self {
-            Self::Cpu => Engine::new(model, config).context("reserve memory for a worker (--kv-memory)"),
+            Self::Device(Device::Cpu) => {
+                Engine::new(model, config).context("reserve memory for a worker (--kv-memory)")
+            }
+            Self::Device(_) => Engine::new(model, config).context("start a worker on a card (--engine)"),
             Self::Timed(profile) => Engine::timed(model, config, profile).context("make a timed engine (--engine)"),
         }
     }
@@ -38,7 +68,8 @@ impl Kind {
     /// Says what computes on `threads` threads.
     pub(crate) fn describe(&self, threads: usize) -> String {
         match self {
-            Self::Cpu => format!("{threads} {} each", if threads == 1 { "thread" } else { "threads" }),
+            Self::Device(Device::Cuda(card)) => format!("on card {card}"),
+            Self::Device(Device::Cpu) => format!("{threads} {} each", if threads == 1 { "thread" } else { "threads" }),
             Self::Timed(profile) => format!("computing nothing, timed as {} on {}", profile.model, profile.machine),
         }
     }

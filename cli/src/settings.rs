@@ -82,12 +82,19 @@ pub(crate) struct ModelChoice {
 /// How a worker uses its machine.
 #[derive(Debug, Args)]
 pub(crate) struct Compute {
-    /// What computes: `cpu`, or `timed:FILE` for nothing, with steps that take as long as the profile in FILE says
+    /// What computes: `cpu`; `cuda` or `cuda:N` for a card of NVIDIA; or `timed:FILE` for nothing, with steps that take as long as the profile in
+    /// FILE says
     #[arg(long, value_name = "KIND", env = "BATON_ENGINE", default_value = "cpu")]
     pub(crate) engine: EngineChoice,
-    /// Memory for KV pages of one worker
+    /// Memory for KV pages of one worker [default: 512 MiB; on a card, what --gpu-memory-utilization leaves]
     #[arg(long, value_name = "SIZE", env = "BATON_KV_MEMORY")]
     pub(crate) kv_memory: Option<Bytes>,
+    /// Share of a card's memory that a worker on it may have; with `up`, all of them together [default: 0.9]
+    #[arg(long, value_name = "SHARE", env = "BATON_GPU_MEMORY_UTILIZATION", value_parser = share)]
+    pub(crate) gpu_memory_utilization: Option<f64>,
+    /// NVRTC's libnvrtc.so, which compiles the kernels of a card [default: where the system and CUDA toolkits have it]
+    #[arg(long, value_name = "PATH", env = "BATON_NVRTC_LIBRARY")]
+    pub(crate) nvrtc_library: Option<PathBuf>,
     /// Element type of keys and values; all workers of a model need the same one [default: auto]
     #[arg(long, value_name = "TYPE", env = "BATON_KV_DTYPE")]
     pub(crate) kv_dtype: Option<KvDtype>,
@@ -370,8 +377,8 @@ pub(crate) struct Chat {
 /// What computes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum EngineChoice {
-    /// This machine's processor
-    Cpu,
+    /// This machine's processor, or a card
+    Device(engine::Device),
     /// Nothing: the file says how long it takes
     Timed(PathBuf),
 }
@@ -381,9 +388,10 @@ impl std::str::FromStr for EngineChoice {
 
     fn from_str(text: &str) -> Result<Self, String> {
         match text.split_once(':') {
-            None if text == "cpu" => Ok(Self::Cpu),
             Some(("timed", file)) if !file.is_empty() => Ok(Self::Timed(file.into())),
-            _ => Err("expected cpu, or timed:FILE with a profile, such as timed:profile.toml".into()),
+            _ => text.parse().map(Self::Device).map_err(|_| {
+                "expected cpu, cuda, cuda:N, or timed:FILE with a profile, such as timed:profile.toml".into()
+            }),
         }
     }
 }
@@ -686,6 +694,11 @@ fn at_least_one<N: std::str::FromStr + PartialOrd + From<u8>>(text: &str) -> Res
 /// Reads one of a closed set by the name it has in the library's configuration.
 fn by_name<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_value(text.into()).map_err(|problem| problem.to_string())
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    let value = text.parse::<f64>().ok().filter(|value| *value > 0.0 && *value <= 1.0);
+    value.ok_or_else(|| "expected a number above 0 and up to 1, such as 0.9".into())
 }
 
 fn temperature(text: &str) -> Result<f32, String> {

@@ -78,7 +78,11 @@ impl Plan {
                 "--prefill is 0, and with --placement remote somebody else has to compute prompts; say --prefill 1, or --placement local"
             );
         }
+        let kind = Kind::read(&up.compute.engine)?;
+        kind.check(located, &up.compute, &up.adapters, up.speculation.speculate, &engine)?;
         let workers = up.prefill + up.decode;
+        // They share a card as they share the cores.
+        engine.gpu_memory_utilization /= workers as f64;
         engine.threads.get_or_insert_with(|| (model::cores() / workers).max(1));
         let prefill =
             (0..up.prefill).map(|i| config::prefill(tables, located, &up.adapters, Some(format!("prefill-{i}"))));
@@ -88,7 +92,7 @@ impl Plan {
         prefill.iter().try_for_each(|config| config::check_links("prefill-worker", false, &config.transfer))?;
         decode.iter().try_for_each(|config| config::check_links("decode-worker", false, &config.transfer))?;
         Ok(Self {
-            kind: Kind::read(&up.compute.engine)?,
+            kind,
             engine,
             prefill,
             decode,

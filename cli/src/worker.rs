@@ -4,7 +4,7 @@ use crate::{
     config,
     engine::Kind,
     listen, model,
-    settings::{Speculation, Tables, Worker},
+    settings::{Speculate, Speculation, Tables, Worker},
     speculation::{self, Guesser},
 };
 use anyhow::{Context, bail};
@@ -37,6 +37,11 @@ pub(crate) async fn run(
     let located = model::locate(&worker.model)?;
     let kind = Kind::read(&worker.compute.engine)?;
     let engine_config = config::worker_engine(worker, tables)?;
+    let guesses = match role {
+        Role::Prefill => Speculate::Off,
+        Role::Decode(speculation) => speculation.speculate,
+    };
+    kind.check(&located, &worker.compute, &worker.adapters, guesses, &engine_config)?;
     let start = Start::new(role, worker, tables, &located)?;
     let (directory, door): (Arc<dyn Directory>, _) = match worker.http.http {
         None => (Arc::new(config::directory(&worker.membership)?), None),

@@ -245,8 +245,7 @@ impl Runner {
     fn event(&mut self, event: Event) {
         let now = self.now();
         let Self { parts: Parts { scheduler, transfer, engine, .. }, .. } = self;
-        let layers = engine.memory().layout().layers;
-        let event = self.prefixes.take(event, layers, scheduler, transfer);
+        let event = self.prefixes.take(event, engine, scheduler, transfer);
         for (sequence, why) in self.prefixes.deprived() {
             let id = self.sequences[&sequence];
             self.end_leg(id, End::Refused(why));

@@ -33,7 +33,7 @@ fn main() -> Result<(), engine::Error> {
     let start = Instant::now();
     let model = Model::random(&shape, 1)?;
     println!("{}: {} parameters in {:.2} s", shape.name, model.info().parameters, start.elapsed().as_secs_f64());
-    let config = Config { threads: Some(threads), kv_bytes: 2 << 30, token_budget: 4096, ..Config::default() };
+    let config = Config { threads: Some(threads), kv_bytes: Some(2 << 30), token_budget: 4096, ..Config::default() };
     let mut engine = Engine::new(model.clone(), &config)?;
 
     // Operations of a token outside attention and the head.

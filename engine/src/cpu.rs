@@ -1,7 +1,7 @@
 //! The processor as a home for a model: the few fused operations a step is made of, over buffers that are allocated once.
 //!
-//! This is the engine's narrow waist. [`Cpu`] is what another home would look like too: [`Cpu::begin`] takes the tokens of a
-//! step, and each operation works on the buffers it names.
+//! This is the engine's narrow waist: [`Cpu::begin`] takes the tokens of a step, and each operation works on the buffers it names. [`forward`]
+//! is their order.
 //!
 //! ```text
 //! embed            tokens            -> residual
@@ -14,7 +14,7 @@
 //! up               input             -> gated        one linear and its activation, where there is no gate
 //! down             gated             +> residual     as output
 //! keep             residual, qkv                     after the last pages are written only sampled rows go on
-//! logits           input             -> logits       scaled and capped where the model says so
+//! head             input             -> logits       scaled and capped where the model says so
 //! largest          input             -> logits       of each panel's logits the largest alone
 //! ```
 
@@ -27,6 +27,7 @@ pub(crate) mod buffer;
 pub(crate) mod encode;
 mod experts;
 pub(crate) mod format;
+mod forward;
 pub(crate) mod kernels;
 pub(crate) mod latent;
 pub(crate) mod linear;
@@ -41,7 +42,8 @@ pub(crate) mod scheme;
 pub(crate) mod simd;
 
 use crate::{
-    Adapter, Error, KvMemory,
+    Error, KvMemory,
+    home::Span,
     model::{
         decoder::{Activation, Decoder, NormKind, QkNorm},
         rope::{Rope, Turns},
@@ -54,10 +56,9 @@ use buffer::Buffer;
 use experts::ExpertBuffers;
 use format::Format;
 use kernels::Kernels;
-use kv_cache::{PageId, TokenId};
+use kv_cache::TokenId;
 use latent::LatentBuffers;
 use linear::{Largest, Output};
-use nodes::Stay;
 use norm::{NormOutput, NormTask};
 use packed::PANEL;
 use pages::{LayerPages, Slot};
@@ -76,35 +77,6 @@ const ALONE: usize = 1 << 16;
 const CHUNK: usize = 16;
 /// Logits of one task of an operation on each.
 const LOGITS_CHUNK: usize = 1 << 14;
-
-/// The tokens of one sequence in a step.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Span<'a> {
-    /// First row of the step.
-    pub(crate) first: usize,
-    /// Rows.
-    pub(crate) tokens: usize,
-    /// Position of the first token.
-    pub(crate) start: usize,
-    /// The sequence's pages.
-    pub(crate) pages: &'a [PageId],
-    /// What is added to the model for it.
-    pub(crate) adapter: Option<&'a Adapter>,
-}
-
-/// What the head made of the sampled rows.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Logits<'a> {
-    floats: &'a [f32],
-    stride: usize,
-}
-
-impl<'a> Logits<'a> {
-    /// Returns a row: `[vocab]` and zeros up to a whole panel.
-    pub(crate) fn row(&self, row: usize) -> &'a [f32] {
-        &self.floats[row * self.stride..][..self.stride]
-    }
-}
 
 /// Threads, kernels and buffers of one engine.
 #[derive(Debug)]
@@ -225,16 +197,6 @@ impl Cpu {
             scratch: scratch.collect::<Result<_, _>>()?,
             sizes,
         })
-    }
-
-    /// Returns the instruction set in use.
-    pub(crate) fn isa(&self) -> &'static str {
-        self.kernels.name
-    }
-
-    /// Keeps the calling thread on a core of its own, if there is one for each thread, until what is returned is dropped.
-    pub(crate) fn stay(&self) -> Stay {
-        self.pool.stay()
     }
 
     /// Starts a step: computes angles and slots of all rows.
@@ -421,10 +383,10 @@ impl Cpu {
     }
 
     /// Computes the logits of `rows`, which thereby become the rows of the step. Slices follow each other in ascending order.
-    pub(crate) fn compute_logits(&mut self, head: &Linear, rows: Range<usize>) {
+    pub(crate) fn head(&mut self, linear: &Linear, rows: Range<usize>) {
         self.move_input(rows);
         let to = Output::Store { to: self.logits.as_mut_ptr().cast(), stride: self.sizes.logits };
-        self.linear(head, Operand::Input, to, Deltas::NONE);
+        self.linear(linear, Operand::Input, to, Deltas::NONE);
         let Sizes { logit_scale, logit_cap, .. } = self.sizes;
         if logit_scale == 1.0 && logit_cap.is_none() {
             return;
@@ -441,7 +403,7 @@ impl Cpu {
         });
     }
 
-    /// Finds the largest logit of each panel for `rows`, as [`Cpu::compute_logits`] would compute them, and writes no other.
+    /// Finds the largest logit of each panel for `rows`, as [`Cpu::head`] would compute them, and writes no other.
     pub(crate) fn compute_largest(&mut self, head: &Linear, rows: Range<usize>) {
         self.move_input(rows);
         let Sizes { logits, vocab, logit_scale: scale, logit_cap: cap, .. } = self.sizes;
@@ -451,7 +413,7 @@ impl Cpu {
     }
 
     /// Returns the token with the largest logit of row `row`, the lowest of equals, as [`Cpu::compute_largest`] left it.
-    pub(crate) fn most_likely(&self, row: usize) -> Option<TokenId> {
+    pub(crate) fn largest(&self, row: usize) -> Option<TokenId> {
         let panels = self.sizes.logits / PANEL;
         assert!(row < self.rows, "row {row} of {}", self.rows);
         // SAFETY: the buffer has room for 64 f32 where one panel's largest stands; it is aligned to 64 bytes and initialised, and
@@ -468,16 +430,6 @@ impl Cpu {
             self.input.bytes_mut().copy_within(rows.start * stride..rows.end * stride, 0);
         }
         self.rows = rows.len();
-    }
-
-    /// Returns the logits computed last.
-    pub(crate) fn logits(&self) -> Logits<'_> {
-        Logits { floats: self.logits.floats(), stride: self.sizes.logits }
-    }
-
-    /// Returns the threads, and the logits computed last for them to work on.
-    pub(crate) fn pool_and_logits(&mut self) -> (&mut Pool, Logits<'_>) {
-        (&mut self.pool, Logits { floats: self.logits.floats(), stride: self.sizes.logits })
     }
 }
 

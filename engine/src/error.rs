@@ -35,6 +35,16 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The card refused something, or broke.
+    #[error("{card}: {action}: {problem}")]
+    Card {
+        /// Which.
+        card: String,
+        /// What was tried.
+        action: String,
+        /// What the driver said, and what to do about it where that is known.
+        problem: String,
+    },
 }
 
 impl Error {
@@ -44,6 +54,10 @@ impl Error {
 
     pub(crate) fn setting(field: &'static str, problem: impl fmt::Display) -> Self {
         Error::Setting { field, problem: problem.to_string() }
+    }
+
+    pub(crate) fn card(card: &str, action: &str, problem: String) -> Self {
+        Error::Card { card: card.to_owned(), action: action.to_owned(), problem }
     }
 
     /// Says what was tried when the system refused.

@@ -11,8 +11,11 @@
 
 mod config;
 mod cpu;
+#[cfg(any(feature = "cuda", test))]
+mod cuda;
 mod embedding;
 mod error;
+mod home;
 mod lora;
 pub mod machine;
 mod memory;
@@ -25,7 +28,7 @@ mod step;
 mod timed;
 mod tokens;
 
-pub use config::Config;
+pub use config::{Config, Device};
 pub use embedding::{Embedding, Pooling};
 pub use error::Error;
 pub use grammar::{Mask, Masks, Matcher};
@@ -34,7 +37,7 @@ pub use lora::{Adapter, AdapterError, Adapters};
 pub use memory::KvMemory;
 pub use model::{ElementType, ExpertShape, LatentRanks, LoadProgress, Model, ModelInfo, ModelShape, Quantize};
 pub use sampling::{Logprobs, Sample, Sampled, Sampling, Stuck};
-pub use step::{Engine, ExpertTraffic, PromptLogprobs, Row, Step, Yield};
+pub use step::{Engine, ExpertTraffic, PromptLogprobs, Row, Step, Yield, check_device};
 
 #[cfg(test)]
 mod tests;

@@ -139,16 +139,16 @@ impl Model {
 
 /// A checkpoint whose description was read, and whose weights are mapped.
 #[derive(Debug)]
-struct Opened {
-    decoder: Decoder,
-    checkpoint: Checkpoint,
-    quantization: Option<Quantization>,
+pub(crate) struct Opened {
+    pub(crate) decoder: Decoder,
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) quantization: Option<Quantization>,
     /// The description's bytes, for the fingerprint.
     config: Vec<u8>,
 }
 
 impl Opened {
-    fn open(path: &Path) -> Result<Self, Error> {
+    pub(crate) fn open(path: &Path) -> Result<Self, Error> {
         if path.is_file() {
             return gguf::open(path);
         }

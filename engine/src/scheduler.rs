@@ -119,6 +119,8 @@ pub struct Scheduler {
     /// Between `schedule` and `complete` the engine writes pages: what is given up meanwhile waits here.
     stepping: bool,
     after_step: Vec<Vec<PageId>>,
+    /// Pages that others wrote since the last step.
+    landed: Vec<PageId>,
     /// The memory of the last step's plan and rows, for the next.
     spare_plan: Plan,
     spare_rows: Vec<Row<'static>>,
@@ -154,6 +156,7 @@ impl Scheduler {
             next_number: 0,
             stepping: false,
             after_step: Vec::new(),
+            landed: Vec::new(),
             spare_plan: Plan::default(),
             spare_rows: Vec::new(),
         })

@@ -3,24 +3,25 @@
 //! A step allocates nothing once the engine has seen its like: what it works in belongs to the engine and keeps its memory. What is
 //! still allocated was asked for: log-probabilities, a grammar's masks, hidden states, the reason of an error.
 
+mod limits;
+mod making;
+
 use crate::{
     Adapter, Config, Error, KvMemory, Logprobs, Model, Pooling, Sample, Sampled, Stuck, TokenId,
-    cpu::{Cpu, Span, kernels::Kernels},
-    model::{
-        checkpoint::ElementType,
-        weights::{Attention, Dense, Mlp, Plain},
-    },
+    home::{Home, Pass, Place, Span},
     reuse::reuse,
     sampling::{self, Scratch},
-    timed::{self, Timed},
+    timed::Timed,
 };
-use kv_cache::{KvDtype, PageId, PageLayout};
+use kv_cache::PageId;
+use limits::Limits;
+pub use making::check_device;
+pub(crate) use making::page_layout;
 use std::{
     ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
-use timing::Profile;
 
 /// What one sequence computes in a step.
 #[derive(Clone, Copy, Debug, Default)]
@@ -33,6 +34,9 @@ pub struct Row<'a> {
     pub pages: &'a [PageId],
     /// What is added to the model for this sequence; read for the engine's model.
     pub adapter: Option<&'a Adapter>,
+    /// Whether the pages it writes are read by others from [`Engine::memory`] as soon as `on_layer` was called: they are handed off. What is not
+    /// can still be, after [`Engine::export`].
+    pub leaves: bool,
     /// How many of the last `tokens` are drafts: guesses, which `sample` verifies. They end its history, too.
     pub drafts: usize,
     /// Present when tokens are drawn: one after the last token that is no draft, and one more for each draft that turns out to
@@ -75,11 +79,21 @@ pub trait Step {
     /// # Errors
     /// As [`Engine::step`].
     fn step(&mut self, rows: &[Row<'_>], on_layer: &mut dyn FnMut(u32)) -> Result<&mut [Yield], Error>;
+
+    /// Learns that others wrote to `pages`, which rows will read.
+    ///
+    /// # Errors
+    /// As [`Engine::import`].
+    fn import(&mut self, pages: &[PageId]) -> Result<(), Error>;
 }
 
 impl Step for Engine {
     fn step(&mut self, rows: &[Row<'_>], on_layer: &mut dyn FnMut(u32)) -> Result<&mut [Yield], Error> {
         Engine::step(self, rows, on_layer)
+    }
+
+    fn import(&mut self, pages: &[PageId]) -> Result<(), Error> {
+        Engine::import(self, pages)
     }
 }
 
@@ -107,7 +121,7 @@ pub struct Engine {
     model: Arc<Model>,
     fingerprint: String,
     memory: Arc<KvMemory>,
-    cpu: Cpu,
+    home: Box<dyn Home>,
     /// Present when nothing is computed.
     timed: Option<Timed>,
     limits: Limits,
@@ -134,119 +148,7 @@ pub struct Engine {
     logits_rows: Vec<Option<usize>>,
 }
 
-/// Rows of logits that are computed at a time, unless the batch has more sequences: what a few drafts take. A prompt whose every
-/// position is asked for would fill gigabytes.
-const LOGITS_ROWS: usize = 32;
-
-/// A token of a step after which logits are wanted.
-#[derive(Clone, Copy, Debug)]
-struct Place {
-    /// Which of the step's rows.
-    row: usize,
-    /// Which of its tokens.
-    token: usize,
-}
-
-/// What a step must keep to.
-#[derive(Clone, Copy, Debug)]
-struct Limits {
-    max_model_len: usize,
-    token_budget: usize,
-    max_sequences: usize,
-    vocab_size: usize,
-    page_tokens: usize,
-    pages: usize,
-}
-
 impl Engine {
-    /// Reserves pages and buffers for `model` and starts its threads.
-    ///
-    /// # Errors
-    /// [`Error::Setting`] names the field of `config` that does not fit, [`Error::System`] what the machine refused.
-    pub fn new(model: Arc<Model>, config: &Config) -> Result<Self, Error> {
-        Self::with_kernels(model, config, Kernels::detect())
-    }
-
-    /// Makes an engine that computes nothing: its steps take as long as `profile` says, its tokens are made up from those before
-    /// them, and its pages, as many as the profile has room for, hold next to nothing. `model` lends its vocabulary, its number of
-    /// layers and the tokens that end a sequence; `kv_bytes` and `threads` mean nothing, and `max_model_len` may be more than the
-    /// checkpoint was made for.
-    ///
-    /// # Errors
-    /// As [`Engine::new`].
-    pub fn timed(model: Arc<Model>, config: &Config, profile: &Profile) -> Result<Self, Error> {
-        let config = Config { threads: Some(1), ..config.clone() };
-        check_page_tokens(&config)?;
-        let layout = timed::page_layout(profile, &config, model.decoder.layers() as u32);
-        let timed = Timed::new(profile, &model.info().eos, model.decoder.vocab_size);
-        Self::build(model, &config, Kernels::detect(), layout, Some(timed))
-    }
-
-    pub(crate) fn with_kernels(model: Arc<Model>, config: &Config, kernels: &'static Kernels) -> Result<Self, Error> {
-        let layout = page_layout(&model, config)?;
-        Self::build(model, config, kernels, layout, None)
-    }
-
-    fn build(
-        model: Arc<Model>,
-        config: &Config,
-        kernels: &'static Kernels,
-        layout: PageLayout,
-        timed: Option<Timed>,
-    ) -> Result<Self, Error> {
-        let limits = Limits::new(&model, config, &layout, timed.is_some())?;
-        let threads = match config.threads {
-            Some(0) => return Err(Error::setting("threads", "0 threads compute nothing")),
-            Some(threads) => threads,
-            None => std::thread::available_parallelism().map_or(1, |threads| threads.get()),
-        };
-        let format = kernels.format(model.weights.packed());
-        // Not the limit that the pool's size gives: workers with pools of different sizes exchange pages.
-        let context = config.max_model_len.map_or(model.decoder.max_position, |len| len as usize);
-        let (tokens, logits) = (limits.token_budget, limits.logits_rows());
-        let cpu = Cpu::new(kernels, &model.decoder, format, threads, tokens, logits, context)?;
-        let fingerprint = match timed {
-            // Pages that hold nothing are nobody else's.
-            Some(_) => {
-                blake3::hash(format!("timed {}", fingerprint(&model, context)).as_bytes()).to_hex()[..32].to_owned()
-            }
-            None => fingerprint(&model, context),
-        };
-        let memory = Arc::new(KvMemory::new(layout)?);
-        tracing::info!(
-            isa = cpu.isa(),
-            threads,
-            pages = limits.pages,
-            kv_dtype = %memory.layout().dtype,
-            max_model_len = limits.max_model_len,
-            "engine ready"
-        );
-        let tokens = Vec::with_capacity(limits.token_budget);
-        let scratch = (0..threads).map(|_| Mutex::new(Scratch::new(limits.vocab_size))).collect();
-        let written = vec![0; limits.pages];
-        let config = config.clone();
-        Ok(Self {
-            config,
-            model,
-            fingerprint,
-            memory,
-            cpu,
-            timed,
-            limits,
-            tokens,
-            spans: Vec::new(),
-            kept: Vec::new(),
-            places: Vec::new(),
-            drawn: Vec::new(),
-            yields: Vec::new(),
-            scratch,
-            written,
-            steps: 0,
-            logits_kept: false,
-            logits_rows: Vec::new(),
-        })
-    }
-
     /// Names what pages hold: the model's weights and, where they depend on the longest context, its angles. Only engines
     /// that agree on it may read each other's pages.
     pub fn fingerprint(&self) -> &str {
@@ -290,19 +192,41 @@ impl Engine {
         self.check_kind(rows)?;
         self.claim_pages(rows)?;
         let began = Instant::now();
-        let _stay = self.timed.is_none().then(|| self.cpu.stay());
+        let _stay = self.timed.is_none().then(|| self.home.stay());
         let (mut spans, mut kept) = (reuse(std::mem::take(&mut self.spans)), reuse(std::mem::take(&mut self.kept)));
         self.list(rows, &mut spans, &mut kept);
         match &self.timed {
             Some(timed) => timed.wait(began, timed.step(rows), self.memory.layout().layers, on_layer),
-            None => self.forward(&spans, &kept, on_layer),
+            None => {
+                let pass = Pass { tokens: &self.tokens, spans: &spans, places: &self.places, kept: &kept };
+                self.home.forward(&self.model, &self.memory, &pass, on_layer)?;
+            }
         }
         (self.spans, self.kept) = (reuse(spans), reuse(kept));
         self.clear_yields(rows.len());
-        self.take_hidden(rows);
-        self.draw(rows);
+        self.take_hidden(rows)?;
+        self.draw(rows)?;
+        if self.timed.is_none() {
+            self.home.finish(on_layer)?;
+        }
         self.collect(rows);
         Ok(&mut self.yields[..rows.len()])
+    }
+
+    /// Makes [`Engine::memory`] hold what `pages` hold, for others to read.
+    ///
+    /// # Errors
+    /// [`Error::Card`] when they are on a card that does not give them.
+    pub fn export(&mut self, pages: &[PageId]) -> Result<(), Error> {
+        if self.timed.is_some() { Ok(()) } else { self.home.export(&self.memory, pages) }
+    }
+
+    /// Takes what others wrote to `pages` of [`Engine::memory`]; to be called before a row reads them.
+    ///
+    /// # Errors
+    /// [`Error::Card`] when they are to be on a card that does not take them.
+    pub fn import(&mut self, pages: &[PageId]) -> Result<(), Error> {
+        if self.timed.is_some() { Ok(()) } else { self.home.import(&self.memory, pages) }
     }
 
     /// Lists the tokens of `rows`, the `spans` they make, the places after which logits are wanted, and the spans that these make when
@@ -312,7 +236,8 @@ impl Engine {
         self.places.clear();
         for (index, row) in rows.iter().enumerate() {
             let (first, tokens) = (self.tokens.len(), row.tokens.len());
-            let span = Span { first, tokens, start: row.start, pages: row.pages, adapter: row.adapter };
+            let (pages, adapter, leaves) = (row.pages, row.adapter, row.leaves);
+            let span = Span { first, tokens, start: row.start, pages, adapter, leaves };
             spans.push(span);
             self.tokens.extend_from_slice(row.tokens);
             for tokens in row.wanted().into_iter().filter(|tokens| !tokens.is_empty()) {
@@ -330,12 +255,12 @@ impl Engine {
     /// For tests and tools: a step's caller needs them only to see how close a decision was.
     pub fn logits(&self, row: usize) -> Option<&[f32]> {
         let index = (*self.logits_rows.get(row)?)?;
-        Some(&self.cpu.logits().row(index)[..self.limits.vocab_size])
+        Some(&self.home.logits().row(index)[..self.limits.vocab_size])
     }
 
     /// Returns how much of the experts' weights steps have read.
     pub fn expert_traffic(&self) -> ExpertTraffic {
-        let (chosen, read) = self.cpu.expert_bytes();
+        let (chosen, read) = self.home.expert_bytes();
         ExpertTraffic { all: self.model.weights.expert_bytes(), chosen, read }
     }
 
@@ -364,19 +289,21 @@ impl Engine {
     }
 
     /// Keeps the hidden states that rows ask for; the places that are left are those of logits.
-    fn take_hidden(&mut self, rows: &[Row<'_>]) {
+    fn take_hidden(&mut self, rows: &[Row<'_>]) -> Result<(), Error> {
         if rows.iter().all(|row| row.pooling.is_none()) {
-            return;
+            return Ok(());
         }
         let pooled = |place: &Place| rows[place.row].pooling.is_some();
         for (index, place) in self.places.iter().enumerate().filter(|(_, place)| pooled(place)) {
             let hidden = &mut self.yields[place.row].hidden;
             let start = hidden.len();
             hidden.resize(start + self.model.decoder.hidden, 0.0);
-            self.cpu.read_input(index, &mut hidden[start..]);
+            self.home.read_hidden(index, &mut hidden[start..])?;
         }
-        self.cpu.keep_input(self.places.iter().enumerate().filter(|(_, place)| !pooled(place)).map(|(index, _)| index));
+        let mut left = self.places.iter().enumerate().filter(|(_, place)| !pooled(place)).map(|(index, _)| index);
+        self.home.keep_rows(&mut left)?;
         self.places.retain(|place| !pooled(place));
+        Ok(())
     }
 
     /// Makes sure that no page is written twice: rows are computed at the same time, and a page has one writer.
@@ -393,84 +320,10 @@ impl Engine {
         Ok(())
     }
 
-    /// Runs the decoder over `spans`, and up to the last norm over the places, whose spans are `kept`.
-    fn forward(&mut self, spans: &[Span<'_>], kept: &[Span<'_>], on_layer: &mut dyn FnMut(u32)) {
-        let (cpu, memory, decoder, weights) = (&mut self.cpu, &*self.memory, &self.model.decoder, &self.model.weights);
-        if spans.is_empty() {
-            return;
-        }
-        let all = spans;
-        let mut spans = spans;
-        cpu.begin(spans, self.limits.page_tokens);
-        cpu.embed(weights, &self.tokens);
-        for (layer, block) in weights.layers.iter().enumerate() {
-            let (rope, window) = (decoder.layer_ropes[layer], decoder.windows[layer]);
-            cpu.norm(block.attention_norm.as_ref());
-            match &block.attention {
-                Attention::Heads(heads) => {
-                    cpu.qkv(&heads.qkv, spans, layer);
-                    cpu.rotate_and_write(heads, rope, memory, layer);
-                }
-                Attention::Latent(latent) => {
-                    cpu.latent_entry(&latent.entry);
-                    cpu.latent_write(latent, rope, memory, layer);
-                }
-            }
-            on_layer(layer as u32);
-            if layer + 1 == weights.layers.len() {
-                // The last pages are written. From here on a token matters only to its own logits.
-                cpu.keep(self.places.iter().map(|place| all[place.row].first + place.token));
-                spans = kept;
-                if spans.is_empty() {
-                    return;
-                }
-            }
-            let output = match &block.attention {
-                Attention::Heads(heads) => {
-                    cpu.attend(spans, window, memory, layer);
-                    &heads.output
-                }
-                Attention::Latent(latent) => {
-                    cpu.latent_query(latent, rope);
-                    cpu.attend(spans, window, memory, layer);
-                    cpu.latent_value(latent);
-                    &latent.output
-                }
-            };
-            if decoder.parallel {
-                // The MLP reads the residual as attention did.
-                cpu.norm(block.mlp_norm.as_ref());
-                cpu.output(output, block.attention_post_norm.as_ref(), spans, layer);
-            } else {
-                cpu.output(output, block.attention_post_norm.as_ref(), spans, layer);
-                cpu.norm(block.mlp_norm.as_ref());
-            }
-            match &block.mlp {
-                Mlp::Dense(Dense { gate_up, down }) => {
-                    cpu.gate_up(gate_up, spans, layer);
-                    cpu.down(down, block.mlp_post_norm.as_ref(), spans, layer);
-                }
-                Mlp::Plain(Plain { up, down }) => {
-                    cpu.up(up, spans, layer);
-                    cpu.down(down, block.mlp_post_norm.as_ref(), spans, layer);
-                }
-                Mlp::Experts(experts) => {
-                    cpu.experts(experts);
-                    if let Some(Dense { gate_up, down }) = &experts.shared {
-                        // Nothing is added to an expert.
-                        cpu.gate_up(gate_up, &[], layer);
-                        cpu.down(down, None, &[], layer);
-                    }
-                }
-            }
-        }
-        cpu.norm(Some(&weights.final_norm));
-    }
-
     /// Computes the logits at the places, a bounded number at a time, and makes of them what the rows ask: each on whichever thread
     /// has time.
-    fn draw(&mut self, rows: &[Row<'_>]) {
-        let (head, vocab, at_once) = (&self.model.weights.head, self.limits.vocab_size, self.limits.logits_rows());
+    fn draw(&mut self, rows: &[Row<'_>]) -> Result<(), Error> {
+        let (vocab, at_once) = (self.limits.vocab_size, self.limits.logits_rows());
         let (places, scratch) = (&self.places, &self.scratch);
         if self.drawn.len() < places.len() {
             self.drawn.resize_with(places.len(), Mutex::default);
@@ -487,22 +340,22 @@ impl Engine {
                     row.draw(place.token, timed.logits(position, token), &mut lock(&scratch[0]))
                 });
             }
-            return;
+            return Ok(());
         }
         for first in (0..places.len()).step_by(at_once) {
             let slice = first..places.len().min(first + at_once);
             let plain = |place: &Place| rows[place.row].is_plain(place.token);
             self.logits_kept = !places[slice.clone()].iter().all(plain);
             if !self.logits_kept {
-                self.cpu.compute_largest(head, slice.clone());
+                self.home.find_most_likely(&self.model, slice.clone())?;
                 for (index, drawn) in drawn[slice].iter().enumerate() {
-                    let token = self.cpu.most_likely(index).ok_or(Stuck::NoLogits);
+                    let token = self.home.most_likely(index).ok_or(Stuck::NoLogits);
                     *lock(drawn) = Some(token.map(|token| Sampled { token, logprobs: None }));
                 }
                 continue;
             }
-            self.cpu.compute_logits(head, slice.clone());
-            let (pool, logits) = self.cpu.pool_and_logits();
+            self.home.compute_logits(&self.model, slice.clone())?;
+            let (pool, logits) = self.home.pool_and_logits();
             pool.run(slice.len(), &|index, thread| {
                 let place = places[first + index];
                 let logits = &logits.row(index)[..vocab];
@@ -510,6 +363,7 @@ impl Engine {
                 *lock(&drawn[first + index]) = Some(sampled);
             });
         }
+        Ok(())
     }
 
     /// Puts together what was drawn for each row.
@@ -606,145 +460,6 @@ impl Row<'_> {
         let mask =
             mask.ok_or_else(|| Stuck::Forbidden("a draft before it does not fit the grammar, or ends it".into()))?;
         sampling::draw(logits, &sample, Some(mask), scratch)
-    }
-}
-
-impl Limits {
-    /// A `timed` engine may be told to take longer sequences than the checkpoint was made for.
-    fn new(model: &Model, config: &Config, layout: &PageLayout, timed: bool) -> Result<Self, Error> {
-        for (field, value) in [("token_budget", config.token_budget), ("max_sequences", config.max_sequences)] {
-            if value == 0 {
-                return Err(Error::setting(field, "0 leaves nothing to compute"));
-            }
-        }
-        let longest = model.decoder.max_position;
-        let room = layout.pages as usize * layout.page_tokens as usize;
-        let max_model_len = match config.max_model_len.map(|len| len as usize) {
-            Some(0) => return Err(Error::setting("max_model_len", "0 leaves no room for a token")),
-            Some(len) if len > longest && !timed => {
-                let problem = format!("{len} tokens are more than the checkpoint was made for, {longest}");
-                return Err(Error::setting("max_model_len", problem));
-            }
-            Some(len) if len > room => {
-                let problem = format!("{len} tokens need more pages than kv_bytes gives; they hold {room} tokens");
-                return Err(Error::setting("max_model_len", problem));
-            }
-            Some(len) => len,
-            None => longest.min(room),
-        };
-        Ok(Self {
-            max_model_len,
-            token_budget: config.token_budget as usize,
-            max_sequences: config.max_sequences as usize,
-            vocab_size: model.decoder.vocab_size,
-            page_tokens: layout.page_tokens as usize,
-            pages: layout.pages as usize,
-        })
-    }
-
-    /// Says which row could not be computed, and why.
-    fn check(&self, rows: &[Row<'_>]) -> Result<(), Error> {
-        if rows.len() > self.max_sequences {
-            return Err(Error::Row(format!("{} rows in a step of at most {}", rows.len(), self.max_sequences)));
-        }
-        let total: usize = rows.iter().map(|row| row.tokens.len()).sum();
-        if total > self.token_budget {
-            return Err(Error::Row(format!("{total} tokens in a step of at most {}", self.token_budget)));
-        }
-        for (index, row) in rows.iter().enumerate() {
-            self.check_row(row).map_err(|problem| Error::Row(format!("row {index}: {problem}")))?;
-        }
-        Ok(())
-    }
-
-    /// Returns how many rows of logits are computed at a time.
-    fn logits_rows(&self) -> usize {
-        self.max_sequences.max(LOGITS_ROWS).min(self.token_budget)
-    }
-
-    fn check_row(&self, row: &Row<'_>) -> Result<(), String> {
-        if row.tokens.is_empty() {
-            return Err("no tokens to compute".into());
-        }
-        let end = row.start.saturating_add(row.tokens.len());
-        if end > self.max_model_len {
-            return Err(format!("{end} tokens are more than the longest sequence, {}", self.max_model_len));
-        }
-        let targets = row.prompt_logprobs.map_or(&[][..], |wanted| wanted.targets);
-        if let Some(token) = row.tokens.iter().chain(targets).find(|token| **token as usize >= self.vocab_size) {
-            return Err(format!("token {token} is outside the vocabulary of {}", self.vocab_size));
-        }
-        if row.drafts >= row.tokens.len() {
-            return Err(format!("{} drafts among {} tokens leave none to draw after", row.drafts, row.tokens.len()));
-        }
-        if row.pooling.is_some() && (row.sample.is_some() || row.prompt_logprobs.is_some()) {
-            return Err("hidden states are asked for, and what is made of logits as well".into());
-        }
-        let last = row.first_drawn();
-        match row.sample {
-            Some(sample) if !sample.history.ends_with(&row.tokens[last + 1..]) => {
-                return Err(format!("its {} drafts do not end its history", row.drafts));
-            }
-            None if row.drafts > 0 => return Err(format!("{} drafts and nothing to verify them by", row.drafts)),
-            _ => {}
-        }
-        let most = if row.sample.is_some() { last } else { row.tokens.len() };
-        if targets.len() > most {
-            return Err(format!("{} log-probabilities of a prompt asked of {most} tokens", targets.len()));
-        }
-        let needed = end.div_ceil(self.page_tokens);
-        if row.pages.len() < needed {
-            return Err(format!("{} pages do not hold {end} tokens; {needed} are needed", row.pages.len()));
-        }
-        if let Some(page) = row.pages[..needed].iter().find(|page| page.index() >= self.pages) {
-            return Err(format!("page {} is outside the pool of {}", page.0, self.pages));
-        }
-        Ok(())
-    }
-}
-
-/// Names what an engine whose longest context is `context` writes to pages.
-fn fingerprint(model: &Model, context: usize) -> String {
-    let model_fingerprint = &model.info().fingerprint;
-    let turns = |context: usize| -> Vec<_> { model.decoder.ropes.iter().map(|rope| rope.turns(context)).collect() };
-    if turns(context) == turns(0) {
-        return model_fingerprint.clone();
-    }
-    blake3::hash(format!("{model_fingerprint} {:?}", turns(context)).as_bytes()).to_hex()[..32].to_owned()
-}
-
-/// Returns the shape of the pool that `config` asks for.
-pub(crate) fn page_layout(model: &Model, config: &Config) -> Result<PageLayout, Error> {
-    let decoder = &model.decoder;
-    check_page_tokens(config)?;
-    let dtype = config.kv_dtype.unwrap_or(match model.weights.stored {
-        ElementType::F32 => KvDtype::F32,
-        ElementType::F16 => KvDtype::F16,
-        ElementType::Bf16 => KvDtype::Bf16,
-    });
-    let mut layout = PageLayout {
-        layers: decoder.layers() as u32,
-        page_tokens: config.page_tokens,
-        kv_heads: decoder.kv_heads as u32,
-        key_dim: decoder.head_dim as u32,
-        // The value of a latent stands in its key.
-        value_dim: if decoder.latent.is_some() { 0 } else { decoder.head_dim as u32 },
-        dtype,
-        pages: 0,
-    };
-    let pages = config.kv_bytes / layout.page_bytes() as u64;
-    if pages == 0 {
-        let problem = format!("{} bytes hold no page; one takes {}", config.kv_bytes, layout.page_bytes());
-        return Err(Error::setting("kv_bytes", problem));
-    }
-    layout.pages = pages.min(u64::from(u32::MAX)) as u32;
-    Ok(layout)
-}
-
-fn check_page_tokens(config: &Config) -> Result<(), Error> {
-    match config.page_tokens {
-        1..=1024 => Ok(()),
-        other => Err(Error::setting("page_tokens", format!("{other} is not between 1 and 1024"))),
     }
 }
 

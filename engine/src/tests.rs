@@ -3,6 +3,7 @@
 //! They live in the crate so that buffers end at guard pages and every instruction set of the machine is tried.
 
 mod adapters;
+mod cards;
 mod checkpoints;
 mod embeddings;
 mod footprint;
@@ -17,8 +18,9 @@ mod quantized;
 mod timed;
 
 use crate::{
-    Adapter, Config, Engine, Logprobs, Model, PromptLogprobs, Row, Sample, Sampled, Sampling, TokenId,
+    Adapter, Config, Device, Engine, Logprobs, Model, PromptLogprobs, Row, Sample, Sampled, Sampling, TokenId,
     cpu::kernels::Kernels,
+    cuda::{Emulated, Order},
 };
 use kv_cache::PageId;
 use std::{
@@ -37,7 +39,7 @@ pub(crate) fn load(path: &str) -> Arc<Model> {
 
 pub(crate) fn small_config() -> Config {
     Config {
-        kv_bytes: 8 << 20,
+        kv_bytes: Some(8 << 20),
         token_budget: 512,
         max_sequences: 16,
         threads: Some(2),
@@ -51,6 +53,41 @@ pub(crate) fn watched() -> Sampling {
     Sampling { logprobs: Some(0), ..Sampling::default() }
 }
 
+/// What computes in a test.
+#[derive(Clone, Copy, Debug)]
+enum Unit {
+    /// The processor, by kernels of one instruction set.
+    Kernels(&'static Kernels),
+    /// A card that the processor plays, whose threads take turns in some order.
+    Card(Order),
+    /// A real card.
+    #[cfg(feature = "cuda")]
+    Real,
+}
+
+impl From<&'static Kernels> for Unit {
+    fn from(kernels: &'static Kernels) -> Self {
+        Unit::Kernels(kernels)
+    }
+}
+
+impl Unit {
+    fn engine(self, model: Arc<Model>, config: &Config) -> Engine {
+        match self {
+            Unit::Kernels(kernels) => Engine::with_kernels(model, config, kernels),
+            Unit::Card(order) => Engine::on_device(model, config, Box::new(Emulated::new(order))),
+            #[cfg(feature = "cuda")]
+            Unit::Real => {
+                let setting = |name| std::env::vars().find(|(key, _)| key == name).map(|(_, value)| value);
+                let card = setting("BATON_CARD").map_or(0, |card| card.parse().expect("BATON_CARD: a number"));
+                let nvrtc_library = setting("BATON_NVRTC_LIBRARY").map(PathBuf::from);
+                Engine::new(model, &Config { device: Device::Cuda(card), nvrtc_library, ..config.clone() })
+            }
+        }
+        .expect("an engine")
+    }
+}
+
 /// An engine and a sequence that grows in it.
 struct Runner {
     engine: Engine,
@@ -59,14 +96,14 @@ struct Runner {
 }
 
 impl Runner {
-    /// Starts `kernels` over `model`; the sequence's pages lie in no order.
-    fn new(model: Arc<Model>, kernels: &'static Kernels) -> Self {
-        Self::with(model, kernels, small_config())
+    /// Starts `unit` over `model`; the sequence's pages lie in no order.
+    fn new(model: Arc<Model>, unit: impl Into<Unit>) -> Self {
+        Self::with(model, unit, small_config())
     }
 
-    fn with(model: Arc<Model>, kernels: &'static Kernels, config: Config) -> Self {
+    fn with(model: Arc<Model>, unit: impl Into<Unit>, config: Config) -> Self {
         let config = Config { max_model_len: None, ..config };
-        let engine = Engine::with_kernels(model, &config, kernels).expect("an engine");
+        let engine = unit.into().engine(model, &config);
         let count = engine.memory().layout().pages;
         assert!(!count.is_multiple_of(37), "every page is to appear once");
         let pages = (0..count).map(|index| PageId((u64::from(index) * 37 % u64::from(count)) as u32)).collect();

@@ -75,7 +75,7 @@ fn steady(
     sequences: usize,
     prompt: usize,
 ) -> usize {
-    let config = Config { kv_bytes: 8 << 20, token_budget: 1024, threads: Some(3), ..Config::default() };
+    let config = Config { kv_bytes: Some(8 << 20), token_budget: 1024, threads: Some(3), ..Config::default() };
     let mut engine = Engine::new(model.clone(), &config).expect("an engine");
     let length = prompt + 1 + WARM + STEADY;
     let pages = length.div_ceil(config.page_tokens as usize);
@@ -123,7 +123,7 @@ fn steady(
 
 /// Runs sequences through a scheduler and returns how many blocks each of its steady steps took.
 fn scheduled(model: &Arc<Model>) -> Vec<usize> {
-    let config = Config { kv_bytes: 8 << 20, token_budget: 256, threads: Some(2), ..Config::default() };
+    let config = Config { kv_bytes: Some(8 << 20), token_budget: 256, threads: Some(2), ..Config::default() };
     let mut engine = Engine::new(model.clone(), &config).expect("an engine");
     let layout = engine.memory().layout();
     let mut scheduler = Scheduler::new(Limits {

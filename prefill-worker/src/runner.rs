@@ -269,10 +269,16 @@ impl Runner {
         self.meters.started(tokens, &usage);
         let Some((handoff, target)) = prompt.destination.clone() else { return };
         let pages = self.parts.scheduler.pages_of(sequence).to_vec();
+        let cached = usage.cached_tokens / self.page_tokens;
+        let exported = self.parts.engine.export(&pages[..cached]);
         self.parts.transfer.begin(Begin { handoff, targets: vec![target], tokens: tokens as u32, pages });
-        let cached = (usage.cached_tokens / self.page_tokens) as u32;
-        if cached > 0 {
-            self.parts.transfer.push(handoff, 0..self.layers, 0..cached);
+        match exported {
+            Ok(()) if cached > 0 => self.parts.transfer.push(handoff, 0..self.layers, 0..cached as u32),
+            Ok(()) => {}
+            Err(error) => {
+                tracing::error!(handoff = handoff.0, %error, "the cached part of a prompt cannot be handed off");
+                self.parts.transfer.abort(handoff, error.to_string());
+            }
         }
         self.handoffs.insert(handoff, Handoff { leg: Some(id), hold: None });
     }
@@ -343,8 +349,8 @@ impl Runner {
     // ---- hand-offs ----
 
     fn event(&mut self, event: Event) {
-        let Parts { scheduler, transfer, .. } = &mut self.parts;
-        let event = self.prefixes.take(event, self.layers, scheduler, transfer);
+        let Parts { engine, scheduler, transfer, .. } = &mut self.parts;
+        let event = self.prefixes.take(event, engine, scheduler, transfer);
         for (sequence, why) in self.prefixes.deprived() {
             let id = self.sequences[&sequence];
             self.end_leg(id, End::Refused(why));

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs what the tests need beside Rust: etcd (into .test-servers/bin), UCX (into .test-servers/ucx; where it cannot be had, tests of it
-# are skipped and say so), Python environments (into .venv and .test-servers/frameworks) and clients for Node (into
+# Installs what the tests need beside Rust: etcd (into .test-servers/bin), UCX and NVRTC (into .test-servers/ucx and .test-servers/nvrtc; where
+# they cannot be had, tests of them are skipped and say so), Python environments (into .venv and .test-servers/frameworks) and clients for Node (into
 # tests/clients/node_modules). Says what it does; quick when all is there. Needs no root where Python can make environments and Node is
 # installed, and no package index: if there is none yet, it fetches one.
 set -eu
@@ -110,6 +110,15 @@ unpack_ucx() {
     cp "$work/wheel/libucx/lib/ucx"/*.so.0 "$servers/ucx/lib/ucx/"
 }
 
+# Takes NVIDIA's compiler out of PyPI's nvidia-cuda-nvrtc: it needs no card. The version is the one that kernels/resources.txt is of.
+unpack_nvrtc() {
+    "$root/.venv/bin/pip" download --quiet --disable-pip-version-check --no-deps --dest "$work" nvidia-cuda-nvrtc==13.0.88 || return 1
+    "$root/.venv/bin/python" -m zipfile -e "$work"/nvidia_cuda_nvrtc-*.whl "$work/nvrtc"
+    rm -rf "$servers/nvrtc"
+    mkdir -p "$servers/nvrtc"
+    cp "$work/nvrtc/nvidia/cu13/lib/libnvrtc.so.13" "$work/nvrtc/nvidia/cu13/lib/libnvrtc-builtins.so.13.0" "$servers/nvrtc/"
+}
+
 if [ -x "$servers/bin/etcd" ]; then
     say "etcd is in .test-servers/bin"
 elif has etcd; then
@@ -128,6 +137,14 @@ elif unpack_ucx; then
     say "took UCX from libucx-cu12 into .test-servers/ucx"
 else
     say "UCX cannot be had here: tests of transport ucx will be skipped"
+fi
+
+if [ -e "$servers/nvrtc/libnvrtc.so.13" ]; then
+    say "NVRTC is in .test-servers/nvrtc"
+elif unpack_nvrtc; then
+    say "took NVRTC from nvidia-cuda-nvrtc into .test-servers/nvrtc"
+else
+    say "NVRTC cannot be had here: kernels will not be compiled for cards"
 fi
 
 need_venv "$servers/frameworks" "$root/tests/servers/frameworks.txt"

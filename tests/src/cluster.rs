@@ -46,7 +46,7 @@ impl TestCluster {
             model: demo_model(),
             prefill: 1,
             decode: 1,
-            engine: engine::Config { threads: Some(1), kv_bytes: 64 << 20, ..Default::default() },
+            engine: engine::Config { threads: Some(1), kv_bytes: Some(64 << 20), ..Default::default() },
             transport: None,
             placement: router::Policy::Auto,
             adapters: BTreeMap::new(),

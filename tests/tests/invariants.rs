@@ -172,8 +172,8 @@ fn candle_is_a_reference_for_the_engines_tests_only() {
 fn the_default_build_needs_a_c_compiler_only() {
     let workspace = Workspace::read();
     let system = [
-        "cudarc",
-        "cuda*",
+        "cust*",
+        "candle-kernels",
         "ucx1*",
         "async-ucx",
         "openssl*",
@@ -188,6 +188,11 @@ fn the_default_build_needs_a_c_compiler_only() {
     let ucx = workspace.package("ucx-sys");
     let builds = ucx.targets.iter().any(|target| target.is_custom_build());
     assert!(ucx.source.is_none() && ucx.links.is_none() && !builds, "ucx-sys must build without UCX");
+    // So are NVIDIA's libraries: nothing may ask the crate that calls them to link.
+    let cudarc = &workspace.metadata.resolve.as_ref().expect("metadata comes with its resolution").nodes;
+    let cudarc = cudarc.iter().find(|node| &*workspace.metadata[&node.id].name == "cudarc").expect("cudarc is used");
+    let links = |feature: &&str| feature.ends_with("-linking") || feature.ends_with("-from-build-system");
+    assert_eq!(cudarc.features.iter().map(|feature| &***feature).find(links), None, "cudarc must build without CUDA");
     // `links` names a native library. Who is listed here only uses the key to exist once in a build, and ring (of rustls) brings
     // its own C and assembly, for which the C compiler is enough.
     let below = workspace.below("baton");

@@ -107,7 +107,7 @@ impl<'a> Bench<'a> {
         let model = Model::random(shape, 1)?;
         let mut random = StdRng::seed_from_u64(2);
         let tokens = (0..4096).map(|_| random.random_range(0..shape.vocab_size as TokenId)).collect();
-        let config = Config { max_sequences: 32, kv_bytes: KV_BYTES, ..Config::default() };
+        let config = Config { max_sequences: 32, kv_bytes: Some(KV_BYTES), ..Config::default() };
         let mut bench = Self { shape, engine: Engine::new(model, &config)?, tokens };
         bench.prefill(512)?;
         Ok(bench)

@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 async fn runner(stop: &CancellationToken) -> (Runner, mpsc::Sender<Command>, Health) {
     let checkpoint = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/llama");
     let model = Model::load(&checkpoint, &mut |_| {}).expect("the golden checkpoint loads");
-    let config = engine::Config { kv_bytes: 1 << 20, threads: Some(1), ..Default::default() };
+    let config = engine::Config { kv_bytes: Some(1 << 20), threads: Some(1), ..Default::default() };
     let engine = Engine::new(model, &config).expect("the engine starts");
     let layout = engine.memory().layout().clone();
     let (sender, events) = mpsc::channel(16);

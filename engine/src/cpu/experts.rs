@@ -167,7 +167,7 @@ impl Cpu {
     }
 
     /// Returns the bytes of experts that were chosen, once for each step and layer, and the bytes that were read.
-    pub(crate) fn expert_bytes(&self) -> (u64, u64) {
+    pub(crate) fn chosen_and_read(&self) -> (u64, u64) {
         self.experts
             .as_ref()
             .map_or((0, 0), |buffers| (buffers.chosen_bytes, buffers.read_bytes.load(Ordering::Relaxed)))
@@ -377,7 +377,7 @@ mod tests {
         for (quantize, threads) in [(None, 1), (None, 3), (Some(Quantize::Int8), 2), (Some(Quantize::Int4), 2)] {
             let model = Model::random(&ModelShape { quantize, ..shape.clone() }, 3).expect("memory");
             let config = Config {
-                kv_bytes: 1 << 20,
+                kv_bytes: Some(1 << 20),
                 token_budget: 8,
                 max_sequences: 8,
                 threads: Some(threads),

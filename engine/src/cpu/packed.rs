@@ -252,6 +252,12 @@ impl Packed {
         unsafe { self.buffer.as_ptr().add(offset) }
     }
 
+    /// Returns the bytes of `panel`.
+    pub(crate) fn panel_contents(&self, panel: usize) -> &[u8] {
+        // SAFETY: the panel is that long, initialised, and not written while shared.
+        unsafe { std::slice::from_raw_parts(self.panel(panel), self.panel_bytes()) }
+    }
+
     /// Copies one column, that is one stored row, to `out` as f32: how a tied embedding is looked up.
     pub(crate) fn column(&self, column: usize, out: &mut [f32]) {
         assert!(column < self.panels * PANEL && out.len() == self.depth, "column {column} of {self:?}");

@@ -390,7 +390,7 @@ mod tests {
             assert_eq!(model.info().parameters, 300 * 96 + 3 * (96 * 10 * 16 + 96 * 96 + 3 * 200 * 96));
             assert_ne!(model.info().fingerprint, Model::random(&shape, 8).expect("memory").info().fingerprint);
 
-            let config = Config { kv_bytes: 1 << 20, token_budget: 64, max_sequences: 1, ..Config::default() };
+            let config = Config { kv_bytes: Some(1 << 20), token_budget: 64, max_sequences: 1, ..Config::default() };
             let mut engine = Engine::new(model, &config).expect("an engine");
             let tokens: Vec<u32> = (0..50).collect();
             let pages: Vec<PageId> = (0..4).map(PageId).collect();

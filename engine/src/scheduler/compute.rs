@@ -53,8 +53,10 @@ impl Scheduler {
         }
         let mut rows: Vec<Row<'_>> = reuse(std::mem::take(&mut self.spare_rows));
         rows.extend(self.rows(&plan));
-        let result = engine.step(&rows, &mut |layer| on_layer(&plan.chunks, layer));
+        let imported = if self.landed.is_empty() { Ok(()) } else { engine.import(&self.landed) };
+        let result = imported.and_then(|()| engine.step(&rows, &mut |layer| on_layer(&plan.chunks, layer)));
         self.spare_rows = reuse(rows);
+        self.landed.clear();
         match result {
             Ok(yields) => computed = self.complete(plan, yields, clock()),
             Err(Error::Row(_)) if plan.chunks.len() > 1 => {

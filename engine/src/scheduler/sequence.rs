@@ -330,7 +330,9 @@ impl Sequence {
             Until::FirstToken | Until::End => None,
         };
         let tokens = &known[start..end];
-        let row = Row { tokens, start, pages: &self.pages, adapter, drafts, sample, pooling, ..Row::default() };
+        let leaves = matches!(self.request.until, Until::FirstToken);
+        let pages = &self.pages;
+        let row = Row { tokens, start, pages, adapter, leaves, drafts, sample, pooling, ..Row::default() };
         let prompt = self.request.prompt_tokens;
         match self.prompt_logprobs() {
             Some(top) if start + 1 < prompt => {

@@ -37,6 +37,10 @@ struct Fake {
 }
 
 impl Step for Fake {
+    fn import(&mut self, _: &[PageId]) -> Result<(), Error> {
+        Ok(())
+    }
+
     fn step(&mut self, rows: &[Row<'_>], on_layer: &mut dyn FnMut(u32)) -> Result<&mut [Yield], Error> {
         if let Some(error) = (self.fails)(rows) {
             return Err(error);

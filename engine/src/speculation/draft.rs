@@ -6,7 +6,7 @@
 //! read in pieces of at most a step while others are drafted. When pages run out, whoever was not drafted for
 //! the longest time loses its cache and has it computed again when its turn comes.
 
-use crate::{Config, Engine, Error, Model, Row, Sample, Sampling, scheduler::SequenceId, step};
+use crate::{Config, Device, Engine, Error, Model, Row, Sample, Sampling, scheduler::SequenceId, step};
 use kv_cache::{PageId, TokenId};
 use std::{collections::HashMap, sync::Arc};
 
@@ -69,11 +69,16 @@ impl DraftModel {
             let problem = format!("its vocabulary has {ours} tokens, the model's {theirs}: they must be the same");
             return Err(Error::setting("draft_model", problem));
         }
+        if target.config().device != Device::Cpu {
+            let problem =
+                format!("the model runs on {}, and no draft model runs beside it yet", target.config().device);
+            return Err(Error::setting("draft_model", problem));
+        }
         let longest = target.max_model_len().min(model.info().max_position as usize);
         let mut config = Config { kv_dtype: None, max_model_len: None, ..target.config().clone() };
         let page_bytes =
-            step::page_layout(&model, &Config { kv_bytes: u64::MAX, ..config.clone() })?.page_bytes() as u64;
-        config.kv_bytes = page_bytes * u64::from(target.memory().layout().pages);
+            step::page_layout(&model, &Config { kv_bytes: Some(u64::MAX), ..config.clone() })?.page_bytes() as u64;
+        config.kv_bytes = Some(page_bytes * u64::from(target.memory().layout().pages));
         config.max_model_len = Some(longest as u32);
         let engine = Engine::new(model, &config)?;
         let layout = engine.memory().layout();

@@ -182,7 +182,7 @@ fn a_draft_of_another_vocabulary_is_refused() {
 fn caches_that_were_evicted_are_computed_again() {
     let (model, draft) = (load("models/demo"), load("models/demo-draft"));
     // Pages for two sequences at a time in both models, and a batch that holds one: sequences of one priority push out others.
-    let config = Config { kv_bytes: 1 << 20, max_model_len: Some(200), max_sequences: 3, ..small_config() };
+    let config = Config { kv_bytes: Some(1 << 20), max_model_len: Some(200), max_sequences: 3, ..small_config() };
     let prompt = |from: u32| (from..from + 70).collect::<Vec<TokenId>>();
     let requests: Vec<Request> = (0..5).map(|n| request(prompt(n * 100), 60, Sampling::default())).collect();
     let plain = Worker::new(&model, &config, 4096).run(&requests);
@@ -218,7 +218,7 @@ fn tiny(seed: u64, hidden: usize) -> Arc<Model> {
 fn check_distribution(prompt: &[TokenId], speculate: impl Fn(Worker) -> Worker) {
     const SEEDS: u64 = 6_000;
     let (model, temperature) = (tiny(3, 32), 0.9);
-    let config = Config { kv_bytes: 2 << 20, max_model_len: Some(320), max_sequences: 100, ..small_config() };
+    let config = Config { kv_bytes: Some(2 << 20), max_model_len: Some(320), max_sequences: 100, ..small_config() };
     let sampling = |seed| Sampling { temperature: temperature as f32, seed, ..Sampling::default() };
     let requests: Vec<Request> = (0..SEEDS).map(|seed| request(prompt.to_vec(), 4, sampling(seed))).collect();
     let mut worker = speculate(Worker::new(&model, &config, 4096));

@@ -11,11 +11,11 @@ use serde::Deserialize;
 use std::sync::Arc;
 
 #[derive(Deserialize)]
-struct Prompt {
+pub(super) struct Prompt {
     name: String,
-    ids: Vec<TokenId>,
+    pub(super) ids: Vec<TokenId>,
     logit_absmax: f32,
-    greedy: Vec<TokenId>,
+    pub(super) greedy: Vec<TokenId>,
     greedy_logprobs: Vec<f32>,
     greedy_gaps: Vec<f32>,
     prompt_logprobs: Vec<Option<f32>>,
@@ -78,29 +78,48 @@ fn check_kernels(
     kernels: &'static Kernels,
     recorded: &str,
 ) {
+    let prompts = prompts(path, recorded);
+    let mut runner = Runner::with(model.clone(), kernels, Config { kv_dtype, ..small_config() });
+    runner.adapter.clone_from(adapter);
+    for (prompt, reference) in &prompts {
+        for chunk in [512, 33, 5] {
+            check_prompt(&mut runner, prompt, reference, chunk, tolerance, &format!("{path} {}", kernels.name));
+        }
+    }
+    for (prompt, _) in prompts.iter().filter(|(prompt, _)| prompt.ids.len() <= 200) {
+        check_prompt_logprobs(&mut runner, prompt, tolerance);
+    }
+}
+
+/// Reads what was recorded in the directory `path`: prompts, and the logits after each.
+pub(super) fn prompts(path: &str, recorded: &str) -> Vec<(Prompt, Vec<f32>)> {
     let text = std::fs::read(repository(path).join("expected.json")).expect("expected.json");
     let mut expected: serde_json::Value = serde_json::from_slice(&text).expect("expected.json");
     let prompts = expected[format!("prompts{recorded}")].take();
     let prompts: Vec<Prompt> = serde_json::from_value(prompts).expect("expected.json");
     let logits = std::fs::read(repository(path).join("logits.safetensors")).expect("logits.safetensors");
     let logits = SafeTensors::deserialize(&logits).expect("logits.safetensors");
-    let mut runner = Runner::with(model.clone(), kernels, Config { kv_dtype, ..small_config() });
-    runner.adapter.clone_from(adapter);
-    for prompt in &prompts {
-        let bytes = logits.tensor(&format!("{}{recorded}", prompt.name)).expect("a tensor for each prompt").data();
-        let reference: Vec<f32> =
-            bytes.chunks_exact(4).map(|bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])).collect();
-        for chunk in [512, 33, 5] {
-            check_prompt(&mut runner, prompt, &reference, chunk, tolerance, &format!("{path} {}", kernels.name));
-        }
-    }
-    for prompt in prompts.iter().filter(|prompt| prompt.ids.len() <= 200) {
-        check_prompt_logprobs(&mut runner, prompt, tolerance);
-    }
+    let floats = |bytes: &[u8]| bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+    let reference =
+        |prompt: &Prompt| logits.tensor(&format!("{}{recorded}", prompt.name)).map(|tensor| floats(tensor.data()));
+    prompts
+        .into_iter()
+        .map(|prompt| {
+            let reference = reference(&prompt).expect("a tensor for each prompt");
+            (prompt, reference)
+        })
+        .collect()
 }
 
 /// Computes a prompt in chunks, compares its last logits, and continues it greedily one token at a time.
-fn check_prompt(runner: &mut Runner, prompt: &Prompt, reference: &[f32], chunk: usize, limit: Tolerance, what: &str) {
+pub(super) fn check_prompt(
+    runner: &mut Runner,
+    prompt: &Prompt,
+    reference: &[f32],
+    chunk: usize,
+    limit: Tolerance,
+    what: &str,
+) {
     let what = format!("{what} {} in chunks of {chunk}", prompt.name);
     let sampling = Sampling { logprobs: Some(3), ..Sampling::default() };
     let mut tokens = prompt.ids.clone();
@@ -129,7 +148,7 @@ fn check_prompt(runner: &mut Runner, prompt: &Prompt, reference: &[f32], chunk: 
 }
 
 /// Asks for the log-probabilities of a prompt, in chunks of several sizes and one token at a time.
-fn check_prompt_logprobs(runner: &mut Runner, prompt: &Prompt, limit: Tolerance) {
+pub(super) fn check_prompt_logprobs(runner: &mut Runner, prompt: &Prompt, limit: Tolerance) {
     let whole = runner.prompt_logprobs(&prompt.ids, 512);
     assert_eq!(whole.len() + 1, prompt.prompt_logprobs.len());
     let Some(limit) = limit.logprob else { return };

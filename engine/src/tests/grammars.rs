@@ -132,7 +132,7 @@ struct World {
 impl World {
     fn new(name: &str) -> Self {
         let model = load(name);
-        let config = Config { kv_bytes: 32 << 20, max_sequences: 64, ..small_config() };
+        let config = Config { kv_bytes: Some(32 << 20), max_sequences: 64, ..small_config() };
         let engine = Engine::new(Arc::clone(&model), &config).expect("an engine");
         let layout = engine.memory().layout();
         let limits = Limits {

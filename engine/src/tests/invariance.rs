@@ -3,7 +3,7 @@
 //! The kernels promise it; this is where the promise is kept. Each case computes the same sequences twice, once alone on one
 //! thread in one piece, and once interleaved at random on several threads, and compares logits and pages bit by bit.
 
-use super::{load, repository, small_config, watched};
+use super::{Unit, load, repository, small_config, watched};
 use crate::{
     Adapter, Config, ElementType, Engine, ExpertShape, KvMemory, LatentRanks, Model, ModelShape, Quantize, Row, Sample,
     TokenId,
@@ -21,7 +21,7 @@ use proptest::{
 use std::{collections::HashMap, sync::Arc};
 
 /// A sequence and what was seen of it.
-struct Sequence {
+pub(super) struct Sequence {
     tokens: Vec<TokenId>,
     pages: Vec<PageId>,
     adapter: Option<Arc<Adapter>>,
@@ -113,35 +113,35 @@ fn poison(memory: &KvMemory) {
 
 /// How one side of a comparison is run.
 #[derive(Clone, Debug)]
-struct Plan {
-    threads: usize,
+pub(super) struct Plan {
+    pub(super) threads: usize,
     /// For each step: which sequences take part, with how many tokens at most. Ends with whatever is left, in one go.
-    steps: Vec<Vec<(usize, usize)>>,
+    pub(super) steps: Vec<Vec<(usize, usize)>>,
     /// Turns the order of the pages.
-    page_stride: usize,
+    pub(super) page_stride: usize,
 }
 
-fn run(
+pub(super) fn run(
     model: &Arc<Model>,
-    kernels: &'static Kernels,
+    unit: impl Into<Unit>,
     config: &Config,
     lengths: &[usize],
     plan: &Plan,
 ) -> Vec<(Sequence, Vec<u8>)> {
-    run_adapted(model, kernels, config, lengths, plan, &[None])
+    run_adapted(model, unit, config, lengths, plan, &[None])
 }
 
 /// The same, with `adapters` dealt out to the sequences in turn.
 fn run_adapted(
     model: &Arc<Model>,
-    kernels: &'static Kernels,
+    unit: impl Into<Unit>,
     config: &Config,
     lengths: &[usize],
     plan: &Plan,
     adapters: &[Option<Arc<Adapter>>],
 ) -> Vec<(Sequence, Vec<u8>)> {
     let config = Config { threads: Some(plan.threads), max_model_len: None, ..config.clone() };
-    let mut engine = Engine::with_kernels(model.clone(), &config, kernels).expect("an engine");
+    let mut engine = unit.into().engine(model.clone(), &config);
     poison(engine.memory());
     let layout = engine.memory().layout().clone();
     let vocab = model.info().vocab_size;
@@ -192,7 +192,7 @@ fn run_adapted(
 }
 
 /// Compares every page and all logits that both sides saw.
-fn compare(plain: &[(Sequence, Vec<u8>)], mixed: &[(Sequence, Vec<u8>)], what: &str) {
+pub(super) fn compare(plain: &[(Sequence, Vec<u8>)], mixed: &[(Sequence, Vec<u8>)], what: &str) {
     for (index, ((plain, plain_bytes), (mixed, mixed_bytes))) in plain.iter().zip(mixed).enumerate() {
         assert!(plain_bytes == mixed_bytes, "{what}: pages of sequence {index} differ");
         let last = plain.tokens.len();
@@ -207,7 +207,7 @@ fn compare(plain: &[(Sequence, Vec<u8>)], mixed: &[(Sequence, Vec<u8>)], what: &
 }
 
 /// One token at a time, alone: every prefix's logits.
-fn token_by_token(sequence: usize, length: usize) -> Plan {
+pub(super) fn token_by_token(sequence: usize, length: usize) -> Plan {
     Plan { threads: 1, steps: (0..length).map(|_| vec![(sequence, 1)]).collect(), page_stride: 1 }
 }
 
@@ -485,7 +485,7 @@ fn decoding_gives_the_bits_of_prefill_at_every_length() {
 
 #[test]
 fn long_sequences_are_split_over_threads_without_a_trace() {
-    let config = Config { token_budget: 2048, kv_bytes: 32 << 20, ..small_config() };
+    let config = Config { token_budget: 2048, kv_bytes: Some(32 << 20), ..small_config() };
     for path in ["models/demo-draft", "tests/golden/mistral", "tests/golden/deepseek_v2"] {
         let model = load(path);
         let length = 1023.min(model.info().max_position as usize);

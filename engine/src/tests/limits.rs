@@ -42,19 +42,19 @@ fn bad_settings_name_the_field() {
         let Error::Setting { field, .. } = error else { panic!("{error:?}") };
         assert_eq!(field, expected);
     };
-    check(Config { kv_bytes: 100, ..small_config() }, "kv_bytes");
+    check(Config { kv_bytes: Some(100), ..small_config() }, "kv_bytes");
     check(Config { page_tokens: 0, ..small_config() }, "page_tokens");
     check(Config { token_budget: 0, ..small_config() }, "token_budget");
     check(Config { max_sequences: 0, ..small_config() }, "max_sequences");
     check(Config { threads: Some(0), ..small_config() }, "threads");
     check(Config { max_model_len: Some(0), ..small_config() }, "max_model_len");
     check(Config { max_model_len: Some(1025), ..small_config() }, "max_model_len");
-    check(Config { kv_bytes: 64 << 10, ..small_config() }, "max_model_len");
+    check(Config { kv_bytes: Some(64 << 10), ..small_config() }, "max_model_len");
 }
 
 #[test]
 fn the_longest_sequence_follows_the_pages_when_nobody_says() {
-    let engine = engine(Config { kv_bytes: 64 << 10, max_model_len: None, ..small_config() }).expect("an engine");
+    let engine = engine(Config { kv_bytes: Some(64 << 10), max_model_len: None, ..small_config() }).expect("an engine");
     let layout = engine.memory().layout();
     assert_eq!(engine.max_model_len(), (layout.pages * layout.page_tokens) as usize);
     assert!(engine.max_model_len() < 1024);

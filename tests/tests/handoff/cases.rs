@@ -109,7 +109,7 @@ async fn local_legs_give_the_recorded_tokens_all_at_once() {
 async fn a_tiny_pool_preempts_and_changes_no_token() {
     let _guard = telemetry::init(&telemetry::Config::default(), "handoff").unwrap();
     // Two sequences of up to 401 tokens, each of which fits alone.
-    let engine = engine::Config { kv_bytes: kv_bytes(30), max_model_len: Some(450), ..small() };
+    let engine = engine::Config { kv_bytes: Some(kv_bytes(30)), max_model_len: Some(450), ..small() };
     let (_worker, mut router) = local_worker("tiny", engine).await;
     let prompts = [named("len1"), Golden { ids: vec![5], ..named("len1") }];
     let mut alone = Vec::new();
@@ -377,7 +377,7 @@ async fn a_full_decode_worker_makes_hand_offs_wait_their_turn() {
     let prompt = longest();
     // Room for one such sequence and a bit: the others wait for pages, and some are preempted.
     let pages = (prompt.ids.len() + prompt.greedy.len()).div_ceil(16) as u64 + 4;
-    let decode = engine::Config { kv_bytes: kv_bytes(pages), max_model_len: Some(16 * pages as u32), ..small() };
+    let decode = engine::Config { kv_bytes: Some(kv_bytes(pages)), max_model_len: Some(16 * pages as u32), ..small() };
     let mut pair = Pair::with("full", small(), decode).await;
     let prompts: Vec<Golden> = golden();
     for (attempt, prompt) in prompts.iter().enumerate() {

@@ -110,7 +110,7 @@ async fn a_worker_without_room_for_the_prefix_computes() {
     let (directory, prompt) = (MemoryDirectory::default(), longest());
     let holder = Worker::decode(&directory, "fetch-rich", small()).await;
     // Room for the sequence, while another one holds most of it: the prefix alone would not fit twice.
-    let tight = engine::Config { kv_bytes: kv_bytes(24), ..small() };
+    let tight = engine::Config { kv_bytes: Some(kv_bytes(24)), ..small() };
     let asker = Worker::decode(&directory, "fetch-tight", tight).await;
     let (mut to_holder, mut to_asker) = (Router::attach(&holder.member).await, Router::attach(&asker.member).await);
     warm(&mut to_holder, &prompt).await;

@@ -62,7 +62,7 @@ pub(crate) fn kv_bytes(pages: u64) -> u64 {
 /// What an engine of a test may use.
 pub(crate) fn small() -> engine::Config {
     engine::Config {
-        kv_bytes: kv_bytes(256),
+        kv_bytes: Some(kv_bytes(256)),
         token_budget: 512,
         max_sequences: 32,
         threads: Some(1),

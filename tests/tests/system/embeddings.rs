@@ -29,7 +29,7 @@ fn embedder(dir: &Path, mode: &str) -> anyhow::Result<()> {
 
 /// What an engine makes of `ids` by itself.
 fn alone(dir: &Path, ids: &[u32], pooling: Pooling) -> anyhow::Result<Vec<f32>> {
-    let config = Config { threads: Some(1), kv_bytes: 64 << 20, token_budget: 512, ..Config::default() };
+    let config = Config { threads: Some(1), kv_bytes: Some(64 << 20), token_budget: 512, ..Config::default() };
     let mut engine = Engine::new(Model::load(dir, &mut |_| {})?, &config)?;
     let pages: Vec<PageId> = (0..ids.len().div_ceil(16) as u32).map(PageId).collect();
     let row = Row { tokens: ids, pages: &pages, pooling: Some(pooling), ..Row::default() };

@@ -5,6 +5,7 @@ mod adapters;
 mod bad_input;
 mod bench;
 mod cancel;
+mod cards;
 mod clients;
 mod embeddings;
 mod etcd;

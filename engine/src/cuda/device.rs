@@ -1,0 +1,88 @@
+//! What a card does for a step, and nothing else: memory, copies, launches, marks, graphs.
+//!
+//! Everything the CUDA home does goes through [`Device`], so that it can be watched and carried out without a card: there is the driver's
+//! ([`super::driver`]) and, for tests, one that runs the kernels on the processor and counts what is asked of it.
+//!
+//! Work is in order: what is asked of a device is done after what was asked before, and whoever wants a result waits for it. Only
+//! [`Device::download`], [`Device::fetch`] and [`Device::wait`] wait. Memory lives as long as the device; steps take none.
+
+use super::kernels::{Call, Kernel};
+use crate::Error;
+
+/// Memory of a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Region {
+    /// The device's own.
+    pub(crate) address: u64,
+    pub(crate) bytes: usize,
+}
+
+impl Region {
+    /// Returns `bytes` bytes of it from `offset` on.
+    ///
+    /// # Panics
+    /// When there are fewer: a mistake of ours.
+    pub(crate) fn part(self, offset: usize, bytes: usize) -> Self {
+        assert!(offset <= self.bytes && bytes <= self.bytes - offset, "{bytes} bytes at {offset} of {}", self.bytes);
+        Self { address: self.address + offset as u64, bytes }
+    }
+}
+
+/// Bytes of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Memory {
+    pub(crate) total: u64,
+    /// Those that nobody has.
+    pub(crate) free: u64,
+    /// Those that [`Device::alloc`] gave out.
+    pub(crate) own: u64,
+}
+
+/// Calls that are replayed as one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Graph(pub(crate) usize);
+
+/// A card, or what stands in for one.
+pub(crate) trait Device: std::fmt::Debug + Send + Sync {
+    /// Names it for people.
+    fn name(&self) -> &str;
+
+    /// Returns the bytes of shared memory that a block may have.
+    fn most_shared(&self) -> u32;
+
+    /// Returns how its memory is shared out.
+    fn memory(&mut self) -> Result<Memory, Error>;
+
+    /// Reserves `bytes` zeroed bytes for `purpose`, aligned to 256.
+    fn alloc(&mut self, purpose: &'static str, bytes: usize) -> Result<Region, Error>;
+
+    /// Copies `bytes` to the start of `to`; they may change once this returns.
+    fn upload(&mut self, to: Region, bytes: &[u8]) -> Result<(), Error>;
+
+    /// Copies the start of `from` to `to`, and waits for it.
+    fn download(&mut self, from: Region, to: &mut [u8]) -> Result<(), Error>;
+
+    /// Makes a kernel ready, so that its first call does not wait for a compiler.
+    fn prepare(&mut self, kernel: &Kernel) -> Result<(), Error>;
+
+    /// Hands the bytes of each of `from`, which are up to [`super::pages::MOST_BLOCK_BYTES`], to `to`, with its index, in order, once mark `mark` is passed. What was asked after the mark goes on meanwhile.
+    fn fetch(&mut self, mark: usize, from: &[Region], to: &mut dyn FnMut(usize, &[u8])) -> Result<(), Error>;
+
+    /// Runs a kernel.
+    fn launch(&mut self, call: &Call) -> Result<(), Error>;
+
+    /// Sets mark `mark`, a small number, behind what was asked so far; it may be set again.
+    fn mark(&mut self, mark: usize) -> Result<(), Error>;
+
+    /// Waits for what stands before mark `mark`.
+    fn wait(&mut self, mark: usize) -> Result<(), Error>;
+
+    /// From here on calls are not done but remembered, up to [`Device::end_graph`]. Nothing but calls may be asked meanwhile.
+    fn begin_graph(&mut self) -> Result<(), Error>;
+
+    /// Returns what was remembered.
+    fn end_graph(&mut self) -> Result<Graph, Error>;
+
+    /// Does what a graph remembers.
+    fn replay(&mut self, graph: Graph) -> Result<(), Error>;
+}

@@ -1,0 +1,425 @@
+//! NVIDIA's driver: a card as a [`Device`].
+//!
+//! The driver's library is opened when a card is asked for; a machine without it has no card, and says so. One stream carries all work, in
+//! order, and a second one pages that leave. Copies between host and card go through page-locked memory of the card's own, so that an upload does not wait.
+//!
+//! Meaning of the functions: NVIDIA, *CUDA Driver API*. Not one of them is newer than CUDA 12.0.
+
+use super::{
+    cache::Cache,
+    device::{Device, Graph, Memory, Region},
+    kernels::{Call, Kernel},
+    nvrtc::{self, Nvrtc},
+    pages::MOST_BLOCK_BYTES,
+};
+use crate::Error;
+use cudarc::driver::{
+    DriverError,
+    result::{self, ctx, event, graph, module, primary_ctx, stream},
+    sys::{self, CUdevice_attribute, CUresult},
+};
+use std::{
+    collections::HashMap,
+    ffi::{CString, c_int, c_void},
+    path::Path,
+    ptr::null_mut,
+};
+
+/// Oldest CUDA that a driver must know, as it counts: 12.0.
+const OLDEST_CUDA: c_int = 12_000;
+/// Oldest architecture: the first with bf16 in its tensor cores.
+const OLDEST_ARCHITECTURE: (c_int, c_int) = (8, 0);
+/// Bytes of page-locked memory that uploads of a step go through, and as many for downloads.
+const STAGING: usize = MOST_BLOCK_BYTES;
+
+/// A card with everything that was put on it.
+#[derive(Debug)]
+pub(crate) struct Card {
+    name: String,
+    device: sys::CUdevice,
+    architecture: (c_int, c_int),
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    /// Carries pages to the host beside the other's work.
+    copies: sys::CUstream,
+    /// By kernels without their names: what is compiled alike is loaded once.
+    modules: HashMap<Kernel, sys::CUmodule>,
+    functions: HashMap<Kernel, sys::CUfunction>,
+    nvrtc: Nvrtc,
+    cache: Cache,
+    /// Most shared memory of a block.
+    shared_bytes: c_int,
+    memory: Vec<sys::CUdeviceptr>,
+    own: u64,
+    up: Staging,
+    down: Staging,
+    marks: Vec<sys::CUevent>,
+    graphs: Vec<sys::CUgraphExec>,
+}
+
+// SAFETY: handles of the driver may be used by any thread that has made their context current, which every method does; the memory behind
+// `Staging` belongs to this value alone.
+unsafe impl Send for Card {}
+// SAFETY: what a shared reference gives is its name alone.
+unsafe impl Sync for Card {}
+
+/// Page-locked memory.
+#[derive(Debug)]
+struct Staging {
+    start: *mut u8,
+    /// Bytes in use by copies that may not be done.
+    used: usize,
+}
+
+impl Card {
+    /// Opens card `ordinal`, counted as the driver does. Its kernels are compiled by the library `nvrtc`, or the one that is found.
+    ///
+    /// # Errors
+    /// [`Error::Card`] says what is missing and what to do about it.
+    pub(crate) fn open(ordinal: usize, nvrtc: Option<&Path>, cache: Cache) -> Result<Self, Error> {
+        let card = format!("cuda:{ordinal}");
+        let fault = |action: &str, problem: String| Error::card(&card, action, problem);
+        let refused = |action: &'static str| {
+            let card = card.clone();
+            move |error: DriverError| Error::card(&card, action, describe(error))
+        };
+        // SAFETY: the driver's initialisers do nothing but set up its own state.
+        if !unsafe { sys::is_culib_present() } {
+            let problem = "libcuda.so.1 cannot be opened: there is no NVIDIA driver here, or this process (a container?) does not see it";
+            return Err(fault("open the driver", problem.into()));
+        }
+        result::init().map_err(|error| {
+            let hint = match error.0 {
+                CUresult::CUDA_ERROR_NO_DEVICE => "; no card is visible to this process (CUDA_VISIBLE_DEVICES?)",
+                CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => {
+                    "; the library and the kernel's module are of different drivers"
+                }
+                _ => "",
+            };
+            fault("start the driver", format!("{}{hint}", describe(error)))
+        })?;
+        let mut version = 0;
+        // SAFETY: the number is ours to write.
+        unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(refused("ask for the driver's version"))?;
+        if version < OLDEST_CUDA {
+            let (major, minor) = (version / 1000, version % 1000 / 10);
+            let problem = format!("it knows CUDA {major}.{minor}, and 12.0 is needed: install driver 525 or newer");
+            return Err(fault("use the driver", problem));
+        }
+        let count = result::device::get_count().map_err(refused("count cards"))?;
+        if ordinal >= count as usize {
+            return Err(fault(
+                "find it",
+                format!("this machine has {count} {}, counted from 0", if count == 1 { "card" } else { "cards" }),
+            ));
+        }
+        let device = result::device::get(ordinal as c_int).map_err(refused("find it"))?;
+        let name = result::device::get_name(device).map_err(refused("ask for its name"))?;
+        // SAFETY: the device was found just above.
+        let attribute = |attribute| unsafe { result::device::get_attribute(device, attribute) };
+        let architecture = (
+            attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
+                .map_err(refused("ask for its architecture"))?,
+            attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
+                .map_err(refused("ask for its architecture"))?,
+        );
+        if architecture < OLDEST_ARCHITECTURE {
+            let (major, minor) = architecture;
+            let problem = format!("{name} has compute capability {major}.{minor}, and 8.0 (A100) or newer is needed");
+            return Err(fault("use it", problem));
+        }
+        let shared_bytes = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
+            .map_err(refused("ask for its shared memory"))?;
+        let nvrtc = Nvrtc::open(nvrtc).map_err(|problem| fault("open the compiler of its kernels", problem))?;
+        // SAFETY: the device exists; the context is released when this value is dropped.
+        let context = unsafe { primary_ctx::retain(device) }.map_err(refused("make a context"))?;
+        let mut opened = Self {
+            name: format!("{card} {name}"),
+            device,
+            architecture,
+            context,
+            stream: null_mut(),
+            copies: null_mut(),
+            modules: HashMap::new(),
+            functions: HashMap::new(),
+            nvrtc,
+            cache,
+            shared_bytes,
+            memory: Vec::new(),
+            own: 0,
+            up: Staging { start: null_mut(), used: 0 },
+            down: Staging { start: null_mut(), used: 0 },
+            marks: Vec::new(),
+            graphs: Vec::new(),
+        };
+        opened.enter()?;
+        for stream in [&mut opened.stream, &mut opened.copies] {
+            *stream = stream::create(stream::StreamKind::NonBlocking).map_err(refused("make a stream"))?;
+        }
+        for staging in [&mut opened.up, &mut opened.down] {
+            // SAFETY: what is returned is freed with this value.
+            let start = unsafe { result::malloc_host(STAGING, 0) }.map_err(refused("lock memory for copies"))?;
+            staging.start = start.cast();
+        }
+        Ok(opened)
+    }
+
+    /// Returns what NVRTC calls its architecture: with what only this one has, where there is such a thing.
+    pub(crate) fn architecture(&self) -> String {
+        let (major, minor) = self.architecture;
+        format!("sm_{major}{minor}{}", if major >= 9 { "a" } else { "" })
+    }
+
+    /// Returns the kernel's function, compiled and loaded if it is not yet.
+    fn function(&mut self, kernel: &Kernel) -> Result<sys::CUfunction, Error> {
+        if let Some(function) = self.functions.get(kernel) {
+            return Ok(*function);
+        }
+        let unit = Kernel { name: "", ..*kernel };
+        let module = match self.modules.get(&unit) {
+            Some(module) => *module,
+            None => {
+                let options = nvrtc::options(&self.architecture());
+                let cubin = self.cache.cubin(&self.nvrtc, kernel.name, &kernel.text(), &options);
+                let cubin = cubin.map_err(|problem| Error::card(&self.name, "compile its kernels", problem))?;
+                // SAFETY: the driver checks what it is given, and copies it.
+                let module = unsafe { module::load_data(cubin.as_ptr().cast()) }
+                    .map_err(|error| self.fault("load kernels", error))?;
+                *self.modules.entry(unit).or_insert(module)
+            }
+        };
+        let name = CString::new(kernel.name).expect("names of kernels have no zero byte");
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: the module stays loaded as long as this value lives.
+        let function = unsafe {
+            module::get_function(module, name).and_then(|function| {
+                result::function::set_function_attribute(function, attribute, self.shared_bytes)?;
+                Ok(function)
+            })
+        }
+        .map_err(|error| self.fault(kernel.name, error))?;
+        self.functions.insert(*kernel, function);
+        Ok(function)
+    }
+
+    /// Makes the card's context that of the calling thread.
+    fn enter(&self) -> Result<(), Error> {
+        // SAFETY: the context is ours until this value is dropped.
+        unsafe { ctx::set_current(self.context) }.map_err(|error| self.fault("enter its context", error))
+    }
+
+    /// Waits for everything, after which no memory is in use by a copy.
+    fn synchronize(&mut self) -> Result<(), Error> {
+        // SAFETY: the stream is ours.
+        unsafe { stream::synchronize(self.stream) }.map_err(|error| self.fault("compute", error))?;
+        self.up.used = 0;
+        Ok(())
+    }
+
+    fn fault(&self, action: &str, error: DriverError) -> Error {
+        Error::card(&self.name, action, describe(error))
+    }
+}
+
+/// Says what the driver's error is.
+fn describe(error: DriverError) -> String {
+    let name = error.error_name().map(|name| name.to_string_lossy().into_owned());
+    let text = error.error_string().map(|text| text.to_string_lossy().into_owned());
+    match (name, text) {
+        (Ok(name), Ok(text)) => format!("{text} ({name})"),
+        _ => format!("error {}", error.0 as u32),
+    }
+}
+
+impl Device for Card {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn most_shared(&self) -> u32 {
+        self.shared_bytes as u32
+    }
+
+    fn memory(&mut self) -> Result<Memory, Error> {
+        self.enter()?;
+        let (free, total) = result::mem_get_info().map_err(|error| self.fault("ask for its memory", error))?;
+        Ok(Memory { total: total as u64, free: free as u64, own: self.own })
+    }
+
+    fn alloc(&mut self, purpose: &'static str, bytes: usize) -> Result<Region, Error> {
+        self.enter()?;
+        let bytes = bytes.max(1).next_multiple_of(256);
+        // SAFETY: the memory is freed with this value; it is zeroed before anybody sees it.
+        let address = unsafe { result::malloc_sync(bytes) }.map_err(|error| {
+            let free = self.memory().map_or(0, |memory| memory.free);
+            let action = format!("reserve {bytes} bytes for {purpose}, of {free} that are free");
+            self.fault(&action, error)
+        })?;
+        self.memory.push(address);
+        self.own += bytes as u64;
+        // SAFETY: just allocated, that long.
+        unsafe { result::memset_d8_async(address, 0, bytes, self.stream) }
+            .map_err(|error| self.fault("clear memory", error))?;
+        Ok(Region { address, bytes })
+    }
+
+    fn upload(&mut self, to: Region, bytes: &[u8]) -> Result<(), Error> {
+        assert!(bytes.len() <= to.bytes, "{} bytes into {}", bytes.len(), to.bytes);
+        self.enter()?;
+        let mut at = 0;
+        while at < bytes.len() {
+            if STAGING - self.up.used < (bytes.len() - at).min(STAGING) {
+                self.synchronize()?;
+            }
+            let part = &bytes[at..bytes.len().min(at + STAGING - self.up.used)];
+            // SAFETY: the rest of the staging memory is in use by no copy, holds the part and lives until the copy is done; `to` was
+            // checked, and is ours.
+            unsafe {
+                let staged = self.up.start.add(self.up.used);
+                staged.copy_from_nonoverlapping(part.as_ptr(), part.len());
+                let staged = std::slice::from_raw_parts(staged, part.len());
+                result::memcpy_htod_async(to.address + at as u64, staged, self.stream)
+            }
+            .map_err(|error| self.fault("copy to it", error))?;
+            // The next part starts on a cache line.
+            self.up.used = (self.up.used + part.len()).next_multiple_of(64).min(STAGING);
+            at += part.len();
+        }
+        Ok(())
+    }
+
+    fn download(&mut self, from: Region, to: &mut [u8]) -> Result<(), Error> {
+        assert!(to.len() <= from.bytes, "{} bytes of {}", to.len(), from.bytes);
+        self.enter()?;
+        for (index, part) in to.chunks_mut(STAGING).enumerate() {
+            // SAFETY: the staging memory holds the part, and every copy into it was waited for; `from` was checked.
+            unsafe {
+                let staged = std::slice::from_raw_parts_mut(self.down.start, part.len());
+                result::memcpy_dtoh_async(staged, from.address + (index * STAGING) as u64, self.stream)
+                    .map_err(|error| self.fault("copy from it", error))?;
+            }
+            self.synchronize()?;
+            // SAFETY: the copy is done.
+            part.copy_from_slice(unsafe { std::slice::from_raw_parts(self.down.start, part.len()) });
+        }
+        Ok(())
+    }
+
+    fn fetch(&mut self, mark: usize, from: &[Region], to: &mut dyn FnMut(usize, &[u8])) -> Result<(), Error> {
+        self.enter()?;
+        let wait = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: stream and event are ours.
+        unsafe { stream::wait_event(self.copies, self.marks[mark], wait) }
+            .map_err(|error| self.fault("wait for a layer", error))?;
+        let mut first = 0;
+        while first < from.len() {
+            let mut used = 0;
+            let fits = |region: &&Region| {
+                used += region.bytes;
+                used <= STAGING
+            };
+            let batch = &from[first..][..from[first..].iter().take_while(fits).count()];
+            assert!(!batch.is_empty(), "{} bytes do not pass through {STAGING}", from[first].bytes);
+            let mut at = 0;
+            for region in batch {
+                // SAFETY: the staging memory holds the batch, and every copy into it was waited for.
+                unsafe {
+                    let staged = std::slice::from_raw_parts_mut(self.down.start.add(at), region.bytes);
+                    result::memcpy_dtoh_async(staged, region.address, self.copies)
+                }
+                .map_err(|error| self.fault("copy pages from it", error))?;
+                at += region.bytes;
+            }
+            // SAFETY: the stream is ours.
+            unsafe { stream::synchronize(self.copies) }.map_err(|error| self.fault("copy pages from it", error))?;
+            at = 0;
+            for (index, region) in batch.iter().enumerate() {
+                // SAFETY: the copies are done.
+                to(first + index, unsafe { std::slice::from_raw_parts(self.down.start.add(at), region.bytes) });
+                at += region.bytes;
+            }
+            first += batch.len();
+        }
+        Ok(())
+    }
+
+    fn prepare(&mut self, kernel: &Kernel) -> Result<(), Error> {
+        self.enter()?;
+        self.function(kernel).map(drop)
+    }
+
+    fn launch(&mut self, call: &Call) -> Result<(), Error> {
+        self.enter()?;
+        let function = self.function(&call.kernel)?;
+        let mut params = [call.args.words().as_ptr().cast::<c_void>().cast_mut()];
+        let ([x, y, z], block) = (call.grid, (call.threads, 1, 1));
+        // SAFETY: the function is loaded, and its one parameter, which is copied, is the structure that `kernels.rs` documents; the regions in
+        // it live as long as this device.
+        unsafe { result::launch_kernel(function, (x, y, z), block, call.shared_bytes, self.stream, &mut params) }
+            .map_err(|error| self.fault(call.kernel.name, error))
+    }
+
+    fn mark(&mut self, mark: usize) -> Result<(), Error> {
+        self.enter()?;
+        while self.marks.len() <= mark {
+            let made = event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
+            self.marks.push(made.map_err(|error| self.fault("make an event", error))?);
+        }
+        // SAFETY: event and stream are ours.
+        unsafe { event::record(self.marks[mark], self.stream) }.map_err(|error| self.fault("set an event", error))
+    }
+
+    fn wait(&mut self, mark: usize) -> Result<(), Error> {
+        self.enter()?;
+        // SAFETY: the event is ours.
+        unsafe { event::synchronize(self.marks[mark]) }.map_err(|error| self.fault("compute", error))
+    }
+
+    fn begin_graph(&mut self) -> Result<(), Error> {
+        self.enter()?;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is ours.
+        unsafe { stream::begin_capture(self.stream, mode) }.map_err(|error| self.fault("capture a graph", error))
+    }
+
+    fn end_graph(&mut self) -> Result<Graph, Error> {
+        self.enter()?;
+        // SAFETY: the stream is capturing; the graph is not needed once it is instantiated.
+        let made = unsafe {
+            stream::end_capture(self.stream).and_then(|captured| {
+                let made = graph::instantiate(captured, sys::CUgraphInstantiate_flags(0));
+                graph::destroy(captured)?;
+                made
+            })
+        };
+        self.graphs.push(made.map_err(|error| self.fault("capture a graph", error))?);
+        Ok(Graph(self.graphs.len() - 1))
+    }
+
+    fn replay(&mut self, graph: Graph) -> Result<(), Error> {
+        self.enter()?;
+        // SAFETY: graph and stream are ours, and so is all memory that the graph's kernels use.
+        unsafe { graph::launch(self.graphs[graph.0], self.stream) }.map_err(|error| self.fault("run a graph", error))
+    }
+}
+
+impl Drop for Card {
+    fn drop(&mut self) {
+        // What cannot be given back goes with the process.
+        // SAFETY: everything was made by this value and is used by nobody else; the stream is waited for before what it uses goes.
+        unsafe {
+            let _ = ctx::set_current(self.context);
+            let streams = [self.stream, self.copies].into_iter().filter(|stream| !stream.is_null());
+            streams.clone().for_each(|stream| _ = stream::synchronize(stream));
+            self.graphs.drain(..).for_each(|graph| _ = graph::exec_destroy(graph));
+            self.marks.drain(..).for_each(|mark| _ = event::destroy(mark));
+            self.modules.drain().for_each(|(_, module)| _ = module::unload(module));
+            self.memory.drain(..).for_each(|address| _ = result::free_sync(address));
+            for staging in [&self.up, &self.down].into_iter().filter(|staging| !staging.start.is_null()) {
+                let _ = result::free_host(staging.start.cast());
+            }
+            streams.for_each(|stream| _ = stream::destroy(stream));
+            let _ = primary_ctx::release(self.device);
+        }
+    }
+}

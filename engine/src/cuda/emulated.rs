@@ -1,0 +1,171 @@
+//! A device whose kernels run on the processor ([`super::emulator`]), and which counts what is asked of it.
+
+use super::{
+    device::{Device, Graph, Memory, Region},
+    emulator::{self, Order},
+    kernels::{Call, Kernel},
+};
+use crate::{Error, cpu::buffer::Buffer};
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+};
+
+/// Bytes that it says it has.
+const MEMORY: u64 = 64 << 20;
+
+/// What was asked of a device so far.
+#[derive(Debug, Default)]
+pub(crate) struct Asked {
+    pub(crate) allocations: AtomicUsize,
+    pub(crate) uploads: AtomicUsize,
+    /// Downloads and waits for marks.
+    pub(crate) waits: AtomicUsize,
+    /// Calls, and graphs in their place.
+    pub(crate) calls: AtomicUsize,
+}
+
+/// The processor as a device. Memory ends at pages that cannot be touched.
+#[derive(Debug)]
+pub(crate) struct Emulated {
+    asked: Arc<Asked>,
+    memory: Vec<Buffer>,
+    used: u64,
+    order: Order,
+    ready: HashSet<Kernel>,
+    /// Whether kernels run; else only their calls are counted, and all memory stays zero.
+    runs: bool,
+    remembered: Option<Vec<Call>>,
+    graphs: Vec<Vec<Call>>,
+    marks: usize,
+}
+
+impl Emulated {
+    /// Makes one whose threads take turns in `order`.
+    pub(crate) fn new(order: Order) -> Self {
+        Self {
+            asked: Arc::default(),
+            memory: Vec::new(),
+            used: 0,
+            order,
+            ready: HashSet::new(),
+            runs: true,
+            remembered: None,
+            graphs: Vec::new(),
+            marks: 0,
+        }
+    }
+
+    /// Makes one that computes nothing.
+    pub(crate) fn recording() -> Self {
+        Self { runs: false, ..Self::new(Order::Forward) }
+    }
+
+    /// Returns what will be counted.
+    pub(crate) fn asked(&self) -> Arc<Asked> {
+        self.asked.clone()
+    }
+
+    fn run(&self, call: &Call) -> Result<(), Error> {
+        if !self.runs {
+            return Ok(());
+        }
+        // SAFETY: the addresses are those of buffers of this device, which nobody else has.
+        unsafe { emulator::run(call, self.order) }.map_err(|problem| Error::card("emulated", "compute", problem))
+    }
+}
+
+impl Device for Emulated {
+    fn name(&self) -> &str {
+        "emulated"
+    }
+
+    fn most_shared(&self) -> u32 {
+        227 << 10
+    }
+
+    fn memory(&mut self) -> Result<Memory, Error> {
+        Ok(Memory { total: MEMORY, free: MEMORY - self.used, own: self.used })
+    }
+
+    fn alloc(&mut self, purpose: &'static str, bytes: usize) -> Result<Region, Error> {
+        self.asked.allocations.fetch_add(1, Relaxed);
+        assert!(self.remembered.is_none(), "memory for {purpose} is asked for in a graph");
+        self.memory.push(Buffer::new(bytes)?);
+        let buffer = self.memory.last_mut().expect("it was just pushed");
+        self.used += buffer.len() as u64;
+        Ok(Region { address: buffer.as_mut_ptr() as u64, bytes: buffer.len() })
+    }
+
+    fn upload(&mut self, to: Region, bytes: &[u8]) -> Result<(), Error> {
+        self.asked.uploads.fetch_add(1, Relaxed);
+        assert!(self.remembered.is_none() && bytes.len() <= to.bytes, "{} bytes into {}", bytes.len(), to.bytes);
+        // SAFETY: the region is part of a buffer of this device.
+        unsafe { (to.address as *mut u8).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    fn download(&mut self, from: Region, to: &mut [u8]) -> Result<(), Error> {
+        self.asked.waits.fetch_add(1, Relaxed);
+        assert!(self.remembered.is_none() && to.len() <= from.bytes, "{} bytes of {}", to.len(), from.bytes);
+        // SAFETY: as above.
+        unsafe { to.as_mut_ptr().copy_from_nonoverlapping(from.address as *const u8, to.len()) };
+        Ok(())
+    }
+
+    fn fetch(&mut self, mark: usize, from: &[Region], to: &mut dyn FnMut(usize, &[u8])) -> Result<(), Error> {
+        self.wait(mark)?;
+        for (index, from) in from.iter().enumerate() {
+            // SAFETY: the region is part of a buffer of this device, which nobody writes now.
+            to(index, unsafe { std::slice::from_raw_parts(from.address as *const u8, from.bytes) });
+        }
+        Ok(())
+    }
+
+    fn prepare(&mut self, kernel: &Kernel) -> Result<(), Error> {
+        self.ready.insert(*kernel);
+        Ok(())
+    }
+
+    fn launch(&mut self, call: &Call) -> Result<(), Error> {
+        self.asked.calls.fetch_add(1, Relaxed);
+        assert!(self.ready.contains(&call.kernel), "{:?} was not made ready", call.kernel);
+        match &mut self.remembered {
+            Some(calls) => {
+                calls.push(*call);
+                Ok(())
+            }
+            None => self.run(call),
+        }
+    }
+
+    fn mark(&mut self, mark: usize) -> Result<(), Error> {
+        assert!(self.remembered.is_none(), "a mark in a graph");
+        self.marks = self.marks.max(mark + 1);
+        Ok(())
+    }
+
+    fn wait(&mut self, mark: usize) -> Result<(), Error> {
+        self.asked.waits.fetch_add(1, Relaxed);
+        assert!(mark < self.marks, "mark {mark} was never set");
+        Ok(())
+    }
+
+    fn begin_graph(&mut self) -> Result<(), Error> {
+        assert!(self.remembered.replace(Vec::new()).is_none(), "a graph in a graph");
+        Ok(())
+    }
+
+    fn end_graph(&mut self) -> Result<Graph, Error> {
+        self.graphs.push(self.remembered.take().expect("a graph was begun"));
+        Ok(Graph(self.graphs.len() - 1))
+    }
+
+    fn replay(&mut self, graph: Graph) -> Result<(), Error> {
+        self.asked.calls.fetch_add(1, Relaxed);
+        self.graphs[graph.0].iter().try_for_each(|call| self.run(call))
+    }
+}

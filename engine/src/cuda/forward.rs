@@ -1,0 +1,515 @@
+//! The decoder on a card: call by call, layer by layer.
+
+use super::{
+    Buffers, Cuda,
+    device::Region,
+    graphs::Bucket,
+    kernels::{
+        self, Attention, Call, Cap, Element, Embed, Finish, Gather, HeadNorms, Largest, Norm, NormTo, Pages, Reorder,
+        Rotary, Share,
+    },
+    rows::Capacity,
+    weights::{Inner, Linear, NormWeights},
+};
+use crate::{
+    Error, KvMemory, Model,
+    cpu::{nodes::Stay, pool::Pool},
+    home::{Home, Logits, Pass, Place, Span},
+    model::{
+        checkpoint::ElementType,
+        decoder::{Decoder, QkNorm},
+    },
+};
+use kv_cache::{PageId, TokenId};
+use std::{collections::HashSet, ops::Range};
+
+impl Home for Cuda {
+    fn name(&self) -> &str {
+        self.device.name()
+    }
+
+    fn stay(&self) -> Stay {
+        self.pool.stay()
+    }
+
+    fn forward(
+        &mut self,
+        model: &Model,
+        memory: &KvMemory,
+        pass: &Pass<'_>,
+        on_layer: &mut dyn FnMut(u32),
+    ) -> Result<(), Error> {
+        if pass.spans.is_empty() {
+            return Ok(());
+        }
+        if let Some(row) = pass.spans.iter().position(|span| span.adapter.is_some()) {
+            return Err(Error::Row(format!("row {row}: adapters do not run on a card yet")));
+        }
+        let (decoder, layout) = (&model.decoder, memory.layout());
+        let Capacity { rows, sequences, .. } = self.sizes.capacity;
+        let bucket = Bucket::of(pass, rows.min(sequences), self.sizes.context);
+        let rows = bucket.map_or(pass.tokens.len(), |bucket| bucket.rows);
+        self.words.write(pass, rows, layout.page_tokens as usize, layout.pages);
+        self.device.upload(self.parts.whole, self.words.bytes())?;
+        self.untold = 0..self.weights.blocks.len();
+        self.pages.as_mut().expect("pages are reserved before the first step").begin(pass.spans);
+        match bucket {
+            Some(bucket) => self.replay(decoder, bucket),
+            None => {
+                self.launch_pass(decoder, pass)?;
+                // Layers are told when they are final, while later ones are still computed.
+                while let Some(layer) = self.untold.next() {
+                    self.fetch_layer(memory, layer)?;
+                    on_layer(layer as u32);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn finish(&mut self, on_layer: &mut dyn FnMut(u32)) -> Result<(), Error> {
+        if self.untold.is_empty() {
+            return Ok(());
+        }
+        self.device.wait(0)?;
+        std::mem::take(&mut self.untold).for_each(|layer| on_layer(layer as u32));
+        Ok(())
+    }
+
+    fn read_hidden(&mut self, row: usize, to: &mut [f32]) -> Result<(), Error> {
+        let stride = self.sizes.residual * 2;
+        let mut bytes = vec![0; to.len() * 2];
+        self.device.download(self.hidden.part(row * stride, stride), &mut bytes)?;
+        for (to, bytes) in to.iter_mut().zip(bytes.as_chunks::<2>().0) {
+            let dtype = match self.element {
+                Element::Bf16 => ElementType::Bf16,
+                Element::F16 => ElementType::F16,
+            };
+            *to = dtype.get(bytes, 0);
+        }
+        Ok(())
+    }
+
+    fn keep_rows(&mut self, rows: &mut dyn Iterator<Item = usize>) -> Result<(), Error> {
+        let kept = self.words.keep(rows);
+        let list = kept.len() / 4;
+        self.device.upload(self.parts.kept, kept)?;
+        // The residual is not needed any more, and its rows are longer.
+        let (from, to) = (self.hidden, self.buffers.residual);
+        (self.rows, self.drawn) = (list, 0);
+        if list > 0 {
+            let stride = (self.sizes.residual / 2) as u32;
+            let (from, rows) = (from.address, self.parts.kept.address);
+            self.call(&Gather { kept: list as u32, from, rows, to: to.address, stride }.call())?;
+        }
+        self.hidden = to;
+        Ok(())
+    }
+
+    fn find_most_likely(&mut self, model: &Model, rows: Range<usize>) -> Result<(), Error> {
+        let count = rows.len();
+        self.head(&model.decoder, rows)?;
+        // SAFETY: any bytes are u32s.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(self.likely.as_mut_ptr().cast(), count * 4) };
+        self.device.download(self.buffers.largest, bytes)
+    }
+
+    fn most_likely(&self, row: usize) -> Option<TokenId> {
+        Some(self.likely[row]).filter(|token| *token != TokenId::MAX)
+    }
+
+    fn compute_logits(&mut self, model: &Model, rows: Range<usize>) -> Result<(), Error> {
+        let floats = rows.len() * self.sizes.logits;
+        self.head(&model.decoder, rows)?;
+        // SAFETY: any bytes are f32s.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(self.logits.as_mut_ptr().cast(), floats * 4) };
+        self.device.download(self.buffers.logits, bytes)
+    }
+
+    fn logits(&self) -> Logits<'_> {
+        Logits { floats: &self.logits, stride: self.sizes.logits }
+    }
+
+    fn pool_and_logits(&mut self) -> (&mut Pool, Logits<'_>) {
+        (&mut self.pool, Logits { floats: &self.logits, stride: self.sizes.logits })
+    }
+
+    fn export(&mut self, memory: &KvMemory, pages: &[PageId]) -> Result<(), Error> {
+        self.export_pages(memory, pages)
+    }
+
+    fn import(&mut self, memory: &KvMemory, pages: &[PageId]) -> Result<(), Error> {
+        self.import_pages(memory, pages)
+    }
+
+    fn expert_bytes(&self) -> (u64, u64) {
+        (0, 0)
+    }
+}
+
+/// The rows that some of a pass works on.
+#[derive(Clone, Copy, Debug)]
+struct At {
+    rows: usize,
+    residual: Region,
+    qkv: Region,
+    /// `[sequences][4]`, and which of them attend in the same way.
+    sequences: Region,
+    parts: [Part; 2],
+}
+
+/// Sequences that follow each other, or none.
+#[derive(Clone, Copy, Debug, Default)]
+struct Part {
+    first: usize,
+    count: usize,
+    /// Rows of all of them, most rows of one, and positions of the longest; or more.
+    rows: usize,
+    most_rows: usize,
+    longest: usize,
+}
+
+impl Part {
+    /// Cuts `spans` where the first is that has more rows than a warp takes of `group` heads each: those before it, and the rest.
+    fn cut(spans: &[Span<'_>], group: usize) -> [Part; 2] {
+        let few = spans.iter().take_while(|span| span.tokens * group <= 16).count();
+        [0..few, few..spans.len()].map(|range| {
+            let spans = &spans[range.clone()];
+            Part {
+                first: range.start,
+                count: spans.len(),
+                rows: spans.iter().map(|span| span.tokens).sum(),
+                most_rows: spans.iter().map(|span| span.tokens).max().unwrap_or(0),
+                longest: spans.iter().map(|span| span.start + span.tokens).max().unwrap_or(0),
+            }
+        })
+    }
+}
+
+impl Cuda {
+    /// Asks for a pass of rows that decode, and for what follows their tokens, as one.
+    fn replay(&mut self, decoder: &Decoder, bucket: Bucket) -> Result<(), Error> {
+        let graph = match self.graphs.get(&bucket) {
+            Some(graph) => *graph,
+            None => {
+                self.device.begin_graph()?;
+                let asked = self.launch_decode(decoder, bucket);
+                // A device that remembers does nothing else, so it is told to stop in any case.
+                let graph = self.device.end_graph();
+                asked?;
+                *self.graphs.entry(bucket).or_insert(graph?)
+            }
+        };
+        self.device.replay(graph)?;
+        (self.rows, self.hidden, self.drawn) = (bucket.rows, self.buffers.input, bucket.rows);
+        self.device.mark(0)
+    }
+
+    /// Makes ready every kernel that steps may call: neither a request nor a graph is the place to compile one.
+    pub(super) fn prepare(&mut self, decoder: &Decoder) -> Result<(), Error> {
+        self.listed = Some(HashSet::new());
+        let Capacity { rows: most, sequences, .. } = self.sizes.capacity;
+        for longest in [1, self.sizes.context] {
+            for rows in (0..).map(|power| 1 << power).take_while(|rows| *rows <= most.min(sequences)) {
+                self.launch_decode(decoder, Bucket { rows, longest })?;
+            }
+        }
+        // Kernels of linears change with the number of rows, those of attention with that of a sequence's.
+        for tokens in [2, 17, 33, 65, most].into_iter().filter(|tokens| *tokens <= most) {
+            let span = Span { first: 0, tokens, start: 0, pages: &[], adapter: None, leaves: false };
+            let kept = Span { tokens: 1, start: tokens - 1, ..span };
+            let places = [Place { row: 0, token: tokens - 1 }];
+            let tokens = vec![0; tokens];
+            let pass = Pass { tokens: &tokens, spans: &[span], places: &places, kept: &[kept] };
+            self.launch_pass(decoder, &pass)?;
+        }
+        let listed = self.listed.take().expect("it was put there above");
+        listed.iter().try_for_each(|kernel| self.device.prepare(kernel))
+    }
+
+    /// Asks the device for a call, or lists its kernel while that is what calls are made for.
+    fn call(&mut self, call: &Call) -> Result<(), Error> {
+        match &mut self.listed {
+            Some(listed) => {
+                listed.insert(call.kernel);
+                Ok(())
+            }
+            None => self.device.launch(call),
+        }
+    }
+
+    fn launch_decode(&mut self, decoder: &Decoder, bucket: Bucket) -> Result<(), Error> {
+        let Bucket { rows, longest } = bucket;
+        let all = Part { first: 0, count: rows, rows, most_rows: 1, longest };
+        let (residual, qkv) = (self.buffers.residual, self.buffers.qkv);
+        let at = At { rows, residual, qkv, sequences: self.parts.sequences, parts: [all, Part::default()] };
+        self.embed(decoder, &at)?;
+        for layer in 0..self.weights.blocks.len() {
+            self.write_pages(decoder, &at, layer)?;
+            self.finish_block(decoder, &at, layer)?;
+        }
+        self.norm(decoder, &at, Some(self.weights.final_norm))?;
+        self.launch_head(decoder, self.buffers.input, at.rows)
+    }
+
+    /// Asks for all of a pass, up to the head's inputs, and marks where each layer's pages are final.
+    fn launch_pass(&mut self, decoder: &Decoder, pass: &Pass<'_>) -> Result<(), Error> {
+        let Buffers { residual, qkv, kept_residual, kept_qkv, input, .. } = self.buffers;
+        let group = decoder.heads / decoder.kv_heads;
+        let (rows, parts) = (pass.tokens.len(), Part::cut(pass.spans, group));
+        let mut at = At { rows, residual, qkv, sequences: self.parts.sequences, parts };
+        (self.rows, self.hidden, self.drawn) = (pass.places.len(), input, 0);
+        let last = self.weights.blocks.len() - 1;
+        self.embed(decoder, &at)?;
+        for layer in 0..=last {
+            self.write_pages(decoder, &at, layer)?;
+            if self.listed.is_none() {
+                self.device.mark(layer)?;
+            }
+            if layer == last {
+                // From here on a token matters only to its own logits.
+                if self.rows == 0 {
+                    return Ok(());
+                }
+                if self.rows < at.rows {
+                    self.gather(self.rows, residual, kept_residual, self.sizes.residual)?;
+                    self.gather(self.rows, qkv, kept_qkv, self.sizes.qkv)?;
+                    (at.rows, at.residual, at.qkv) = (self.rows, kept_residual, kept_qkv);
+                    (at.sequences, at.parts) = (self.parts.kept_sequences, Part::cut(pass.kept, group));
+                }
+            }
+            self.finish_block(decoder, &at, layer)?;
+        }
+        self.norm(decoder, &at, Some(self.weights.final_norm))
+    }
+
+    /// Computes q, k and v of a layer, and writes its pages.
+    fn write_pages(&mut self, decoder: &Decoder, at: &At, layer: usize) -> Result<(), Error> {
+        let block = self.weights.blocks[layer];
+        let (input, qkv) = (self.buffers.input, self.buffers.qkv);
+        self.norm(decoder, at, block.attention_norm)?;
+        self.linear(&block.qkv, at.rows, (input, self.sizes.residual), (qkv, self.sizes.qkv), Finish::Store)?;
+        self.rotate_and_write(decoder, at, layer)
+    }
+
+    /// Attends, and computes the rest of a block.
+    fn finish_block(&mut self, decoder: &Decoder, at: &At, layer: usize) -> Result<(), Error> {
+        let block = self.weights.blocks[layer];
+        let Buffers { input, attended, gated, .. } = self.buffers;
+        self.attend(decoder, at, layer)?;
+        if decoder.parallel {
+            // The MLP reads the residual as attention did.
+            self.norm(decoder, at, block.mlp_norm)?;
+        }
+        let from = (attended, self.sizes.attended);
+        self.add(decoder, &block.output, at, from, block.attention_post_norm)?;
+        if !decoder.parallel {
+            self.norm(decoder, at, block.mlp_norm)?;
+        }
+        let (inner, finish) = match &block.inner {
+            Inner::Gated(gate_up) => (gate_up, Finish::Gate(decoder.activation)),
+            Inner::Plain(up) => (up, Finish::Activate(decoder.activation)),
+        };
+        self.linear(inner, at.rows, (input, self.sizes.residual), (gated, self.sizes.gated), finish)?;
+        self.add(decoder, &block.down, at, (gated, self.sizes.gated), block.mlp_post_norm)
+    }
+
+    fn embed(&mut self, decoder: &Decoder, at: &At) -> Result<(), Error> {
+        let (kind, table) = self.weights.table;
+        let embed = Embed {
+            element: self.element,
+            rows: at.rows as u32,
+            tokens: self.parts.tokens.address,
+            table: table.address,
+            to: at.residual.address,
+            width: decoder.hidden as u32,
+            stride: self.sizes.residual as u32,
+            kind,
+            scale: self.weights.embedding_scale,
+        };
+        self.call(&embed.call())
+    }
+
+    /// Norms the residual into the input of the next linear, or takes it as it is.
+    fn norm(&mut self, decoder: &Decoder, at: &At, norm: Option<NormWeights>) -> Result<(), Error> {
+        let to = (self.buffers.input, NormTo::Store);
+        self.norm_rows(decoder, at, norm, at.residual, to)
+    }
+
+    fn norm_rows(
+        &mut self,
+        decoder: &Decoder,
+        at: &At,
+        norm: Option<NormWeights>,
+        from: Region,
+        (to, into): (Region, NormTo),
+    ) -> Result<(), Error> {
+        let (weight, bias) = norm.map_or((0, 0), |norm| (norm.weight.address, norm.bias.address));
+        let norm = Norm {
+            element: self.element,
+            rows: at.rows as u32,
+            from: from.address,
+            weight,
+            bias,
+            to: to.address,
+            width: decoder.hidden as u32,
+            from_stride: self.sizes.residual as u32,
+            to_stride: self.sizes.residual as u32,
+            kind: norm.map(|_| decoder.norm),
+            eps: decoder.norm_eps,
+            into,
+        };
+        self.call(&norm.call())
+    }
+
+    fn linear(
+        &mut self,
+        linear: &Linear,
+        rows: usize,
+        (from, from_stride): (Region, usize),
+        (to, to_stride): (Region, usize),
+        finish: Finish,
+    ) -> Result<(), Error> {
+        let mut from = from;
+        if linear.order.bytes > 0 {
+            let (width, to) = ((linear.order.bytes / 4) as u32, self.buffers.ordered);
+            let (order, stride) = (linear.order.address, from_stride as u32);
+            self.call(&Reorder { rows: rows as u32, from: from.address, order, to: to.address, width, stride }.call())?;
+            from = to;
+        }
+        let call = linear.call(self.element, self.device.most_shared(), rows, from, from_stride);
+        let call = kernels::Linear {
+            to: to.address,
+            to_stride: to_stride as u32,
+            finish,
+            partial: self.buffers.partial.address,
+            counters: self.buffers.counters.address,
+            ..call
+        };
+        self.call(&call.call())
+    }
+
+    /// Adds a product to the residual, through a norm where there is one.
+    fn add(
+        &mut self,
+        decoder: &Decoder,
+        linear: &Linear,
+        at: &At,
+        from: (Region, usize),
+        norm: Option<NormWeights>,
+    ) -> Result<(), Error> {
+        let (residual, stride) = (at.residual, self.sizes.residual);
+        if norm.is_none() {
+            return self.linear(linear, at.rows, from, (residual, stride), Finish::Add);
+        }
+        let outcome = self.buffers.outcome;
+        self.linear(linear, at.rows, from, (outcome, stride), Finish::Store)?;
+        self.norm_rows(decoder, at, norm, outcome, (residual, NormTo::Add))
+    }
+
+    /// Norms q and k, turns them, and writes k and v to the pages of layer `layer`.
+    fn rotate_and_write(&mut self, decoder: &Decoder, at: &At, layer: usize) -> Result<(), Error> {
+        let rope = decoder.layer_ropes[layer];
+        let norms = self.weights.blocks[layer].head_norms.map(|(q, k)| HeadNorms {
+            kind: decoder.norm,
+            share: match decoder.qk_norm {
+                QkNorm::None | QkNorm::Head => Share::Same,
+                QkNorm::EachHead => Share::Each,
+                QkNorm::Whole => Share::Whole,
+            },
+            q: q.address,
+            k: k.address,
+            eps: decoder.norm_eps,
+        });
+        let rotary = Rotary {
+            element: self.element,
+            rows: at.rows as u32,
+            qkv: at.qkv.address,
+            stride: self.sizes.qkv as u32,
+            heads: decoder.heads as u32,
+            positions: self.parts.positions.address,
+            slots: self.parts.slots.address,
+            angles: self.weights.angles[rope].address,
+            pairs: decoder.ropes[rope].pairs() as u32,
+            interleaved: decoder.interleaved_pairs,
+            norms,
+            pages: self.layer_pages(layer),
+        };
+        self.call(&rotary.call())
+    }
+
+    /// Attends over the pages of layer `layer`: sequences of few rows apart from those of many, as many at a time as there is room for states.
+    fn attend(&mut self, decoder: &Decoder, at: &At, layer: usize) -> Result<(), Error> {
+        for part in at.parts.into_iter().filter(|part| part.count > 0) {
+            let all = self.attention(decoder, at, layer, &part);
+            let each = Attention { sequence_count: 1, ..all }.state_bytes().max(1);
+            assert!(each <= self.buffers.states.bytes as u64, "{each} bytes of states of a sequence");
+            let most = ((self.buffers.states.bytes as u64 / each) as usize).clamp(1, part.count);
+            for first in (part.first..part.first + part.count).step_by(most) {
+                let count = most.min(part.first + part.count - first);
+                let sequences = at.sequences.part(first * 16, count * 16).address;
+                let (call, merge) = Attention { sequences, sequence_count: count as u32, ..all }.calls();
+                self.call(&call)?;
+                merge.map_or(Ok(()), |merge| self.call(&merge))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn attention(&self, decoder: &Decoder, at: &At, layer: usize, part: &Part) -> Attention {
+        Attention {
+            element: self.element,
+            rows: part.rows as u32,
+            most_rows: part.most_rows as u32,
+            longest: part.longest as u32,
+            q: at.qkv.address,
+            q_stride: self.sizes.qkv as u32,
+            heads: decoder.heads as u32,
+            sequences: at.sequences.address,
+            sequence_count: part.count as u32,
+            tables: self.parts.tables.address,
+            to: self.buffers.attended.address,
+            to_stride: self.sizes.attended as u32,
+            window: decoder.windows[layer].map(|window| window as u32),
+            scale: decoder.score_scale,
+            cap: decoder.score_cap,
+            pages: self.layer_pages(layer),
+            states: self.buffers.states.address,
+        }
+    }
+
+    fn layer_pages(&self, layer: usize) -> Pages {
+        let pool = self.pages.as_ref().expect("pages are reserved before the first step");
+        pool.layers[layer]
+    }
+
+    /// Copies the rows that are kept of `from`, f32 of `stride`.
+    fn gather(&mut self, kept: usize, from: Region, to: Region, stride: usize) -> Result<(), Error> {
+        let rows = self.parts.kept.address;
+        let gather = Gather { kept: kept as u32, from: from.address, rows, to: to.address, stride: stride as u32 };
+        self.call(&gather.call())
+    }
+
+    /// Computes the logits of `rows` and finds the largest of each, unless the pass has.
+    fn head(&mut self, decoder: &Decoder, rows: Range<usize>) -> Result<(), Error> {
+        assert!(rows.end <= self.rows && rows.len() <= self.sizes.logits_rows, "rows {rows:?} of {}", self.rows);
+        if rows.start == 0 && rows.end <= self.drawn {
+            return Ok(());
+        }
+        self.drawn = 0;
+        let bytes = self.sizes.residual * 2;
+        self.launch_head(decoder, self.hidden.part(rows.start * bytes, rows.len() * bytes), rows.len())
+    }
+
+    fn launch_head(&mut self, decoder: &Decoder, from: Region, rows: usize) -> Result<(), Error> {
+        let (logits, stride, head) = (self.buffers.logits, self.sizes.logits, self.weights.head);
+        self.linear(&head, rows, (from, self.sizes.residual), (logits, stride), Finish::Store)?;
+        let (scale, cap) = (decoder.logit_scale, decoder.logit_cap);
+        let (rows, stride, columns, logits) = (rows as u32, stride as u32, decoder.vocab_size as u32, logits.address);
+        if scale != 1.0 || cap.is_some() {
+            self.call(&Cap { rows, logits, stride, columns, scale, cap }.call())?;
+        }
+        let to = self.buffers.largest.address;
+        self.call(&Largest { rows, logits, to, stride, columns }.call())
+    }
+}

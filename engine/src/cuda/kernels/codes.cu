@@ -1,0 +1,170 @@
+// Linears of quantised weights: the sums of `linear.cu`, over weights that are codes.
+//
+// `weight = scale * (code - zero)`, or with offsets `scale * code + offset`, a scale and an offset for each output and group of inputs. Weights lie
+// as the CPU home packs them: for each panel group after group, 64 scales (f16 or f32), 64 offsets if there are any, and words of eight codes of
+// four bits or four of eight, 64 outputs side by side. Codes become the 16-bit floats that they are exactly, in registers, and meet the
+// inputs as they are; so a *segment* of inputs has an exact scale, its chain of `mma` is multiplied once with it, in f32, and segments are added
+// from first to last. A segment is a group, or 128 inputs of a longer one. Runs are whole segments.
+//
+// Bytes: what comes from memory is what lies there, 512 bytes of codes of four bits for a step of half a panel, four to six steps ahead of
+// use, 16 warps on a processor: 32 KiB on their way, and 4.3 TB/s want 25. Widening costs a code about half an instruction (four bits) to
+// two (eight) for all rows of a tile; blocks along y take further rows and find the codes in the second-level cache.
+
+typedef struct {
+    FIELD(LinearArguments, linear);  // its weights are bytes here
+    FIELD(u64, panel_bytes);
+    FIELD(u32, group_bytes);
+    FIELD(u32, group_inputs);
+    FIELD(u32, segment_steps);
+    FIELD(u32, inputs);              // codes of an output: those of the last step may be fewer
+    FIELD(u32, narrow);              // scales are f16
+} CodesArguments;
+
+// CODE: 0 integers of four bits, 1 of eight, 2 e4m3. OFFSETS: there are some.
+enum { CODES_OF_WORD = CODE ? 4 : 8, CODE_QUADS = CODE ? 2 : 1 };
+
+typedef struct { quad a[2 * STREAM_TILES], codes[CODE_QUADS]; } CodesStage;
+
+// What a segment's sums of eight outputs are multiplied by, and what its sums of inputs are.
+typedef struct { float scales[8], offsets[OFFSETS ? 8 : 1]; } SegmentScales;
+
+DEVICE const u8 *group_at(const CodesArguments *args, const u8 *panel, u32 input) {
+    return panel + (u64)(input / args->group_inputs) * args->group_bytes;
+}
+
+DEVICE u32 header_bytes(const CodesArguments *args) { return PANEL * (args->narrow ? 2 : 4) + OFFSETS * PANEL * 4; }
+
+DEVICE void codes_load(const CodesArguments *args, CodesStage *stage, const u8 *panel, u32 column, const u16 *input, u32 rows, u32 step, u32 end) {
+    u32 g = THREAD % WARP / 4, q = THREAD % WARP % 4, first = step * 32 + 8 * q;
+    quad none = {{0, 0, 0, 0}};
+    int at;
+    if (step >= end) return;
+    const u8 *words = group_at(args, panel, first) + header_bytes(args) + (u64)(first % args->group_inputs / CODES_OF_WORD * PANEL + column) * 4;
+    UNROLL for (at = 0; at < CODE_QUADS; at++)
+        stage->codes[at] = first + at * CODES_OF_WORD < args->inputs ? load_once(words + at * PANEL * 4) : none;
+    UNROLL for (at = 0; at < 2 * STREAM_TILES; at++)
+        stage->a[at] = g + 8 * at < rows ? *(const quad *)(input + (u64)(8 * at) * args->linear.input_stride + step * 32) : none;
+}
+
+DEVICE void scales_load(const CodesArguments *args, SegmentScales *to, const u8 *panel, u32 column, u32 step) {
+    const u8 *group = group_at(args, panel, step * 32);
+    const u8 *offsets = group + PANEL * (args->narrow ? 2 : 4);
+    int at;
+    UNROLL for (at = 0; at < 8; at++) {
+        to->scales[at] = args->narrow ? f16_float(((const u16 *)group)[column + at]) : ((const float *)group)[column + at];
+        if (OFFSETS) to->offsets[at % (OFFSETS ? 8 : 1)] = ((const float *)offsets)[column + at];
+    }
+}
+
+// Widens a step's codes of four outputs to pairs of 16-bit floats: b[i].word[j] is pair i of output j. Integers without offsets count from
+// the middle.
+DEVICE void widen_codes(const quad *codes, quad *b) {
+    int j, i;
+    UNROLL for (j = 0; j < 4; j++) {
+#if CODE == 0
+        // A pair's codes stand in the two halves of the word. 128 (f16: 1024) is a number whose last bit is worth one.
+        u32 less = F16 ? (OFFSETS ? 0xe400e400u : 0xe408e408u) : (OFFSETS ? 0xc300c300u : 0xc308c308u);
+        UNROLL for (i = 0; i < 4; i++)
+            b[i].word[j] = pair_fma((codes[0].word[j] >> 4 * i & 0x000f000fu) | (F16 ? 0x64006400u : 0x43004300u), F16 ? 0x3c003c00u : 0x3f803f80u, less);
+#else
+        UNROLL for (i = 0; i < 4; i++) {
+            u32 word = codes[i / 2].word[j];
+#if CODE == 1
+            // 2^23 is a number whose last bit is worth one.
+            float less = OFFSETS ? 8388608.0f : 8388736.0f;
+            float low = bits_float(pick_bytes(word, 0x4b000000u, 0x7540 + i % 2 * 2)) - less;
+            float high = bits_float(pick_bytes(word, 0x4b000000u, 0x7541 + i % 2 * 2)) - less;
+            b[i].word[j] = narrow_pair(low, high);
+#else
+            // The exponent's bias is 7 and not 127 (f16: 15): it is too small by 120 (8).
+            u32 bytes = pick_bytes(word, 0, i % 2 ? 0x4342 : 0x4140);
+            u32 sign = (bytes & 0x00800080u) << 8, magnitude = (bytes & 0x007f007fu) << (F16 ? 7 : 4);
+            b[i].word[j] = pair_fma(sign | magnitude, F16 ? 0x5c005c00u : 0x7b807b80u, 0);
+#endif
+        }
+#endif
+    }
+}
+
+// Brings inputs into the order of widened codes.
+DEVICE quad order_inputs(quad a) {
+#if CODE == 0
+    // Nibbles 0 and 4 of a word are codes 0 and 2, its next 1 and 3, then 4 and 6, 5 and 7.
+    quad ordered = {{pick_bytes(a.word[0], a.word[1], 0x5410), pick_bytes(a.word[0], a.word[1], 0x7632),
+                     pick_bytes(a.word[2], a.word[3], 0x5410), pick_bytes(a.word[2], a.word[3], 0x7632)}};
+    return ordered;
+#else
+    return a;
+#endif
+}
+
+// First step of a run of whole segments.
+DEVICE u32 codes_run_start(const CodesArguments *args, u32 run) {
+    u32 steps = args->linear.steps, segments = (steps + args->segment_steps - 1) / args->segment_steps;
+    u32 step = (u32)((u64)segments * run / args->linear.splits) * args->segment_steps;
+    return step < steps ? step : steps;
+}
+
+// Any number of rows: blocks along y take 16 * STREAM_TILES each, along x 8 / splits halves of panels.
+KERNEL(linear_codes, CodesArguments, STREAM_WARPS * WARP, STREAM_BLOCKS) {
+    SHARED(room);
+    u32 lane = THREAD % WARP, warp = THREAD / WARP, g = lane / 4, q = lane % 4, splits = args.linear.splits;
+    u32 halves = STREAM_WARPS / splits, run = warp % splits, half = BLOCK_X * halves + warp / splits;
+    u32 first_row = BLOCK_Y * STREAM_ROWS, rows = args.linear.rows - first_row;
+    float totals[STREAM_TILES][16], sums[STREAM_TILES][16], inputs[STREAM_TILES][2];
+    int at, tile, stage, i, j, e;
+    rows = rows < STREAM_ROWS ? rows : STREAM_ROWS;
+    UNROLL for (tile = 0; tile < STREAM_TILES; tile++) {
+        UNROLL for (at = 0; at < 16; at++) totals[tile][at] = sums[tile][at] = 0.0f;
+        inputs[tile][0] = inputs[tile][1] = 0.0f;
+    }
+    if (half < 2 * args.linear.panels) {
+        const u8 *panel = (const u8 *)args.linear.weights + (u64)(half / 2) * args.panel_bytes;
+        const u16 *input = args.linear.input + (u64)(first_row + g) * args.linear.input_stride + 8 * q;
+        u32 column = half % 2 * 32 + 4 * g, outputs = half % 2 * 32 + 8 * q;
+        u32 step = codes_run_start(&args, run), end = codes_run_start(&args, run + 1), left = args.segment_steps;
+        CodesStage stages[STREAM_STAGES];
+        SegmentScales scales;
+        UNROLL for (stage = 0; stage < STREAM_STAGES; stage++) codes_load(&args, &stages[stage], panel, column, input, rows, step + stage, end);
+        for (; step < end; step += STREAM_STAGES) {
+            UNROLL for (stage = 0; stage < STREAM_STAGES; stage++) {
+                if (step + stage >= end) break;
+                if (left == args.segment_steps) scales_load(&args, &scales, panel, outputs, step + stage);
+                quad b[4];
+                widen_codes(stages[stage].codes, b);
+                UNROLL for (tile = 0; tile < STREAM_TILES; tile++) {
+                    quad a[2];
+                    UNROLL for (i = 0; i < 2; i++) {
+                        quad own = stages[stage].a[2 * tile + i];
+                        a[i] = order_inputs(own);
+                        if (OFFSETS)
+                            UNROLL for (at = 0; at < 4; at++) inputs[tile][i] += wide((u16)own.word[at]) + wide((u16)(own.word[at] >> 16));
+                    }
+                    multiply_step(sums[tile], a, b);
+                }
+                codes_load(&args, &stages[stage], panel, column, input, rows, step + STREAM_STAGES + stage, end);
+                if (--left && step + stage + 1 < end) continue;
+                // A segment has ended.
+                left = args.segment_steps;
+                UNROLL for (tile = 0; tile < STREAM_TILES; tile++) {
+                    UNROLL for (i = 0; i < 2; i++) {
+                        if (OFFSETS) {
+                            inputs[tile][i] += shuffle_xor(inputs[tile][i], 1);
+                            inputs[tile][i] += shuffle_xor(inputs[tile][i], 2);
+                        }
+                        UNROLL for (e = 0; e < 2; e++)
+                            UNROLL for (j = 0; j < 4; j++) {
+                                float *sum = &sums[tile][4 * j + 2 * i + e], *total = &totals[tile][4 * j + 2 * i + e];
+                                *total = fmaf(scales.scales[4 * e + j], *sum, *total);
+                                if (OFFSETS) *total = fmaf(scales.offsets[(4 * e + j) % (OFFSETS ? 8 : 1)], inputs[tile][i], *total);
+                                *sum = 0.0f;
+                            }
+                        inputs[tile][i] = 0.0f;
+                    }
+                }
+            }
+        }
+    }
+    leave_sums(room, totals);
+    join_runs(&args.linear, room, BLOCK_X * halves, halves, first_row, rows);
+}

@@ -1,0 +1,104 @@
+//! How quantised weights lie for `codes.cu`: as the CPU home packs them.
+
+use super::{Args, Defines, LinearShape};
+use crate::cpu::{
+    packed::{PANEL, Packed, WeightType},
+    scheme::Code,
+};
+
+/// Steps of 32 inputs of a segment, where a group is longer.
+const SEGMENT_STEPS: u32 = 4;
+
+/// Packed weights that are codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Codes {
+    code: Code,
+    panel_bytes: u64,
+    group_bytes: u32,
+    group_inputs: u32,
+    segment_steps: u32,
+    inputs: u32,
+    narrow: bool,
+    offsets: bool,
+}
+
+impl Codes {
+    /// Reads how `packed` lies; its inputs are to come in its [order](Packed::order).
+    ///
+    /// # Errors
+    /// Says what the kernel cannot do.
+    pub(crate) fn new(packed: &Packed) -> Result<Self, String> {
+        let WeightType::Quantized(scheme) = packed.weights() else {
+            return Err(format!("weights of type {:?} are no codes", packed.weights()));
+        };
+        let (groups, inputs) = (packed.groups(), packed.depth());
+        // Bytes of a panel are read sixteen at a time.
+        if groups.inputs < inputs && !groups.inputs.is_multiple_of(32) {
+            return Err(format!(
+                "groups of {} inputs; a multiple of 32, or one for all, would be right",
+                groups.inputs
+            ));
+        }
+        let segment_steps = match groups.inputs / 32 {
+            steps if groups.inputs < inputs && steps as u32 <= SEGMENT_STEPS => steps as u32,
+            steps if groups.inputs < inputs && !(steps as u32).is_multiple_of(SEGMENT_STEPS) => 1,
+            _ => SEGMENT_STEPS,
+        };
+        Ok(Self {
+            code: scheme.code,
+            panel_bytes: packed.panel_bytes() as u64,
+            group_bytes: groups.bytes as u32,
+            group_inputs: groups.inputs as u32,
+            segment_steps,
+            inputs: inputs as u32,
+            narrow: groups.narrow,
+            offsets: groups.offsets,
+        })
+    }
+
+    /// Returns the shape of the linear with these weights in `panels` panels; `gated` as in [`LinearShape::new`].
+    pub(crate) fn shape(&self, panels: usize, gated: bool) -> LinearShape {
+        LinearShape::in_segments(panels * PANEL, self.inputs as usize, gated, self.segment_steps as usize)
+    }
+
+    /// Returns what the kernel is compiled with for tiles of `tiles` times 16 rows.
+    pub(super) fn defines(&self, tiles: u32) -> Defines {
+        let (code, stages) = match self.code {
+            Code::Int4 => (0, 4),
+            Code::Int8 => (1, 3),
+            Code::Fp8 => (2, 3),
+        };
+        let offsets = u32::from(self.offsets);
+        Defines::of(&[("CODE", code), ("OFFSETS", offsets), ("STREAM_TILES", tiles), ("STREAM_STAGES", stages)])
+    }
+
+    /// Every variant over bf16.
+    #[cfg(test)]
+    pub(super) fn variants() -> impl Iterator<Item = super::Kernel> {
+        let kinds =
+            [(Code::Int4, false), (Code::Int4, true), (Code::Int8, false), (Code::Int8, true), (Code::Fp8, false)];
+        let any = Self {
+            code: Code::Int4,
+            panel_bytes: 0,
+            group_bytes: 0,
+            group_inputs: 0,
+            segment_steps: 1,
+            inputs: 0,
+            narrow: false,
+            offsets: false,
+        };
+        let of = move |(code, offsets), tiles| Self { code, offsets, ..any }.defines(tiles);
+        let both = kinds.into_iter().flat_map(move |kind| [of(kind, 1), of(kind, 2)]);
+        let (name, source, element) = ("linear_codes", super::Source::Codes, super::Element::Bf16);
+        both.map(move |defines| super::Kernel { name, source, element, defines })
+    }
+
+    /// Appends what stands behind the arguments of a linear.
+    pub(super) fn append(&self, args: Args) -> Args {
+        let args = args.word(self.panel_bytes).number(self.group_bytes).number(self.group_inputs);
+        args.number(self.segment_steps).number(self.inputs).number(u32::from(self.narrow))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,145 @@
+//! What kernels take of a processor: every one is compiled for every architecture, and its registers compared with `resources.txt`.
+//!
+//! Needs NVRTC of CUDA 13.0, which `tests/servers/install.sh` takes from PyPI, and no card. Without it the test is skipped and says so.
+
+use super::{Attention, Call, Codes, Element, Kernel, Linear, Pages, Rotary, Source};
+use crate::cuda::nvrtc::{Nvrtc, options};
+use kv_cache::{KvDtype, PageLayout};
+use std::{collections::BTreeMap, path::Path};
+
+const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_90a", "sm_100"];
+
+fn pages(dtype: KvDtype, dim: u32) -> Pages {
+    let layout = PageLayout { layers: 1, page_tokens: 16, kv_heads: 8, key_dim: dim, value_dim: dim, dtype, pages: 1 };
+    let element = if dtype == KvDtype::F16 { Element::F16 } else { Element::Bf16 };
+    Pages::new(&layout, element, 0, 0).expect("pages")
+}
+
+fn rotary(dtype: KvDtype) -> Kernel {
+    let element = if dtype == KvDtype::F16 { Element::F16 } else { Element::Bf16 };
+    let call = Rotary {
+        element,
+        rows: 1,
+        qkv: 0,
+        stride: 0,
+        heads: 32,
+        positions: 0,
+        slots: 0,
+        angles: 0,
+        pairs: 32,
+        interleaved: false,
+        norms: None,
+        pages: pages(dtype, 128),
+    };
+    call.call().kernel
+}
+
+/// The kernels of one token of each sequence, and of prompts.
+fn attention(dtype: KvDtype, dim: u32) -> impl Iterator<Item = Kernel> {
+    let calls = [1, 4096].map(|rows| {
+        let call = Attention {
+            element: if dtype == KvDtype::F16 { Element::F16 } else { Element::Bf16 },
+            rows,
+            most_rows: rows,
+            longest: 8192,
+            q: 0,
+            q_stride: 0,
+            heads: 32,
+            sequences: 0,
+            sequence_count: 1,
+            tables: 0,
+            to: 0,
+            to_stride: 0,
+            window: None,
+            scale: 1.0,
+            cap: None,
+            pages: pages(dtype, dim),
+            states: 0,
+        };
+        let fits = |call: Call| {
+            assert!(call.shared_bytes <= 163 << 10, "{} bytes for heads of {dim}", call.shared_bytes);
+            call.kernel
+        };
+        fits(call.calls().0)
+    });
+    calls.into_iter()
+}
+
+/// One kernel of each source and set of defines.
+fn kernels() -> Vec<Kernel> {
+    let rows = |element| Kernel { name: "", source: Source::Rows, element, defines: super::Defines::default() };
+    let mut kernels = vec![rows(Element::Bf16), rows(Element::F16)];
+    kernels.extend(Linear::variants(Element::Bf16).chain(Linear::variants(Element::F16)));
+    kernels.extend(Codes::variants());
+    kernels.extend([KvDtype::Bf16, KvDtype::F16, KvDtype::Fp8, KvDtype::Int8].map(rotary));
+    kernels.extend([64, 128, 256].into_iter().flat_map(|dim| attention(KvDtype::Bf16, dim)));
+    kernels.extend([KvDtype::F16, KvDtype::Fp8, KvDtype::Int8].into_iter().flat_map(|dtype| attention(dtype, 128)));
+    kernels
+}
+
+/// Registers, and bytes that were spilled, of each entry point that the log of `ptxas -v` names.
+fn read_log(log: &str) -> Vec<(String, u32, u32)> {
+    let number = |words: &str| words.split_whitespace().find_map(|word| word.parse::<u32>().ok());
+    let (mut entries, mut name, mut spilled) = (vec![], "", 0);
+    for line in log.lines() {
+        if let Some((_, rest)) = line.split_once("Compiling entry function '") {
+            name = rest.split('\'').next().unwrap_or(rest);
+        } else if let Some((stores, loads)) = line.split_once(" bytes spill stores,") {
+            let stores = stores.rsplit(',').next().and_then(number).expect("a number of bytes");
+            spilled = stores + number(loads).expect("a number of bytes");
+        } else if let Some((_, rest)) = line.split_once(": Used ") {
+            entries.push((name.to_owned(), number(rest).expect("a number of registers"), spilled));
+        }
+    }
+    entries
+}
+
+/// Kernel, element and defines; and what it takes on each architecture.
+type Table = BTreeMap<String, [u32; ARCHITECTURES.len()]>;
+
+fn read_table(text: &str) -> Table {
+    let rows = text.lines().filter(|line| !line.starts_with('#'));
+    let row = |line: &str| {
+        let (name, registers) = line.split_once(':').expect("a name, a colon, numbers");
+        let registers: Vec<u32> = registers.split_whitespace().map(|word| word.parse().expect("a number")).collect();
+        (name.to_owned(), registers.try_into().expect("a number for each architecture"))
+    };
+    rows.map(row).collect()
+}
+
+#[test]
+fn every_kernel_compiles_for_every_architecture_within_the_table() {
+    let library = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.test-servers/nvrtc/libnvrtc.so.13");
+    if !library.exists() {
+        eprintln!("skipped: no NVRTC in .test-servers/nvrtc; `make servers` fetches it");
+        return;
+    }
+    let nvrtc = Nvrtc::open(Some(&library)).expect("NVRTC");
+    assert_eq!(nvrtc.version(), (13, 0), "the table is that of another NVRTC");
+    let mut taken = Table::new();
+    for kernel in kernels() {
+        let defines: String = kernel.defines.iter().map(|(name, value)| format!(" {name}={value}")).collect();
+        for (at, architecture) in ARCHITECTURES.into_iter().enumerate() {
+            let mut options = options(architecture);
+            options.push("--ptxas-options=-v".into());
+            let compiled =
+                nvrtc.compile("kernel.cu", &kernel.text(), &options).unwrap_or_else(|problem| panic!("{problem}"));
+            assert!(compiled.cubin.starts_with(b"\x7fELF"), "a cubin is an ELF file");
+            for (name, registers, spilled) in read_log(&compiled.log) {
+                assert_eq!(spilled, 0, "{name}{defines} spills on {architecture}");
+                taken.entry(format!("{name} {:?}{defines}", kernel.element)).or_default()[at] = registers;
+            }
+        }
+    }
+    let table = read_table(include_str!("resources.txt"));
+    let grown = |(name, taken): &(&String, &[u32; 3])| {
+        table.get(*name).is_none_or(|table| taken.iter().zip(table).any(|(taken, table)| taken > table))
+    };
+    let gone: Vec<_> = table.keys().filter(|name| !taken.contains_key(*name)).collect();
+    if !gone.is_empty() || taken.iter().any(|row| grown(&row)) {
+        let rows: String = taken.iter().map(|(name, [a, b, c])| format!("{name}: {a} {b} {c}\n")).collect();
+        panic!(
+            "kernels take more registers than resources.txt says, or others are there (gone: {gone:?}); now:\n{rows}"
+        );
+    }
+}

@@ -1,0 +1,194 @@
+// Kernels that take a row at a time: embeddings, norms, rows that are kept. A block is a row.
+//
+// They move few bytes beside the linears (a row of 4096 is 16 KiB); a decode step waits for their latency, so a block has as many
+// threads as leave each a few loads of 16 bytes, and nothing is read from memory twice: a row stays in the first-level cache.
+// A row's sum has one order: each thread adds every 256th group of four, lanes are added in a tree, warps one after the other.
+
+enum { ROW_THREADS = 256 };
+
+typedef struct {
+    FIELD(const u32 *, tokens);  // [rows]
+    FIELD(const void *, table);
+    FIELD(float *, to);          // [rows][stride]
+    FIELD(u32, width);
+    FIELD(u32, stride);
+    FIELD(u32, kind);            // of the table: 0 rows of 16-bit floats, 1 rows of f32, 2 packed panels of 16-bit floats
+    FIELD(float, scale);
+} EmbedArguments;
+
+// residual = scale * embedding, zero beyond the width.
+KERNEL(embed, EmbedArguments, ROW_THREADS, 4) {
+    u32 token = args.tokens[BLOCK_X], at, steps = (args.width + 31) / 32;
+    float *to = args.to + (u64)BLOCK_X * args.stride;
+    for (at = THREAD; at < args.stride; at += ROW_THREADS) {
+        float value = 0.0f;
+        if (at < args.width) {
+            u64 index = (u64)token * args.width + at;
+            if (args.kind == 1) value = ((const float *)args.table)[index];
+            else if (args.kind == 0) value = wide(((const u16 *)args.table)[index]);
+            else value = wide(((const u16 *)args.table)[panel_pair(token, at / 2, steps) * 2 + at % 2]);
+        }
+        to[at] = value * args.scale;
+    }
+}
+
+typedef struct {
+    FIELD(const float *, from);   // [rows][from_stride]
+    FIELD(const float *, weight); // [width]
+    FIELD(const float *, bias);   // [width], or null
+    FIELD(void *, to);            // [rows][to_stride]
+    FIELD(u32, width);
+    FIELD(u32, from_stride);
+    FIELD(u32, to_stride);
+    FIELD(u32, kind);             // 0 as it is, 1 over the root mean square, 2 without its mean
+    FIELD(float, eps);
+} NormArguments;
+
+typedef struct { float mean, scale; } Moments;
+
+DEVICE Moments row_moments(const float *from, u32 width, u32 kind, float eps, float *room) {
+    Moments moments = {0.0f, 1.0f};
+    float sum = 0.0f;
+    u32 at;
+    if (kind == 0) return moments;
+    if (kind == 2) {
+        for (at = THREAD; at < width; at += ROW_THREADS) sum += from[at];
+        moments.mean = block_sum(sum, room) / (float)width;
+        sum = 0.0f;
+    }
+    for (at = THREAD; at < width; at += ROW_THREADS) {
+        float value = from[at] - moments.mean;
+        sum = fmaf(value, value, sum);
+    }
+    moments.scale = 1.0f / sqrtf(block_sum(sum, room) / (float)width + eps);
+    return moments;
+}
+
+DEVICE float normed(const NormArguments *args, const float *from, Moments moments, u32 at) {
+    float value = from[at];
+    if (args->kind == 0) return value;
+    value = (value - moments.mean) * moments.scale * args->weight[at];
+    return args->bias ? value + args->bias[at] : value;
+}
+
+// Writes rows as 16-bit floats, zero beyond the width.
+KERNEL(norm_store, NormArguments, ROW_THREADS, 4) {
+    SHARED(room);
+    const float *from = args.from + (u64)BLOCK_X * args.from_stride;
+    u32 *to = (u32 *)((u16 *)args.to + (u64)BLOCK_X * args.to_stride);
+    Moments moments = row_moments(from, args.width, args.kind, args.eps, (float *)room);
+    u32 at;
+    for (at = 2 * THREAD; at < args.to_stride; at += 2 * ROW_THREADS) {
+        float low = at < args.width ? normed(&args, from, moments, at) : 0.0f;
+        float high = at + 1 < args.width ? normed(&args, from, moments, at + 1) : 0.0f;
+        to[at / 2] = narrow_pair(low, high);
+    }
+}
+
+// Adds rows to f32.
+KERNEL(norm_add, NormArguments, ROW_THREADS, 4) {
+    SHARED(room);
+    const float *from = args.from + (u64)BLOCK_X * args.from_stride;
+    float *to = (float *)args.to + (u64)BLOCK_X * args.to_stride;
+    Moments moments = row_moments(from, args.width, args.kind, args.eps, (float *)room);
+    u32 at;
+    for (at = THREAD; at < args.width; at += ROW_THREADS) to[at] += normed(&args, from, moments, at);
+}
+
+typedef struct {
+    FIELD(const u32 *, from);  // [any][stride]
+    FIELD(const u32 *, rows);  // [kept]
+    FIELD(u32 *, to);          // [kept][stride], elsewhere
+    FIELD(u32, stride);        // words of 32 bits from row to row
+} GatherArguments;
+
+// Copies the rows that are kept.
+KERNEL(gather, GatherArguments, ROW_THREADS, 4) {
+    const u32 *from = args.from + (u64)args.rows[BLOCK_X] * args.stride;
+    u32 *to = args.to + (u64)BLOCK_X * args.stride, at;
+    for (at = THREAD; at < args.stride; at += ROW_THREADS) to[at] = from[at];
+}
+
+typedef struct {
+    FIELD(const u16 *, from);   // [rows][stride]
+    FIELD(const u32 *, order);  // [width]
+    FIELD(u16 *, to);           // [rows][stride], elsewhere
+    FIELD(u32, width);
+    FIELD(u32, stride);         // even
+} ReorderArguments;
+
+// to[i] = from[order[i]] in each row, zero beyond the width.
+KERNEL(reorder, ReorderArguments, ROW_THREADS, 4) {
+    const u16 *from = args.from + (u64)BLOCK_X * args.stride;
+    u32 *to = (u32 *)(args.to + (u64)BLOCK_X * args.stride), at;
+    for (at = 2 * THREAD; at < args.stride; at += 2 * ROW_THREADS) {
+        u32 low = at < args.width ? from[args.order[at]] : 0, high = at + 1 < args.width ? from[args.order[at + 1]] : 0;
+        to[at / 2] = low | high << 16;
+    }
+}
+
+typedef struct {
+    FIELD(float *, logits);  // [rows][stride]
+    FIELD(u32, stride);
+    FIELD(u32, columns);
+    FIELD(float, scale);
+    FIELD(float, cap);       // 0 = none
+} CapArguments;
+
+// logit = cap * tanh(scale * logit / cap), or scale * logit. Blocks along y share a row.
+KERNEL(cap, CapArguments, ROW_THREADS, 4) {
+    float *row = args.logits + (u64)BLOCK_X * args.stride;
+    u32 at;
+    for (at = BLOCK_Y * ROW_THREADS + THREAD; at < args.columns; at += GRID_Y * ROW_THREADS) {
+        float logit = row[at] * args.scale;
+        row[at] = args.cap == 0.0f ? logit : args.cap * tanhf(logit / args.cap);
+    }
+}
+
+typedef struct {
+    FIELD(const float *, logits);  // [rows][stride]
+    FIELD(u32 *, to);              // [rows]
+    FIELD(u32, stride);
+    FIELD(u32, columns);
+} LargestArguments;
+
+enum { LARGEST_THREADS = 1024 };
+
+// The column of the largest logit, the lowest of equals; what is no number is passed over, and a row of nothing else gives 2^32 - 1.
+KERNEL(largest, LargestArguments, LARGEST_THREADS, 1) {
+    SHARED(room);
+    const float *row = args.logits + (u64)BLOCK_X * args.stride;
+    float best = -INFINITE;
+    u32 column = 0xffffffffu, at;
+    int mask;
+    float *bests = (float *)room;
+    u32 *columns = (u32 *)room + LARGEST_THREADS / WARP;
+    for (at = THREAD; at < args.columns; at += LARGEST_THREADS) {
+        float logit = row[at];
+        if (logit > best || (logit == best && column == 0xffffffffu)) {
+            best = logit;
+            column = at;
+        }
+    }
+    for (mask = 16; mask; mask /= 2) {
+        float other = shuffle_xor(best, mask);
+        u32 other_column = shuffle_xor_bits(column, mask);
+        if (other > best || (other == best && other_column < column)) {
+            best = other;
+            column = other_column;
+        }
+    }
+    if (THREAD % WARP == 0) {
+        bests[THREAD / WARP] = best;
+        columns[THREAD / WARP] = column;
+    }
+    barrier();
+    if (THREAD == 0) {
+        for (at = 1; at < LARGEST_THREADS / WARP; at++)
+            if (bests[at] > best || (bests[at] == best && columns[at] < column)) {
+                best = bests[at];
+                column = columns[at];
+            }
+        args.to[BLOCK_X] = column;
+    }
+}

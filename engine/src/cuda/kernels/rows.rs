@@ -1,0 +1,180 @@
+//! Kernels of `rows.cu`, which take a row at a time.
+
+use super::{Args, Call, Defines, Element, Kernel, Source};
+use crate::model::decoder::NormKind;
+
+const ROW_THREADS: u32 = 256;
+const LARGEST_THREADS: u32 = 1024;
+
+fn call(name: &'static str, element: Element, rows: u32, threads: u32, args: Args) -> Call {
+    let kernel = Kernel { name, source: Source::Rows, element, defines: Defines::default() };
+    // Where threads meet, each warp leaves a word or two.
+    Call { kernel, grid: [rows, 1, 1], threads, shared_bytes: threads / 32 * 8, args }
+}
+
+/// How the rows of an embedding lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Table {
+    /// `[vocab][width]` 16-bit floats.
+    Rows = 0,
+    /// `[vocab][width]` f32.
+    Floats = 1,
+    /// Packed weights of 16-bit floats: a tied head.
+    Panels = 2,
+}
+
+/// `to = scale * table[tokens]`, zero beyond the width.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Embed {
+    pub(crate) element: Element,
+    pub(crate) rows: u32,
+    /// u32 `[rows]`, each in the vocabulary.
+    pub(crate) tokens: u64,
+    pub(crate) table: u64,
+    /// f32 `[rows][stride]`.
+    pub(crate) to: u64,
+    pub(crate) width: u32,
+    pub(crate) stride: u32,
+    pub(crate) kind: Table,
+    pub(crate) scale: f32,
+}
+
+impl Embed {
+    pub(crate) fn call(&self) -> Call {
+        let args = Args::default().word(self.tokens).word(self.table).word(self.to);
+        let args = args.number(self.width).number(self.stride).number(self.kind as u32).float(self.scale);
+        call("embed", self.element, self.rows, ROW_THREADS, args)
+    }
+}
+
+/// Where normed rows go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NormTo {
+    /// 16-bit floats `[rows][to_stride]`, zero beyond the width; `to_stride` is even.
+    Store,
+    /// Added to f32 `[rows][to_stride]`.
+    Add,
+}
+
+/// A norm of each row.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Norm {
+    pub(crate) element: Element,
+    pub(crate) rows: u32,
+    /// f32 `[rows][from_stride]`.
+    pub(crate) from: u64,
+    /// f32 `[width]`.
+    pub(crate) weight: u64,
+    /// f32 `[width]`; 0 = none.
+    pub(crate) bias: u64,
+    pub(crate) to: u64,
+    pub(crate) width: u32,
+    pub(crate) from_stride: u32,
+    pub(crate) to_stride: u32,
+    /// `None` = rows as they are; then there is no weight.
+    pub(crate) kind: Option<NormKind>,
+    pub(crate) eps: f32,
+    pub(crate) into: NormTo,
+}
+
+impl Norm {
+    pub(crate) fn call(&self) -> Call {
+        let kind = match self.kind {
+            None => 0,
+            Some(NormKind::Rms) => 1,
+            Some(NormKind::Layer) => 2,
+        };
+        let args = Args::default().word(self.from).word(self.weight).word(self.bias).word(self.to);
+        let args = args.number(self.width).number(self.from_stride).number(self.to_stride).number(kind).float(self.eps);
+        let name = match self.into {
+            NormTo::Store => "norm_store",
+            NormTo::Add => "norm_add",
+        };
+        call(name, self.element, self.rows, ROW_THREADS, args)
+    }
+}
+
+/// `to[i] = from[rows[i]]`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Gather {
+    pub(crate) kept: u32,
+    /// `[any][stride]` words of 32 bits.
+    pub(crate) from: u64,
+    /// u32 `[kept]`.
+    pub(crate) rows: u64,
+    /// `[kept][stride]`, apart from `from`.
+    pub(crate) to: u64,
+    pub(crate) stride: u32,
+}
+
+impl Gather {
+    pub(crate) fn call(&self) -> Call {
+        let args = Args::default().word(self.from).word(self.rows).word(self.to).number(self.stride);
+        call("gather", Element::Bf16, self.kept, ROW_THREADS, args)
+    }
+}
+
+/// `to[row][i] = from[row][order[i]]`, zero beyond the width.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reorder {
+    pub(crate) rows: u32,
+    /// 16-bit floats `[rows][stride]`.
+    pub(crate) from: u64,
+    /// u32 `[width]`, each below it.
+    pub(crate) order: u64,
+    /// As `from`, apart from it.
+    pub(crate) to: u64,
+    pub(crate) width: u32,
+    /// Even.
+    pub(crate) stride: u32,
+}
+
+impl Reorder {
+    pub(crate) fn call(&self) -> Call {
+        let args = Args::default().word(self.from).word(self.order).word(self.to).number(self.width);
+        call("reorder", Element::Bf16, self.rows, ROW_THREADS, args.number(self.stride))
+    }
+}
+
+/// Logits `x` become `scale * x`, and `cap * tanh(x / cap)` of that.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Cap {
+    pub(crate) rows: u32,
+    /// f32 `[rows][stride]`.
+    pub(crate) logits: u64,
+    pub(crate) stride: u32,
+    pub(crate) columns: u32,
+    pub(crate) scale: f32,
+    pub(crate) cap: Option<f32>,
+}
+
+impl Cap {
+    pub(crate) fn call(&self) -> Call {
+        let args = Args::default().word(self.logits).number(self.stride).number(self.columns);
+        let args = args.float(self.scale).float(self.cap.unwrap_or(0.0));
+        let call = call("cap", Element::Bf16, self.rows, ROW_THREADS, args);
+        Call { grid: [self.rows, self.columns.div_ceil(16 * ROW_THREADS), 1], ..call }
+    }
+}
+
+/// The column of each row's largest logit, the lowest of equals; [`u32::MAX`] where none is a number.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Largest {
+    pub(crate) rows: u32,
+    /// f32 `[rows][stride]`.
+    pub(crate) logits: u64,
+    /// u32 `[rows]`.
+    pub(crate) to: u64,
+    pub(crate) stride: u32,
+    pub(crate) columns: u32,
+}
+
+impl Largest {
+    pub(crate) fn call(&self) -> Call {
+        let args = Args::default().word(self.logits).word(self.to).number(self.stride).number(self.columns);
+        call("largest", Element::Bf16, self.rows, LARGEST_THREADS, args)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,395 @@
+//! Weights on the device: uploaded once, matrix by matrix, in the order in which they are packed.
+//!
+//! Matrices are 16-bit floats there, in the panels of [`crate::cpu::packed`]: `[panels][depth / 2][64][2]`. A word of a panel, two neighbours
+//! along the depth of one output, is what a lane of a tensor core takes. They are f16 where all of a model's are, else bf16: f32 is rounded.
+//! What is quantised lies there as in the host's panels, which are codes and scales. Norms, biases and angles are f32.
+
+use super::{
+    device::{Device, Region},
+    kernels::{self, Codes, Element, Finish, LinearShape, Table},
+};
+use crate::{
+    Config, Error, Model,
+    cpu::packed::{PANEL, Packed, WeightType},
+    model::{
+        Opened,
+        checkpoint::ElementType,
+        decoder::Decoder,
+        weights::{Attention, Dense, Embedding, Layer, Mlp, Norm, Plain, Weights},
+    },
+};
+use half::bf16;
+use kv_cache::KvDtype;
+use std::path::Path;
+
+/// A linear on the device.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Linear {
+    /// `[panels][depth / 2][64][2]` 16-bit floats, the depth rounded up to 32; or the host's panels of codes.
+    pub(crate) panels: Region,
+    pub(crate) codes: Option<Codes>,
+    /// Which input stands at each place, u32 `[depth]`; of no length where each stands at its own.
+    pub(crate) order: Region,
+    /// `[panels][64]` f32; of no length where there is none.
+    pub(crate) bias: Region,
+    pub(crate) shape: LinearShape,
+}
+
+impl Linear {
+    /// Returns it as a call that reads rows of `input`, and is to be told where its sums go.
+    pub(crate) fn call(
+        &self,
+        element: Element,
+        most_shared: u32,
+        rows: usize,
+        input: Region,
+        input_stride: usize,
+    ) -> kernels::Linear {
+        kernels::Linear {
+            element,
+            shape: self.shape,
+            rows: rows as u32,
+            weights: self.panels.address,
+            bias: self.bias.address,
+            input: input.address,
+            input_stride: input_stride as u32,
+            to: 0,
+            to_stride: 0,
+            finish: Finish::Store,
+            partial: 0,
+            counters: 0,
+            codes: self.codes,
+            most_shared,
+        }
+    }
+}
+
+/// A norm on the device: f32, zeros up to a whole panel.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NormWeights {
+    pub(crate) weight: Region,
+    /// Of no length where there is none.
+    pub(crate) bias: Region,
+}
+
+/// What follows attention.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Inner {
+    /// Panels of 32 gate columns and the 32 up columns that belong to them.
+    Gated(Linear),
+    Plain(Linear),
+}
+
+/// One block.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Block {
+    pub(crate) attention_norm: Option<NormWeights>,
+    pub(crate) qkv: Linear,
+    /// Weights of the norms of q and of k.
+    pub(crate) head_norms: Option<(Region, Region)>,
+    pub(crate) output: Linear,
+    pub(crate) attention_post_norm: Option<NormWeights>,
+    pub(crate) mlp_norm: Option<NormWeights>,
+    pub(crate) inner: Inner,
+    pub(crate) down: Linear,
+    pub(crate) mlp_post_norm: Option<NormWeights>,
+}
+
+/// All weights of a decoder on the device.
+#[derive(Debug)]
+pub(crate) struct Uploaded {
+    /// Where embeddings are looked up, and how they lie there.
+    pub(crate) table: (Table, Region),
+    pub(crate) embedding_scale: f32,
+    pub(crate) blocks: Vec<Block>,
+    pub(crate) final_norm: NormWeights,
+    pub(crate) head: Linear,
+    /// For each rope, `[context][pairs][2]` f32: cosine and sine.
+    pub(crate) angles: Vec<Region>,
+    /// Whether something was rounded.
+    pub(crate) rounded: bool,
+}
+
+/// Says what of `model` under `config` no kernel runs yet, before anything is uploaded.
+///
+/// # Errors
+/// [`Error::Setting`] names it.
+pub(crate) fn check(model: &Model, config: &Config) -> Result<(), Error> {
+    let weights = &model.weights;
+    check_decoder(&model.decoder, element(weights), config)?;
+    let embedding = match &weights.embedding {
+        Embedding::Packed(packed) => Some(packed),
+        Embedding::Tied | Embedding::Rows { .. } => None,
+    };
+    for packed in weights.packed().chain(embedding) {
+        if let WeightType::Quantized(_) = packed.weights() {
+            Codes::new(packed).map_err(|problem| unread(&format!("{} ({problem})", weights.dtype)))?;
+        }
+    }
+    Ok(())
+}
+
+/// Says the same of the checkpoint at `path`, as far as its description goes.
+///
+/// # Errors
+/// As [`check`], and [`Error::Checkpoint`] for a description that is at fault.
+pub(crate) fn check_path(path: &Path, config: &Config) -> Result<(), Error> {
+    let Opened { decoder, checkpoint, .. } = Opened::open(path)?;
+    check_decoder(&decoder, element_of(checkpoint.matrix_dtype()), config)?;
+    checkpoint.blocks_name().map_or(Ok(()), |blocks| Err(unread(blocks)))
+}
+
+fn unread(dtype: &str) -> Error {
+    let problem = format!(
+        "weights of type {dtype} are not read on a card yet: bf16 and f16 are, f32, which are rounded to bf16, and int4, int8 and fp8 of \
+         checkpoints in safetensors, in groups of a multiple of 32 inputs"
+    );
+    Error::setting("device", problem)
+}
+
+fn check_decoder(decoder: &Decoder, element: Element, config: &Config) -> Result<(), Error> {
+    let Decoder { architecture, head_dim, .. } = decoder;
+    let refused = |problem: String| Err(Error::setting("device", problem));
+    if decoder.latent.is_some() {
+        return refused(format!("latent attention ({architecture}) does not run on a card yet"));
+    }
+    if decoder.mixture.is_some() {
+        return refused(format!("a mixture of experts ({architecture}) does not run on a card yet"));
+    }
+    if !head_dim.is_multiple_of(4) || *head_dim > 256 {
+        return refused(format!(
+            "heads of {head_dim} elements ({architecture}) do not run on a card: those of a multiple of 4 up to 256 do"
+        ));
+    }
+    if !config.page_tokens.is_power_of_two() {
+        let problem = format!("{} is no power of two, which pages on a card need", config.page_tokens);
+        return Err(Error::setting("page_tokens", problem));
+    }
+    let own = kv_dtype(element);
+    match config.kv_dtype {
+        Some(other) if ![own, KvDtype::Fp8, KvDtype::Int8].contains(&other) => {
+            let problem =
+                format!("{other} pages are not written on a card for this model: {own}, fp8 and int8 ones are");
+            Err(Error::setting("kv_dtype", problem))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Returns what keys and values are kept as when nobody says.
+pub(crate) fn kv_dtype(element: Element) -> KvDtype {
+    match element {
+        Element::Bf16 => KvDtype::Bf16,
+        Element::F16 => KvDtype::F16,
+    }
+}
+
+fn element_of(dtype: ElementType) -> Element {
+    match dtype {
+        ElementType::F16 => Element::F16,
+        ElementType::F32 | ElementType::Bf16 => Element::Bf16,
+    }
+}
+
+/// Returns what 16-bit floats `weights` are on a card.
+pub(crate) fn element(weights: &Weights) -> Element {
+    let all = |wanted: ElementType| weights.packed().all(|packed| packed.weights() == WeightType::Float(wanted));
+    if all(ElementType::F16) { Element::F16 } else { Element::Bf16 }
+}
+
+impl Uploaded {
+    /// Uploads the weights of `decoder`, and its angles up to position `context`.
+    pub(crate) fn upload(
+        device: &mut dyn Device,
+        decoder: &Decoder,
+        weights: &Weights,
+        element: Element,
+        context: usize,
+    ) -> Result<Self, Error> {
+        let mut to = Uploader { device, element, rounded: false, words: Vec::new() };
+        let mut block = |layer: &Layer| {
+            let Attention::Heads(heads) = &layer.attention else { unreachable!("`check` refuses latent attention") };
+            let (inner, down) = match &layer.mlp {
+                Mlp::Dense(Dense { gate_up, down }) => (Inner::Gated(to.linear(gate_up, true)?), down),
+                Mlp::Plain(Plain { up, down }) => (Inner::Plain(to.linear(up, false)?), down),
+                Mlp::Experts(_) => unreachable!("`check` refuses experts"),
+            };
+            let head_norms = match &heads.head_norms {
+                Some((q, k)) => Some((to.floats("norms of heads", q)?, to.floats("norms of heads", k)?)),
+                None => None,
+            };
+            Ok(Block {
+                attention_norm: to.norm(layer.attention_norm.as_ref())?,
+                qkv: to.linear(&heads.qkv, false)?,
+                head_norms,
+                output: to.linear(&heads.output, false)?,
+                attention_post_norm: to.norm(layer.attention_post_norm.as_ref())?,
+                mlp_norm: to.norm(layer.mlp_norm.as_ref())?,
+                inner,
+                down: to.linear(down, false)?,
+                mlp_post_norm: to.norm(layer.mlp_post_norm.as_ref())?,
+            })
+        };
+        let blocks = weights.layers.iter().map(&mut block).collect::<Result<_, Error>>()?;
+        let final_norm = to.norm(Some(&weights.final_norm))?.expect("it is there");
+        let head = to.linear(&weights.head, false)?;
+        let table = match &weights.embedding {
+            Embedding::Tied if head.codes.is_some() => to.rows_of(&weights.head.packed, decoder.vocab_size)?,
+            Embedding::Tied => (Table::Panels, head.panels),
+            Embedding::Rows { dtype, bytes } => to.rows(*dtype, bytes)?,
+            Embedding::Packed(packed) => to.rows_of(packed, decoder.vocab_size)?,
+        };
+        let angles = decoder.ropes.iter().map(|rope| {
+            let (turns, pairs) = (rope.turns(context), rope.pairs());
+            let (mut cos, mut sin) = (vec![0.0; pairs], vec![0.0; pairs]);
+            let mut table = Vec::with_capacity(context * pairs * 2);
+            for position in 0..context {
+                turns.angles(position as u32, &mut cos, &mut sin);
+                table.extend(cos.iter().zip(&sin).flat_map(|(cos, sin)| [*cos, *sin]));
+            }
+            to.floats("angles", &table)
+        });
+        let angles = angles.collect::<Result<_, Error>>()?;
+        let rounded = to.rounded;
+        Ok(Self { table, embedding_scale: weights.embedding_scale, blocks, final_norm, head, angles, rounded })
+    }
+
+    /// Returns all linears.
+    pub(crate) fn linears(&self) -> impl Iterator<Item = &Linear> {
+        fn of_block(block: &Block) -> [&Linear; 4] {
+            let (Inner::Gated(inner) | Inner::Plain(inner)) = &block.inner;
+            [&block.qkv, &block.output, inner, &block.down]
+        }
+        self.blocks.iter().flat_map(of_block).chain([&self.head])
+    }
+}
+
+struct Uploader<'a> {
+    device: &'a mut dyn Device,
+    element: Element,
+    rounded: bool,
+    /// What is being rounded.
+    words: Vec<u16>,
+}
+
+impl Uploader<'_> {
+    fn linear(&mut self, linear: &crate::model::weights::Linear, gated: bool) -> Result<Linear, Error> {
+        let packed = &linear.packed;
+        let bias = match &linear.bias {
+            Some(bias) => self.floats("biases", bias.as_flattened())?,
+            None => Region::default(),
+        };
+        if let WeightType::Quantized(_) = packed.weights() {
+            return self.codes(packed, bias, gated);
+        }
+        let shape = LinearShape::new(packed.panels() * PANEL, packed.depth(), gated);
+        let panel_bytes = packed.depth().next_multiple_of(32) * PANEL * 2;
+        let panels = self.device.alloc("weights", packed.panels() * panel_bytes)?;
+        for panel in 0..packed.panels() {
+            let (to, contents) = (panels.part(panel * panel_bytes, panel_bytes), packed.panel_contents(panel));
+            match packed.weights() {
+                WeightType::Float(ElementType::Bf16) => self.device.upload(to, contents)?,
+                WeightType::Float(ElementType::F32) => {
+                    self.rounded = true;
+                    let narrow = |bytes: &[u8]| bf16::from_f32(ElementType::F32.get(bytes, 0)).to_bits();
+                    pair_up(contents, 4, packed.depth(), &narrow, &mut self.words);
+                    self.device.upload(to, bytes_of(&self.words))?;
+                }
+                WeightType::Float(ElementType::F16) => {
+                    let f16 = self.element == Element::F16;
+                    self.rounded |= !f16;
+                    let narrow = |bytes: &[u8]| match f16 {
+                        true => u16::from_le_bytes([bytes[0], bytes[1]]),
+                        false => bf16::from_f32(ElementType::F16.get(bytes, 0)).to_bits(),
+                    };
+                    pair_up(contents, 2, packed.depth(), &narrow, &mut self.words);
+                    self.device.upload(to, bytes_of(&self.words))?;
+                }
+                WeightType::Quantized(_) => unreachable!("codes go up as they are"),
+            }
+        }
+        Ok(Linear { panels, codes: None, order: Region::default(), bias, shape })
+    }
+
+    /// Uploads weights that are codes.
+    fn codes(&mut self, packed: &Packed, bias: Region, gated: bool) -> Result<Linear, Error> {
+        let codes = Codes::new(packed).expect("`check` refuses what kernels do not read");
+        let panels = self.device.alloc("weights", packed.bytes())?;
+        for panel in 0..packed.panels() {
+            let to = panels.part(panel * packed.panel_bytes(), packed.panel_bytes());
+            self.device.upload(to, packed.panel_contents(panel))?;
+        }
+        let order = match packed.order() {
+            Some(order) => {
+                let region = self.device.alloc("weights", order.len() * 4)?;
+                // SAFETY: a u32 is four bytes.
+                let bytes = unsafe { std::slice::from_raw_parts(order.as_ptr().cast(), order.len() * 4) };
+                self.device.upload(region, bytes)?;
+                region
+            }
+            None => Region::default(),
+        };
+        Ok(Linear { panels, codes: Some(codes), order, bias, shape: codes.shape(packed.panels(), gated) })
+    }
+
+    /// Uploads the rows of an embedding that is quantised, widened.
+    fn rows_of(&mut self, packed: &Packed, vocab: usize) -> Result<(Table, Region), Error> {
+        let (width, mut row) = (packed.depth(), vec![0.0; packed.depth()]);
+        let region = self.device.alloc("the embedding", vocab * width * 4)?;
+        for token in 0..vocab {
+            packed.column(token, &mut row);
+            // SAFETY: an f32 is four bytes.
+            let bytes = unsafe { std::slice::from_raw_parts(row.as_ptr().cast(), width * 4) };
+            self.device.upload(region.part(token * width * 4, width * 4), bytes)?;
+        }
+        Ok((Table::Floats, region))
+    }
+
+    fn norm(&mut self, norm: Option<&Norm>) -> Result<Option<NormWeights>, Error> {
+        let Some(norm) = norm else { return Ok(None) };
+        let bias = match &norm.bias {
+            Some(bias) => self.floats("norms", bias)?,
+            None => Region::default(),
+        };
+        Ok(Some(NormWeights { weight: self.floats("norms", &norm.weight)?, bias }))
+    }
+
+    fn floats(&mut self, purpose: &'static str, floats: &[f32]) -> Result<Region, Error> {
+        let region = self.device.alloc(purpose, floats.len() * 4)?;
+        // SAFETY: an f32 is four bytes.
+        let bytes = unsafe { std::slice::from_raw_parts(floats.as_ptr().cast(), floats.len() * 4) };
+        self.device.upload(region, bytes)?;
+        Ok(region)
+    }
+
+    /// Uploads the rows of an embedding as they are, or as f32 where its type is not that of the linears.
+    fn rows(&mut self, dtype: ElementType, bytes: &[u8]) -> Result<(Table, Region), Error> {
+        let kind = match (dtype, self.element) {
+            (ElementType::F32, _) => Table::Floats,
+            (ElementType::Bf16, Element::Bf16) | (ElementType::F16, Element::F16) => Table::Rows,
+            _ => {
+                let floats: Vec<f32> = (0..bytes.len() / 2).map(|at| dtype.get(bytes, at)).collect();
+                return Ok((Table::Floats, self.floats("the embedding", &floats)?));
+            }
+        };
+        let region = self.device.alloc("the embedding", bytes.len())?;
+        self.device.upload(region, bytes)?;
+        Ok((kind, region))
+    }
+}
+
+/// Makes of a panel of elements of `bytes` bytes, `[depth][64]`, pairs of neighbours along the depth, `[depth / 2][64][2]`, with zeros up to a
+/// depth of whole 32.
+fn pair_up(panel: &[u8], bytes: usize, depth: usize, narrow: &dyn Fn(&[u8]) -> u16, to: &mut Vec<u16>) {
+    to.clear();
+    to.resize(depth.next_multiple_of(32) * PANEL, 0);
+    for (index, element) in panel.chunks_exact(bytes).take(depth * PANEL).enumerate() {
+        let (at, column) = (index / PANEL, index % PANEL);
+        to[(at / 2 * PANEL + column) * 2 + at % 2] = narrow(element);
+    }
+}
+
+fn bytes_of(words: &[u16]) -> &[u8] {
+    // SAFETY: an u16 is two bytes.
+    unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), words.len() * 2) }
+}

@@ -1,0 +1,257 @@
+//! How an engine is made: which home it gets, how large its pages are, and what they are called.
+
+use super::{Engine, limits::Limits};
+use crate::{
+    Config, Device, Error, KvMemory, Model,
+    cpu::{Cpu, kernels::Kernels},
+    home::Home,
+    model::checkpoint::ElementType,
+    sampling::Scratch,
+    timed::{self, Timed},
+};
+use kv_cache::{KvDtype, PageLayout};
+use std::{
+    path::Path,
+    sync::{Arc, Mutex},
+};
+use timing::Profile;
+
+/// Bytes for pages when nobody says, on the processor.
+const KV_BYTES: u64 = 512 << 20;
+
+impl Engine {
+    /// Reserves pages and buffers for `model` on the device that `config` names, and starts its threads.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] names the field of `config` that does not fit, [`Error::System`] what the machine refused, [`Error::Card`] what is
+    /// wrong with the card.
+    pub fn new(model: Arc<Model>, config: &Config) -> Result<Self, Error> {
+        match config.device {
+            Device::Cpu => Self::with_kernels(model, config, Kernels::detect()),
+            Device::Cuda(card) => Self::on_card(model, config, card),
+        }
+    }
+
+    /// Makes an engine that computes nothing: its steps take as long as `profile` says, its tokens are made up from those before
+    /// them, and its pages, as many as the profile has room for, hold next to nothing. `model` lends its vocabulary, its number of
+    /// layers and the tokens that end a sequence; `kv_bytes`, `threads` and `device` mean nothing, and `max_model_len` may be more than the
+    /// checkpoint was made for.
+    ///
+    /// # Errors
+    /// As [`Engine::new`].
+    pub fn timed(model: Arc<Model>, config: &Config, profile: &Profile) -> Result<Self, Error> {
+        let config = Config { threads: Some(1), ..config.clone() };
+        check_page_tokens(&config)?;
+        let layout = timed::page_layout(profile, &config, model.decoder.layers() as u32);
+        let timed = Timed::new(profile, &model.info().eos, model.decoder.vocab_size);
+        Self::on_processor(model, &config, Kernels::detect(), layout, Some(timed))
+    }
+
+    pub(crate) fn with_kernels(model: Arc<Model>, config: &Config, kernels: &'static Kernels) -> Result<Self, Error> {
+        let layout = page_layout(&model, config)?;
+        Self::on_processor(model, config, kernels, layout, None)
+    }
+
+    fn on_processor(
+        model: Arc<Model>,
+        config: &Config,
+        kernels: &'static Kernels,
+        layout: PageLayout,
+        timed: Option<Timed>,
+    ) -> Result<Self, Error> {
+        let limits = Limits::new(&model, config, &layout, timed.is_some())?;
+        let (tokens, logits, context) = (limits.token_budget, limits.logits_rows(), context(&model, config));
+        let format = kernels.format(model.weights.packed());
+        let home = Cpu::new(kernels, &model.decoder, format, threads(config)?, tokens, logits, context)?;
+        let fingerprint = match timed {
+            // Pages that hold nothing are nobody else's.
+            Some(_) => derived(&format!("timed {}", fingerprint(&model, context))),
+            None => fingerprint(&model, context),
+        };
+        Self::build(model, config, limits, layout, fingerprint, Box::new(home), timed)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn on_card(_: Arc<Model>, config: &Config, card: usize) -> Result<Self, Error> {
+        let problem = format!("cuda:{card} is asked for, and this binary was built without the feature `cuda`");
+        let _ = config;
+        Err(Error::setting("device", problem))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_card(model: Arc<Model>, config: &Config, card: usize) -> Result<Self, Error> {
+        // What cannot be run is refused before anything is taken.
+        crate::cuda::check(&model, config)?;
+        let nvrtc = config.nvrtc_library.as_deref();
+        Self::on_device(model, config, crate::cuda::open(card, nvrtc, config.kernel_cache.as_deref())?)
+    }
+
+    /// Makes an engine on a card, or on what stands in for one.
+    #[cfg(any(feature = "cuda", test))]
+    pub(crate) fn on_device(
+        model: Arc<Model>,
+        config: &Config,
+        device: Box<dyn crate::cuda::Device>,
+    ) -> Result<Self, Error> {
+        crate::cuda::check(&model, config)?;
+        let context = context(&model, config);
+        // Without pages yet; how many there is room for is known when everything else has its memory.
+        let mut config = Config {
+            kv_dtype: Some(config.kv_dtype.unwrap_or_else(|| crate::cuda::kv_dtype(&model))),
+            ..config.clone()
+        };
+        let most = Limits::new(
+            &model,
+            &config,
+            &page_layout(&model, &Config { kv_bytes: Some(u64::MAX), ..config.clone() })?,
+            false,
+        )?;
+        let sizes = crate::cuda::Sizes::new(
+            &model,
+            (most.token_budget, most.max_sequences),
+            most.logits_rows(),
+            context,
+            most.page_tokens,
+        );
+        let mut home = crate::cuda::Cuda::new(device, &model, sizes, threads(&config)?)?;
+        if config.kv_bytes.is_none() {
+            config.kv_bytes = Some(home.bytes_for_pages(config.gpu_memory_utilization)?);
+        }
+        let layout = page_layout(&model, &config)?;
+        let limits = Limits::new(&model, &config, &layout, false)?;
+        home.reserve_pages(&model, &layout)?;
+        let fingerprint = match home.rounds() {
+            // What weights were rounded to is another model.
+            true => derived(&format!("bf16 {}", fingerprint(&model, context))),
+            false => fingerprint(&model, context),
+        };
+        Self::build(model, &config, limits, layout, fingerprint, Box::new(home), None)
+    }
+
+    fn build(
+        model: Arc<Model>,
+        config: &Config,
+        limits: Limits,
+        layout: PageLayout,
+        fingerprint: String,
+        home: Box<dyn Home>,
+        timed: Option<Timed>,
+    ) -> Result<Self, Error> {
+        let threads = threads(config)?;
+        let memory = Arc::new(KvMemory::new(layout)?);
+        tracing::info!(
+            home = home.name(),
+            threads,
+            pages = limits.pages,
+            kv_dtype = %memory.layout().dtype,
+            max_model_len = limits.max_model_len,
+            "engine ready"
+        );
+        Ok(Self {
+            config: config.clone(),
+            model,
+            fingerprint,
+            memory,
+            home,
+            timed,
+            limits,
+            tokens: Vec::with_capacity(limits.token_budget),
+            spans: Vec::new(),
+            kept: Vec::new(),
+            places: Vec::new(),
+            drawn: Vec::new(),
+            yields: Vec::new(),
+            scratch: (0..threads).map(|_| Mutex::new(Scratch::new(limits.vocab_size))).collect(),
+            written: vec![0; limits.pages],
+            steps: 0,
+            logits_kept: false,
+            logits_rows: Vec::new(),
+        })
+    }
+}
+
+/// Checks, from a model's description alone, that an engine of `config` could run it: whoever asks before the weights are loaded need not wait
+/// for them to learn that it cannot.
+///
+/// # Errors
+/// As [`Engine::new`].
+pub fn check_device(path: &Path, config: &Config) -> Result<(), Error> {
+    match config.device {
+        Device::Cpu => Ok(()),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => crate::cuda::check_path(path, config),
+        #[cfg(not(feature = "cuda"))]
+        Device::Cuda(_) => {
+            let problem = format!(
+                "{} is asked for {}, and this binary was built without the feature `cuda`",
+                config.device,
+                path.display()
+            );
+            Err(Error::setting("device", problem))
+        }
+    }
+}
+
+fn threads(config: &Config) -> Result<usize, Error> {
+    match config.threads {
+        Some(0) => Err(Error::setting("threads", "0 threads compute nothing")),
+        Some(threads) => Ok(threads),
+        None => Ok(std::thread::available_parallelism().map_or(1, |threads| threads.get())),
+    }
+}
+
+/// Returns the longest sequence as far as angles depend on it: not the limit that the pool's size gives, because workers with pools of different
+/// sizes exchange pages.
+fn context(model: &Model, config: &Config) -> usize {
+    config.max_model_len.map_or(model.decoder.max_position, |len| len as usize)
+}
+
+/// Names what an engine whose longest context is `context` writes to pages.
+fn fingerprint(model: &Model, context: usize) -> String {
+    let model_fingerprint = &model.info().fingerprint;
+    let turns = |context: usize| -> Vec<_> { model.decoder.ropes.iter().map(|rope| rope.turns(context)).collect() };
+    if turns(context) == turns(0) {
+        return model_fingerprint.clone();
+    }
+    derived(&format!("{model_fingerprint} {:?}", turns(context)))
+}
+
+fn derived(from: &str) -> String {
+    blake3::hash(from.as_bytes()).to_hex()[..32].to_owned()
+}
+
+/// Returns the shape of the pool that `config` asks for.
+pub(crate) fn page_layout(model: &Model, config: &Config) -> Result<PageLayout, Error> {
+    let decoder = &model.decoder;
+    check_page_tokens(config)?;
+    let dtype = config.kv_dtype.unwrap_or(match model.weights.stored {
+        ElementType::F32 => KvDtype::F32,
+        ElementType::F16 => KvDtype::F16,
+        ElementType::Bf16 => KvDtype::Bf16,
+    });
+    let mut layout = PageLayout {
+        layers: decoder.layers() as u32,
+        page_tokens: config.page_tokens,
+        kv_heads: decoder.kv_heads as u32,
+        key_dim: decoder.head_dim as u32,
+        // The value of a latent stands in its key.
+        value_dim: if decoder.latent.is_some() { 0 } else { decoder.head_dim as u32 },
+        dtype,
+        pages: 0,
+    };
+    let bytes = config.kv_bytes.unwrap_or(KV_BYTES);
+    let pages = bytes / layout.page_bytes() as u64;
+    if pages == 0 {
+        let problem = format!("{bytes} bytes hold no page; one takes {}", layout.page_bytes());
+        return Err(Error::setting("kv_bytes", problem));
+    }
+    layout.pages = pages.min(u64::from(u32::MAX)) as u32;
+    Ok(layout)
+}
+
+fn check_page_tokens(config: &Config) -> Result<(), Error> {
+    match config.page_tokens {
+        1..=1024 => Ok(()),
+        other => Err(Error::setting("page_tokens", format!("{other} is not between 1 and 1024"))),
+    }
+}

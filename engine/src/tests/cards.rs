@@ -1,0 +1,224 @@
+//! A card, played by the processor: what it computes beside what was recorded, its bits in any batch, and what it is asked for.
+
+use super::{
+    Runner, Unit, golden, invariance,
+    invariance::{Plan, token_by_token},
+    load, small_config, watched,
+};
+use crate::{
+    Config, Device, Engine, Error, Row, Sample, Sampling, TokenId, check_device,
+    cuda::{Emulated, Order},
+};
+use kv_cache::{KvDtype, PageId};
+use std::sync::atomic::Ordering::Relaxed;
+
+/// Compares what `unit` computes of the model at `path` with what was recorded, in chunks of two sizes and then token by token.
+fn check_on(path: &str, unit: Unit) {
+    let mut runner = Runner::new(load(path), unit);
+    for (prompt, reference) in golden::prompts(path, "").iter().filter(|(prompt, _)| prompt.ids.len() <= 200) {
+        for chunk in [512, 33] {
+            golden::check_prompt(&mut runner, prompt, reference, chunk, golden::BF16, &format!("{path} {unit:?}"));
+        }
+    }
+}
+
+fn check(paths: &[&str]) {
+    for path in paths {
+        check_on(path, Unit::Card(Order::Forward));
+    }
+}
+
+const LLAMA: [&str; 2] = ["tests/golden/llama", "tests/golden/llama3-bf16-sharded"];
+const QWEN: [&str; 3] = ["tests/golden/qwen2", "tests/golden/qwen2-bf16-sharded", "tests/golden/qwen3"];
+const GEMMA: [&str; 2] = ["tests/golden/gemma2", "tests/golden/gemma3"];
+const OTHERS: [&str; 5] =
+    ["tests/golden/mistral", "tests/golden/phi3", "tests/golden/cohere", "tests/golden/olmo2", "tests/golden/gptneox"];
+
+const QUANTISED: [&str; 6] = [
+    "tests/golden/llama-gptq-int4-g32",
+    "tests/golden/llama-gptq-int4-g32-actorder",
+    "tests/golden/llama-awq-int4-g32",
+    "tests/golden/llama-fp8-tensor",
+    "tests/golden/llama-fp8-channel",
+    "tests/golden/llama-int8-w8a8",
+];
+
+#[test]
+fn llama() {
+    check(&LLAMA);
+}
+
+#[test]
+fn qwen() {
+    check(&QWEN);
+}
+
+#[test]
+fn gemma() {
+    check(&GEMMA);
+}
+
+#[test]
+fn other_families() {
+    check(&OTHERS);
+}
+
+#[test]
+fn quantised_weights() {
+    check(&QUANTISED);
+}
+
+#[test]
+fn threads_may_take_turns_in_the_other_order() {
+    check_on("models/demo-draft", Unit::Card(Order::Backward));
+}
+
+#[test]
+fn a_sequence_has_its_bits_in_any_batch_and_in_any_chunks() {
+    check_invariance(Unit::Card(Order::Forward), Unit::Card(Order::Backward));
+}
+
+/// Computes some sequences token by token, each alone, on one unit, and mixed on another; the bits are to be the same.
+fn check_invariance(alone: Unit, together: Unit) {
+    let model = load("tests/golden/llama3-bf16-sharded");
+    let config = Config { token_budget: 160, ..small_config() };
+    let lengths = [70, 33, 20, 5];
+    let steps = vec![
+        vec![(0, 40), (1, 1), (2, 17)],
+        vec![(0, 1), (1, 31), (2, 1), (3, 2)],
+        vec![(0, 1), (1, 1), (2, 1), (3, 1)],
+    ];
+    let mixed = invariance::run(&model, together, &config, &lengths, &Plan { threads: 2, steps, page_stride: 29 });
+    for (sequence, length) in lengths.into_iter().enumerate() {
+        let plain = invariance::run(&model, alone, &config, &lengths, &token_by_token(sequence, length));
+        invariance::compare(&plain, &mixed, "a card");
+    }
+}
+
+/// Computes `tokens[start..]` as a row of its own, and returns the logits of what follows.
+fn logits(engine: &mut Engine, tokens: &[TokenId], start: usize, pages: &[PageId], leaves: bool) -> Vec<u32> {
+    let sampling = watched();
+    let sample =
+        Sample { sampling: &sampling, history: tokens, prompt_tokens: 1, forbidden: &[], min_tokens: 0, grammar: None };
+    let row = Row { tokens: &tokens[start..], start, pages, leaves, sample: Some(sample), ..Row::default() };
+    let mut layers = Vec::new();
+    engine.step(&[row], &mut |layer| layers.push(layer)).expect("a good row");
+    assert_eq!(layers, [0, 1, 2]);
+    engine.logits(0).expect("it was sampled").iter().map(|logit| logit.to_bits()).collect()
+}
+
+#[test]
+fn pages_leave_and_land() {
+    use std::os::unix::fs::FileExt;
+    let model = load("tests/golden/llama3-bf16-sharded");
+    let config = Config { kv_bytes: Some(1 << 20), ..small_config() };
+    let engine = || Unit::Card(Order::Forward).engine(model.clone(), &config);
+    let (mut source, mut target) = (engine(), engine());
+    let tokens: Vec<TokenId> = (0..75).map(|at| at * 7 % 1000 + 3).collect();
+    let (here, there) = ([3, 9, 4, 1, 7].map(PageId), [2, 11, 5, 6, 8].map(PageId));
+    // Two pages stay at first, the others leave while they are computed.
+    logits(&mut source, &tokens[..32], 0, &here, false);
+    logits(&mut source, &tokens[..70], 32, &here, true);
+    source.export(&here[..2]).expect("pages that are there");
+    let layout = source.memory().layout().clone();
+    for layer in 0..layout.layers {
+        for (here, there) in here.iter().zip(&there) {
+            let mut block = vec![0; layout.block_bytes()];
+            let at = |page: &PageId| layout.block_offset(layer, *page) as u64;
+            source.memory().file().read_exact_at(&mut block, at(here)).expect("the pool's bytes");
+            assert!(block.iter().any(|byte| *byte != 0), "page {here:?} of layer {layer} did not leave");
+            target.memory().file().write_all_at(&block, at(there)).expect("the pool's bytes");
+        }
+    }
+    target.import(&there).expect("pages of the pool");
+    assert!(logits(&mut source, &tokens, 70, &here, false) == logits(&mut target, &tokens, 70, &there, false));
+}
+
+/// Decodes `steps` steps of `batch` sequences on an engine whose card computes nothing, and returns what it was asked meanwhile: memory,
+/// uploads, calls, waits.
+fn asked(batch: usize, steps: usize, sampling: &Sampling) -> Vec<[usize; 4]> {
+    let device = Emulated::recording();
+    let asked = device.asked();
+    let config = Config { kv_bytes: Some(1 << 20), ..small_config() };
+    let mut engine = Engine::on_device(load("tests/golden/llama"), &config, Box::new(device)).expect("an engine");
+    let pages: Vec<Vec<PageId>> = (0..batch as u32).map(|at| (at * 8..at * 8 + 8).map(PageId).collect()).collect();
+    let counts = || [&asked.allocations, &asked.uploads, &asked.calls, &asked.waits].map(|count| count.load(Relaxed));
+    let mut before = counts();
+    (0..steps)
+        .map(|step| {
+            let history = vec![1; 30 + step];
+            let sample =
+                Sample { sampling, history: &history, prompt_tokens: 30, forbidden: &[], min_tokens: 0, grammar: None };
+            let row = |pages| Row { tokens: &[7], start: 29 + step, pages, sample: Some(sample), ..Row::default() };
+            let rows: Vec<Row<'_>> = pages.iter().map(|pages| row(&pages[..])).collect();
+            let mut layers = 0;
+            engine.step(&rows, &mut |_| layers += 1).expect("good rows");
+            assert_eq!(layers, 3);
+            let after = counts();
+            let during = std::array::from_fn(|at| after[at] - before[at]);
+            before = after;
+            during
+        })
+        .collect()
+}
+
+#[test]
+fn a_step_that_decodes_is_one_copy_one_graph_and_one_wait_for_its_tokens() {
+    for (batch, sampling) in [
+        (1, Sampling::default()),
+        (5, Sampling::default()),
+        (16, Sampling { temperature: 0.7, seed: 3, ..Sampling::default() }),
+    ] {
+        let steps = asked(batch, 6, &sampling);
+        // The first makes the graph. A wait for a mark that was passed long ago costs nothing, but is counted.
+        assert!(steps[1..].iter().all(|step| *step == [0, 1, 1, 2]), "{batch}: {steps:?}");
+    }
+}
+
+#[test]
+fn what_a_card_does_not_run_is_refused_by_name_before_weights_are_loaded() {
+    let refused = |path: &str, kv_dtype: Option<KvDtype>, words: &[&str]| {
+        let config = Config { device: Device::Cuda(0), kv_dtype, ..small_config() };
+        let path = super::repository(path);
+        let error = check_device(&path, &config).expect_err("nothing that runs").to_string();
+        words.iter().for_each(|word| assert!(error.contains(word), "{error:?} lacks {word:?}"));
+        check_device(&path, &Config { device: Device::Cpu, ..config }).expect("the processor runs all");
+    };
+    refused("tests/golden/deepseek_v2", None, &["latent attention", "DeepseekV2ForCausalLM"]);
+    refused("tests/golden/mixtral", None, &["experts", "MixtralForCausalLM"]);
+    refused("tests/golden/llama", Some(KvDtype::F16), &["kv_dtype", "f16"]);
+    let config = Config { device: Device::Cuda(0), ..small_config() };
+    check_device(&super::repository("tests/golden/llama"), &config).expect("a model that runs");
+}
+
+#[test]
+#[cfg(feature = "cuda")]
+fn a_machine_without_a_card_says_so() {
+    let config = Config { device: Device::Cuda(0), ..small_config() };
+    match Engine::new(load("tests/golden/llama"), &config) {
+        Ok(engine) => assert!(engine.config().device == Device::Cuda(0), "a machine with a card runs on it"),
+        Err(Error::Card { card, problem, .. }) => assert!(card.contains("cuda:0") && !problem.is_empty(), "{problem}"),
+        Err(other) => panic!("{other}"),
+    }
+}
+
+/// On a real card, for a machine that has one: `tests/gpu/run.sh`.
+#[cfg(feature = "cuda")]
+mod on_a_card {
+    use super::*;
+
+    /// The card that `BATON_CARD` names, with NVRTC from `BATON_NVRTC_LIBRARY` where that is set.
+    const REAL: Unit = Unit::Real;
+
+    #[test]
+    #[ignore = "needs a card"]
+    fn recorded_references() {
+        [&LLAMA[..], &QWEN, &GEMMA, &OTHERS, &QUANTISED].concat().iter().for_each(|path| check_on(path, REAL));
+    }
+
+    #[test]
+    #[ignore = "needs a card"]
+    fn bits_in_any_batch_and_in_any_chunks() {
+        check_invariance(REAL, REAL);
+    }
+}

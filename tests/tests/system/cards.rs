@@ -1,0 +1,68 @@
+//! Cards of NVIDIA, where there is none: the binary starts without any of their libraries, and says what is missing to whoever asks for one.
+
+use cluster_tests::process::{Baton, baton_binary};
+use std::{fs, time::Duration};
+
+/// Returns the shared libraries that the system's loader must find before the program `elf` starts: the `DT_NEEDED` entries of its dynamic
+/// section (System V ABI, chapter 5; 64 bits, little-endian).
+fn needed(elf: &[u8]) -> Vec<String> {
+    const LOAD: u64 = 1;
+    const DYNAMIC: u64 = 2;
+    const NEEDED: u64 = 1;
+    const STRINGS: u64 = 5;
+    let number = |at: usize, bytes: usize| {
+        elf[at..at + bytes].iter().rev().fold(0u64, |number, byte| number << 8 | u64::from(*byte))
+    };
+    let (table, entry, entries) = (number(0x20, 8) as usize, number(0x36, 2) as usize, number(0x38, 2) as usize);
+    // Kind, offset in the file, address, bytes in the file.
+    let segments: Vec<[u64; 4]> = (0..entries)
+        .map(|index| table + index * entry)
+        .map(|at| [number(at, 4), number(at + 8, 8), number(at + 16, 8), number(at + 32, 8)])
+        .collect();
+    let [_, offset, _, bytes] = *segments.iter().find(|segment| segment[0] == DYNAMIC).expect("a dynamic section");
+    let tags: Vec<(u64, u64)> =
+        (offset as usize..(offset + bytes) as usize).step_by(16).map(|at| (number(at, 8), number(at + 8, 8))).collect();
+    let (_, strings) = *tags.iter().find(|(tag, _)| *tag == STRINGS).expect("a table of strings");
+    let holds = |segment: &&[u64; 4]| segment[0] == LOAD && (segment[2]..segment[2] + segment[3]).contains(&strings);
+    let [_, offset, address, _] = segments.iter().find(holds).expect("a segment with the strings");
+    let name = |at: u64| {
+        let text = &elf[(strings - address + offset + at) as usize..];
+        String::from_utf8_lossy(&text[..text.iter().position(|byte| *byte == 0).expect("a string ends")]).into_owned()
+    };
+    tags.iter().filter(|(tag, _)| *tag == NEEDED).map(|(_, at)| name(*at)).collect()
+}
+
+#[test]
+#[cfg(all(target_os = "linux", target_pointer_width = "64", target_endian = "little"))]
+fn the_binary_needs_nothing_of_nvidia_to_start() {
+    let libraries = needed(&fs::read(baton_binary()).expect("the binary"));
+    assert!(libraries.iter().any(|library| library.starts_with("libc.")), "{libraries:?}");
+    let foreign = ["cuda", "nvrtc", "cublas", "nccl", "nvidia"];
+    let of_nvidia = |library: &&String| foreign.iter().any(|name| library.contains(name));
+    assert_eq!(libraries.iter().find(of_nvidia), None, "{libraries:?}");
+}
+
+/// Runs `baton` with `arguments`, which it is to refuse, and returns what it printed.
+async fn refusal(arguments: &[&str]) -> String {
+    let (code, output) = Baton::start(arguments).exit(Duration::from_secs(30)).await;
+    assert_eq!(code, Some(1), "{output}");
+    output
+}
+
+#[tokio::test]
+async fn what_a_card_does_not_run_yet_is_refused_before_weights_are_loaded() {
+    let golden = |name: &str| format!("{}/golden/{name}", env!("CARGO_MANIFEST_DIR"));
+    for (model, more, words) in [
+        ("mixtral", &[][..], ["--engine cuda:0", "experts"]),
+        ("deepseek_v2", &[], ["--engine cuda:0", "latent attention"]),
+        ("llama-awq-int4-g32", &[], ["--engine cuda:0", "int4 (awq"]),
+        ("llama", &["--quantize", "int8"], ["--engine cuda:0", "--quantize"]),
+        ("llama", &["--kv-dtype", "f16"], ["kv_dtype", "f16"]),
+    ] {
+        let path = golden(model);
+        let output =
+            refusal(&[&["up", "--listen", "127.0.0.1:0", "--engine", "cuda", "--model", &path], more].concat()).await;
+        words.iter().for_each(|word| assert!(output.contains(word), "{model}: {output:?} lacks {word:?}"));
+        assert!(!output.contains("loading weights"), "{output}");
+    }
+}
