@@ -1,7 +1,7 @@
 //! A card of NVIDIA as a home for a model.
 //!
 //! Three layers. [`kernels`] says what the kernels are and what a call of one is; [`device`] is what a card does with calls; [`Cuda`] is the
-//! [`Home`]: weights and buffers on the device, and the order of calls that make a pass ([`forward`]). Only [`driver`] knows NVIDIA's
+//! [`Home`](crate::home::Home): weights and buffers on the device, and the order of calls that make a pass ([`forward`]). Only [`driver`] knows NVIDIA's
 //! driver. Kernels are compiled for the card at hand when it is opened ([`nvrtc`], [`cache`]).
 //!
 //! ```text
