@@ -2,7 +2,7 @@
 
 use crate::{
     model::Located,
-    settings::{Adapters, Compute, EngineChoice, Speculate},
+    settings::{Adapters, EngineChoice, Speculate},
 };
 use anyhow::{Context, bail};
 use engine::{Config, Device, Engine, Model};
@@ -37,17 +37,12 @@ impl Kind {
     pub(crate) fn check(
         &self,
         located: &Located,
-        compute: &Compute,
         adapters: &Adapters,
         guesses: Speculate,
         config: &Config,
     ) -> anyhow::Result<()> {
         let Self::Device(device @ Device::Cuda(_)) = self else { return Ok(()) };
-        let asked = [
-            ("--lora", !adapters.lora.is_empty()),
-            ("--quantize", compute.quantize.is_some()),
-            ("--speculate draft", guesses == Speculate::Draft),
-        ];
+        let asked = [("--lora", !adapters.lora.is_empty()), ("--speculate draft", guesses == Speculate::Draft)];
         if let Some((flag, _)) = asked.iter().find(|(_, asked)| *asked) {
             bail!("--engine {device}: {flag} does not go with a card yet");
         }

@@ -186,6 +186,7 @@ fn what_a_card_does_not_run_is_refused_by_name_before_weights_are_loaded() {
     };
     refused("tests/golden/deepseek_v2", None, &["latent attention", "DeepseekV2ForCausalLM"]);
     refused("tests/golden/mixtral", None, &["experts", "MixtralForCausalLM"]);
+    refused("tests/gguf/qwen2-q8_0.gguf", None, &["Q8_0"]);
     refused("tests/golden/llama", Some(KvDtype::F16), &["kv_dtype", "f16"]);
     let config = Config { device: Device::Cuda(0), ..small_config() };
     check_device(&super::repository("tests/golden/llama"), &config).expect("a model that runs");

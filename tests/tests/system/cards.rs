@@ -51,15 +51,15 @@ async fn refusal(arguments: &[&str]) -> String {
 
 #[tokio::test]
 async fn what_a_card_does_not_run_yet_is_refused_before_weights_are_loaded() {
-    let golden = |name: &str| format!("{}/golden/{name}", env!("CARGO_MANIFEST_DIR"));
+    let file = |name: &str| format!("{}/{name}", env!("CARGO_MANIFEST_DIR"));
     for (model, more, words) in [
-        ("mixtral", &[][..], ["--engine cuda:0", "experts"]),
-        ("deepseek_v2", &[], ["--engine cuda:0", "latent attention"]),
-        ("llama-awq-int4-g32", &[], ["--engine cuda:0", "int4 (awq"]),
-        ("llama", &["--quantize", "int8"], ["--engine cuda:0", "--quantize"]),
-        ("llama", &["--kv-dtype", "f16"], ["kv_dtype", "f16"]),
+        ("golden/mixtral", &[][..], ["--engine cuda:0", "experts"]),
+        ("golden/deepseek_v2", &[], ["--engine cuda:0", "latent attention"]),
+        ("gguf/qwen2-q8_0.gguf", &[], ["--engine cuda:0", "Q8_0"]),
+        ("golden/llama", &["--speculate", "draft"], ["--engine cuda:0", "--speculate draft"]),
+        ("golden/llama", &["--kv-dtype", "f16"], ["kv_dtype", "f16"]),
     ] {
-        let path = golden(model);
+        let path = file(model);
         let output =
             refusal(&[&["up", "--listen", "127.0.0.1:0", "--engine", "cuda", "--model", &path], more].concat()).await;
         words.iter().for_each(|word| assert!(output.contains(word), "{model}: {output:?} lacks {word:?}"));

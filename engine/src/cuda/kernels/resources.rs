@@ -5,7 +5,7 @@
 use super::{Attention, Call, Codes, Element, Kernel, Linear, Pages, Rotary, Source};
 use crate::cuda::nvrtc::{Nvrtc, options};
 use kv_cache::{KvDtype, PageLayout};
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, path::Path, sync::Mutex};
 
 const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_90a", "sm_100"];
 
@@ -94,6 +94,23 @@ fn read_log(log: &str) -> Vec<(String, u32, u32)> {
     entries
 }
 
+/// Compiles a kernel for every architecture and notes what each of its entry points takes.
+fn compile(nvrtc: &Nvrtc, kernel: &Kernel, taken: &Mutex<Table>) {
+    let defines: String = kernel.defines.iter().map(|(name, value)| format!(" {name}={value}")).collect();
+    for (at, architecture) in ARCHITECTURES.into_iter().enumerate() {
+        let mut options = options(architecture);
+        options.push("--ptxas-options=-v".into());
+        let compiled =
+            nvrtc.compile("kernel.cu", &kernel.text(), &options).unwrap_or_else(|problem| panic!("{problem}"));
+        assert!(compiled.cubin.starts_with(b"\x7fELF"), "a cubin is an ELF file");
+        for (name, registers, spilled) in read_log(&compiled.log) {
+            assert_eq!(spilled, 0, "{name}{defines} spills on {architecture}");
+            let name = format!("{name} {:?}{defines}", kernel.element);
+            taken.lock().expect("no thread panicked").entry(name).or_default()[at] = registers;
+        }
+    }
+}
+
 /// Kernel, element and defines; and what it takes on each architecture.
 type Table = BTreeMap<String, [u32; ARCHITECTURES.len()]>;
 
@@ -116,21 +133,15 @@ fn every_kernel_compiles_for_every_architecture_within_the_table() {
     }
     let nvrtc = Nvrtc::open(Some(&library)).expect("NVRTC");
     assert_eq!(nvrtc.version(), (13, 0), "the table is that of another NVRTC");
-    let mut taken = Table::new();
-    for kernel in kernels() {
-        let defines: String = kernel.defines.iter().map(|(name, value)| format!(" {name}={value}")).collect();
-        for (at, architecture) in ARCHITECTURES.into_iter().enumerate() {
-            let mut options = options(architecture);
-            options.push("--ptxas-options=-v".into());
-            let compiled =
-                nvrtc.compile("kernel.cu", &kernel.text(), &options).unwrap_or_else(|problem| panic!("{problem}"));
-            assert!(compiled.cubin.starts_with(b"\x7fELF"), "a cubin is an ELF file");
-            for (name, registers, spilled) in read_log(&compiled.log) {
-                assert_eq!(spilled, 0, "{name}{defines} spills on {architecture}");
-                taken.entry(format!("{name} {:?}{defines}", kernel.element)).or_default()[at] = registers;
-            }
+    let (kernels, taken) = (kernels(), Mutex::new(Table::new()));
+    let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
+    std::thread::scope(|scope| {
+        for share in kernels.chunks(kernels.len().div_ceil(threads)) {
+            let (nvrtc, taken) = (&nvrtc, &taken);
+            scope.spawn(move || share.iter().for_each(|kernel| compile(nvrtc, kernel, taken)));
         }
-    }
+    });
+    let taken = taken.into_inner().expect("every kernel compiles");
     let table = read_table(include_str!("resources.txt"));
     let grown = |(name, taken): &(&String, &[u32; 3])| {
         table.get(*name).is_none_or(|table| taken.iter().zip(table).any(|(taken, table)| taken > table))
