@@ -55,7 +55,6 @@ async fn what_a_card_does_not_run_yet_is_refused_before_weights_are_loaded() {
     for (model, more, words) in [
         ("mixtral", &[][..], ["--engine cuda:0", "experts"]),
         ("deepseek_v2", &[], ["--engine cuda:0", "latent attention"]),
-        ("llama-awq-int4-g32", &[], ["--engine cuda:0", "int4 (awq"]),
         ("llama", &["--quantize", "int8"], ["--engine cuda:0", "--quantize"]),
         ("llama", &["--kv-dtype", "f16"], ["kv_dtype", "f16"]),
     ] {
