@@ -188,8 +188,8 @@ fn the_default_build_needs_a_c_compiler_only() {
     let ucx = workspace.package("ucx-sys");
     let builds = ucx.targets.iter().any(|target| target.is_custom_build());
     assert!(ucx.source.is_none() && ucx.links.is_none() && !builds, "ucx-sys must build without UCX");
-    // `links` names a native library. Who is listed here only uses the key to exist once in a build, and ring (of rustls) brings
-    // its own C and assembly, for which the C compiler is enough.
+    // `links` names a native library. Who is listed here only uses the key to exist once in a build; ring (of rustls) and mimalloc bring
+    // their own C and assembly, for which the C compiler is enough.
     let below = workspace.below("baton");
     let native: BTreeSet<_> = workspace
         .metadata
@@ -198,7 +198,7 @@ fn the_default_build_needs_a_c_compiler_only() {
         .filter(|package| below.contains_key(package.name.as_str()))
         .filter_map(|package| package.links.clone())
         .collect();
-    assert_eq!(native, ["prettyplease02", "rayon-core", "ring_core_0_17_14_"].map(str::to_owned).into());
+    assert_eq!(native, ["mimalloc", "prettyplease02", "rayon-core", "ring_core_0_17_14_"].map(str::to_owned).into());
 }
 
 #[test]
