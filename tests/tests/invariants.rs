@@ -193,8 +193,8 @@ fn the_default_build_needs_a_c_compiler_only() {
     let cudarc = cudarc.iter().find(|node| &*workspace.metadata[&node.id].name == "cudarc").expect("cudarc is used");
     let links = |feature: &&str| feature.ends_with("-linking") || feature.ends_with("-from-build-system");
     assert_eq!(cudarc.features.iter().map(|feature| &***feature).find(links), None, "cudarc must build without CUDA");
-    // `links` names a native library. Who is listed here only uses the key to exist once in a build, and ring (of rustls) brings
-    // its own C and assembly, for which the C compiler is enough.
+    // `links` names a native library. Who is listed here only uses the key to exist once in a build; ring (of rustls) and mimalloc bring
+    // their own C and assembly, for which the C compiler is enough.
     let below = workspace.below("baton");
     let native: BTreeSet<_> = workspace
         .metadata
@@ -203,7 +203,7 @@ fn the_default_build_needs_a_c_compiler_only() {
         .filter(|package| below.contains_key(package.name.as_str()))
         .filter_map(|package| package.links.clone())
         .collect();
-    assert_eq!(native, ["prettyplease02", "rayon-core", "ring_core_0_17_14_"].map(str::to_owned).into());
+    assert_eq!(native, ["mimalloc", "prettyplease02", "rayon-core", "ring_core_0_17_14_"].map(str::to_owned).into());
 }
 
 #[test]
