@@ -83,8 +83,8 @@ async fn timed_engines_serve_in_the_time_of_their_profile() {
     std::fs::write(&profile, PROFILE).expect("a file");
     let engine = format!("timed:{}", profile.display());
     let (baton, url) = up(&["--engine", &engine, "--prefill", "2", "--decode", "2"]).await;
-    assert!(baton.output().contains("timed as a model on a machine"), "{}", baton.output());
     let (figures, _) = bench(&url, dir.path()).await;
+    assert!(baton.output().contains("timed as a model on a machine"), "{}", baton.output());
     check(&figures);
     // Nothing was cached yet: 0.1 ms a token, and 2 ms a step after the first token.
     let first = &figures["requests"][0];
