@@ -14,10 +14,14 @@ use std::sync::atomic::Ordering::Relaxed;
 
 /// Compares what `unit` computes of the model at `path` with what was recorded, in chunks of two sizes and then token by token.
 fn check_on(path: &str, unit: Unit) {
-    let mut runner = Runner::new(load(path), unit);
+    check_pages(path, unit, None, golden::BF16);
+}
+
+fn check_pages(path: &str, unit: Unit, kv_dtype: Option<KvDtype>, tolerance: golden::Tolerance) {
+    let mut runner = Runner::with(load(path), unit, Config { kv_dtype, ..small_config() });
     for (prompt, reference) in golden::prompts(path, "").iter().filter(|(prompt, _)| prompt.ids.len() <= 200) {
         for chunk in [512, 33] {
-            golden::check_prompt(&mut runner, prompt, reference, chunk, golden::BF16, &format!("{path} {unit:?}"));
+            golden::check_prompt(&mut runner, prompt, reference, chunk, tolerance, &format!("{path} {unit:?}"));
         }
     }
 }
@@ -66,6 +70,13 @@ fn other_families() {
 #[test]
 fn quantised_weights() {
     check(&QUANTISED);
+}
+
+#[test]
+fn pages_of_eight_bits() {
+    let card = Unit::Card(Order::Forward);
+    check_pages("tests/golden/llama", card, Some(KvDtype::Fp8), golden::FP8_PAGES);
+    check_pages("tests/golden/llama", card, Some(KvDtype::Int8), golden::BF16);
 }
 
 #[test]

@@ -37,7 +37,7 @@ pub(super) const BF16: Tolerance = Tolerance { logit: 0.05, gap: 0.5, logprob: N
 /// Of quantised weights that meet quantised inputs.
 const QUANTISED_INPUTS: Tolerance = Tolerance { logit: 0.02, gap: 0.3, logprob: None };
 /// Of f32 models with pages of 8 bits; not from the README but about twice what was measured.
-const FP8_PAGES: Tolerance = Tolerance { logit: 0.2, gap: 0.75, logprob: None };
+pub(super) const FP8_PAGES: Tolerance = Tolerance { logit: 0.2, gap: 0.75, logprob: None };
 const INT8_PAGES: Tolerance = Tolerance { logit: 0.04, gap: 0.15, logprob: None };
 
 fn check(path: &str, tolerance: Tolerance) {
