@@ -28,7 +28,7 @@ use super::{
 };
 use crate::model::latent::LatentShape;
 use kv_cache::PageId;
-use panels::{Elements, Panels, Upcoming, Woven};
+use panels::{EachStep, Elements, Panels, Upcoming, Woven};
 use std::ops::Range;
 
 mod panels;
@@ -237,9 +237,9 @@ unsafe fn run_as<S: Simd, W: Elements<S>>(simd: S, task: &AttentionTask<'_>, scr
     states(total, task).for_each(|mut total| total.clear());
     // SAFETY: passed on.
     unsafe {
-        let until = begin::<S, W>(simd, task, task.parts(), &mut work);
+        begin::<S, W>(simd, task, task.parts(), &mut work);
         for index in task.parts() {
-            sum_part::<S, W>(simd, task, index, until, &mut work, part);
+            sum_part::<S, W>(simd, task, index, &mut work, part);
             for (mut total, part) in states(total, task).zip(part.chunks_exact(task.head_floats())) {
                 merge(simd, &mut total, part);
             }
@@ -282,9 +282,9 @@ unsafe fn run_parts_as<S: Simd, W: Elements<S>>(
     let (mut work, _, _) = split_scratch(task, scratch);
     // SAFETY: passed on.
     unsafe {
-        let until = begin::<S, W>(simd, task, parts.clone(), &mut work);
+        begin::<S, W>(simd, task, parts.clone(), &mut work);
         for (index, out) in parts.zip(out.chunks_exact_mut(task.state_floats())) {
-            sum_part::<S, W>(simd, task, index, until, &mut work, out);
+            sum_part::<S, W>(simd, task, index, &mut work, out);
         }
     }
 }
@@ -311,24 +311,18 @@ pub(crate) unsafe fn merge_parts<S: Simd>(
     unsafe { finish(simd, task, head, &mut total) };
 }
 
-/// Brings in the queries while the first block of some parts is on its way, and returns where the parts end.
+/// Brings in the queries while the first block of some parts is on its way.
 ///
 /// # Safety
 /// As for [`run`].
 #[inline(always)]
-unsafe fn begin<S: Simd, W: Elements<S>>(
-    simd: S,
-    task: &AttentionTask<'_>,
-    parts: Range<usize>,
-    work: &mut Work<'_>,
-) -> usize {
+unsafe fn begin<S: Simd, W: Elements<S>>(simd: S, task: &AttentionTask<'_>, parts: Range<usize>, work: &mut Work<'_>) {
     let first = task.first_seen(task.start).max(parts.start * PART);
-    let until = (parts.end * PART).min(task.start + task.tokens);
-    work.upcoming.aim(task, first..until.min(first / BLOCK * BLOCK + BLOCK));
+    let end = task.start + task.tokens;
+    work.upcoming.aim(task, first..end.min(first / BLOCK * BLOCK + BLOCK));
     work.upcoming.ask_all(simd);
     // SAFETY: passed on.
     unsafe { load_queries::<S, W>(simd, task, work.q) };
-    until
 }
 
 /// Copies the queries to scratch as inputs, scaled so that scores are in units of log2 or of the cap, with zeros up to whole
@@ -358,13 +352,12 @@ unsafe fn load_queries<S: Simd, W: Elements<S>>(simd: S, task: &AttentionTask<'_
     }
 }
 
-/// Runs the online softmax over the blocks of part `index`; positions below `until` follow.
+/// Runs the online softmax over the blocks of part `index`. What follows it is asked for, as it will be this thread's next part.
 #[inline(always)]
 unsafe fn sum_part<S: Simd, W: Elements<S>>(
     simd: S,
     task: &AttentionTask<'_>,
     index: usize,
-    until: usize,
     work: &mut Work<'_>,
     part: &mut [f32],
 ) {
@@ -373,7 +366,7 @@ unsafe fn sum_part<S: Simd, W: Elements<S>>(
     let seen = task.first_seen(task.start).max(index * PART)..end.min((index + 1) * PART);
     for block in (seen.start / BLOCK * BLOCK..seen.end).step_by(BLOCK) {
         let positions = seen.start.max(block)..seen.end.min(block + BLOCK);
-        work.upcoming.aim(task, (block + BLOCK).min(until)..until.min(block + 2 * BLOCK));
+        work.upcoming.aim(task, (block + BLOCK).min(end)..end.min(block + 2 * BLOCK));
         for (kv_head, mut state) in task.kv_heads.clone().zip(states(part, task)) {
             // SAFETY: passed on: the positions are covered by the table.
             unsafe {
@@ -429,7 +422,7 @@ unsafe fn sum_strip<S: Simd, W: Elements<S>>(
                 sums: scores,
                 resume: false,
             },
-            &mut work.upcoming,
+            &mut EachStep::<2>(&mut work.upcoming),
         );
         for (index, row) in rows.clone().enumerate() {
             let scores = scores.add(index * BLOCK);
@@ -447,6 +440,7 @@ unsafe fn sum_strip<S: Simd, W: Elements<S>>(
                 all[..seen.start].fill(f32::NEG_INFINITY);
                 all[seen.end..].fill(f32::NEG_INFINITY);
             }
+            work.upcoming.ask::<S, 8>(simd);
             update_row::<S, W>(simd, row, scores, scaled.then_some(&**value_scales), state);
             (position, head) = if head + 1 == shape.group { (position + 1, 0) } else { (position, head + 1) };
         }
@@ -462,12 +456,13 @@ unsafe fn sum_strip<S: Simd, W: Elements<S>>(
                 sums: state.values.as_mut_ptr().add((panel * state.max.len() + rows.start) * PANEL),
                 resume: true,
             };
+            let asks = &mut EachStep::<3>(&mut work.upcoming);
             match woven {
                 Some(woven) => {
                     let columns = Columns::<S, W>::at(woven, panel * PANEL);
-                    Tiled::<W>::sum_elsewhere(simd, &block, columns, &mut work.upcoming);
+                    Tiled::<W>::sum_elsewhere(simd, &block, columns, asks);
                 }
-                None => Tiled::<W>::sum_asking(simd, &block, &mut work.upcoming),
+                None => Tiled::<W>::sum_asking(simd, &block, asks),
             }
         }
     }

@@ -264,7 +264,7 @@ impl<'a> Panels<'a> {
         // `padded` elements, `STEP` to a word.
         let words = self.keys.len() / BLOCK / W::STEP;
         for word in (0..words).step_by(S::LANES) {
-            upcoming.ask::<S, 4>(simd);
+            upcoming.ask::<S, 8>(simd);
             // SAFETY: rows are whole panels, so the square lies in them, and as many words of 64 columns in the keys.
             unsafe {
                 let from = rows.first.cast::<u32>().add(word);
@@ -382,10 +382,13 @@ impl Upcoming {
     }
 }
 
-impl<S: Simd> Asks<S> for Upcoming {
+/// What is upcoming, asked for by the steps of tiles, `LINES` lines each.
+pub(super) struct EachStep<'a, const LINES: usize>(pub(super) &'a mut Upcoming);
+
+impl<S: Simd, const LINES: usize> Asks<S> for EachStep<'_, LINES> {
     #[inline(always)]
     fn step(&mut self, simd: S) {
-        self.ask::<S, 4>(simd);
+        self.0.ask::<S, LINES>(simd);
     }
 }
 

@@ -46,6 +46,8 @@ pub(crate) trait Code<S: Simd> {
     const TILE_ROWS: usize;
     /// Steps of a word: each meets four bytes of a row's inputs.
     const STEPS: usize;
+    /// A word that several tiles use is taken apart once for all of them, which pays for the way through memory where it takes long.
+    const EXPANDS: bool = false;
     /// The sum of a segment, one for each lane.
     type Sum: Copy;
     /// What a step of a row's inputs meets, one for each lane.
@@ -170,6 +172,7 @@ impl<S: DotBf16> Code<S> for Fp8 {
     // The tables that widen a code take four registers.
     const TILE_ROWS: usize = 4;
     const STEPS: usize = 2;
+    const EXPANDS: bool = true;
     type Sum = S::F;
     type Columns = S::Pairs;
 
@@ -206,8 +209,7 @@ pub(crate) struct Coded<C>(std::marker::PhantomData<C>);
 impl<S: Simd, C: Code<S>> PanelSums<S> for Coded<C> {
     #[inline(always)]
     unsafe fn sum(simd: S, block: &Block) {
-        // What is taken apart once pays for the way through memory when it is used by several tiles.
-        let expand = C::STEPS > 1 && S::LANES == 16 && block.rows > 4 * C::TILE_ROWS;
+        let expand = C::EXPANDS && S::LANES == 16 && block.rows > 4 * C::TILE_ROWS;
         let mut expanded = Expanded::new();
         let each = if expand { Expanded::INPUTS } else { BLOCK_BYTES / WORD_BYTES * C::CODE.per_word() };
         for first in block.inputs.clone().step_by(each) {
