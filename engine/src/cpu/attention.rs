@@ -21,7 +21,11 @@
 
 use super::{
     format::Format,
-    linear::{Block, Columns, F32, Tiled},
+    linear::{
+        Block,
+        floats::F32,
+        tiled::{Columns, Tiled},
+    },
     packed::{Groups, PANEL},
     pages::LayerPages,
     simd::{Simd, exp2, tanh},

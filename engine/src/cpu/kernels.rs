@@ -11,7 +11,9 @@ use super::{
     linear::{
         self, LinearTask,
         codes::{self, Coded},
+        floats,
         quantized::{self, Quantized},
+        tiled,
     },
     norm::{self, NormTask},
     packed::{Packed, WeightType},
@@ -185,13 +187,13 @@ macro_rules! kernels {
             $(#[target_feature(enable = $features)])?
             #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
             unsafe fn linear_f32(task: &LinearTask<'_>, scratch: &mut [f32]) {
-                unsafe { linear::run::<_, linear::Tiled<linear::F32>>($token, task, scratch) }
+                unsafe { linear::run::<_, tiled::Tiled<floats::F32>>($token, task, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?
             #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
             unsafe fn linear_f16(task: &LinearTask<'_>, scratch: &mut [f32]) {
-                unsafe { linear::run::<_, linear::Tiled<linear::F16>>($token, task, scratch) }
+                unsafe { linear::run::<_, tiled::Tiled<floats::F16>>($token, task, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?
@@ -209,7 +211,7 @@ macro_rules! kernels {
             $(#[target_feature(enable = $features)])?
             #[allow(unused_unsafe, clippy::undocumented_unsafe_blocks)]
             unsafe fn linear_bf16_f32(task: &LinearTask<'_>, scratch: &mut [f32]) {
-                unsafe { linear::run::<_, linear::Tiled<linear::Bf16Widened>>($token, task, scratch) }
+                unsafe { linear::run::<_, tiled::Tiled<floats::Bf16Widened>>($token, task, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?
@@ -366,9 +368,9 @@ kernels!(
     avx512_bf16,
     "avx512-bf16",
     Avx512::<true>::new(),
-    linear::Tiled<linear::Bf16Dot>,
+    tiled::Tiled<floats::Bf16Dot>,
     Format::Bf16,
-    linear::Bf16Dot,
+    floats::Bf16Dot,
     Some(linear_fp8),
     "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx512vbmi,avx2,fma,f16c"
 );
@@ -377,9 +379,9 @@ kernels!(
     avx512,
     "avx512",
     Avx512::<false>::new(),
-    linear::Tiled<linear::Bf16Widened>,
+    tiled::Tiled<floats::Bf16Widened>,
     Format::RoundedBf16,
-    linear::Bf16Widened,
+    floats::Bf16Widened,
     None,
     "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 );
@@ -388,9 +390,9 @@ kernels!(
     avx2,
     "avx2",
     Avx2::new(),
-    linear::Tiled<linear::Bf16Widened>,
+    tiled::Tiled<floats::Bf16Widened>,
     Format::RoundedBf16,
-    linear::Bf16Widened,
+    floats::Bf16Widened,
     None,
     "avx2,fma,f16c"
 );
@@ -399,9 +401,9 @@ kernels!(
     neon,
     "neon",
     Neon::new(),
-    linear::Tiled<linear::Bf16Widened>,
+    tiled::Tiled<floats::Bf16Widened>,
     Format::RoundedBf16,
-    linear::Bf16Widened,
+    floats::Bf16Widened,
     None,
     "neon"
 );
@@ -409,8 +411,8 @@ kernels!(
     portable,
     "portable",
     Portable,
-    linear::Tiled<linear::Bf16Widened>,
+    tiled::Tiled<floats::Bf16Widened>,
     Format::RoundedBf16,
-    linear::Bf16Widened,
+    floats::Bf16Widened,
     None
 );

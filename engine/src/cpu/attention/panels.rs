@@ -12,13 +12,16 @@
 use super::{AttentionShape, AttentionTask, BLOCK};
 use crate::cpu::{
     format::Format,
-    linear::{Asks, Bf16Widened, Columns, F32, Tiled, Weights},
+    linear::{
+        floats::{Bf16Widened, F32},
+        tiled::{Asks, Columns, Tiled, Weights},
+    },
     packed::PANEL,
     pages::{Side, Slot},
     simd::{Simd, exp2, exp2_short},
 };
 #[cfg(target_arch = "x86_64")]
-use crate::cpu::{linear::Bf16Dot, simd::DotBf16};
+use crate::cpu::{linear::floats::Bf16Dot, simd::DotBf16};
 use std::ops::Range;
 
 /// Weights that keys and values are brought into, a word for each step of a column.

@@ -12,7 +12,10 @@
 //! needs the inputs' sum alone; an offset costs a multiply-add for each segment. Nothing overflows: 128 products of a byte and
 //! sixteen bits stay below 2^30.
 
-use super::{Ahead, Asks, BLOCK_BYTES, Block, PanelSums};
+use super::{
+    BLOCK_BYTES, Block, PanelSums,
+    tiled::{Ahead, Asks},
+};
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::simd::DotBf16;
 use crate::cpu::{
@@ -46,7 +49,8 @@ pub(crate) trait Code<S: Simd> {
     const TILE_ROWS: usize;
     /// Steps of a word: each meets four bytes of a row's inputs.
     const STEPS: usize;
-    /// A word that several tiles use is taken apart once for all of them, which pays for the way through memory where it takes long.
+    /// Whether a word that many tiles use is taken apart once for all of them. What comes of it goes through memory, which pays where taking
+    /// apart is long.
     const EXPANDS: bool = false;
     /// The sum of a segment, one for each lane.
     type Sum: Copy;
