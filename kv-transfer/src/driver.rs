@@ -6,7 +6,7 @@
 
 use crate::{
     Begin, Event, Fetch, HandoffId, Peer, TransportKind,
-    handoffs::{Action, LinkId, Moved, Side, Took},
+    handoffs::{Action, LinkId, Moved, Request, Side, Took},
     handshake::past_life,
     inbox::{Inbox, Note},
     landing::Landings,
@@ -35,9 +35,9 @@ use tracing::Span;
 
 /// How precisely deadlines are kept.
 const TICK: Duration = Duration::from_millis(50);
-/// Longest that the thread stays awake for what is due from a peer: at a source the acknowledgement of a commit, at a target the commit
-/// after frames of the last layer. A few such moments a hand-off; being woken for it instead costs tens of microseconds, as long as
-/// copying half a megabyte, and what takes longer than this has something else to wait for.
+/// Longest that a source's thread stays awake for what is due: the reports of the last frames, and then the acknowledgement of the
+/// commit. Two such moments a hand-off; being woken for it instead costs tens of microseconds, as long as copying half a megabyte, and
+/// what takes longer than this has something else to wait for.
 const AWAKE: Duration = Duration::from_micros(80);
 /// How long hand-offs get to end when the worker stops.
 const STOP_LIMIT: Duration = Duration::from_millis(500);
@@ -176,7 +176,12 @@ impl Driver {
                     begun += 1;
                     self.fetch(at, &fetch);
                 }
-                Note::Request(request) => self.act_at(at, |handoffs, now, out| handoffs.request(now, request, out)),
+                Note::Request(request) => {
+                    if let Request::Commit { .. } = request {
+                        self.awake_until = Some(Instant::now() + AWAKE);
+                    }
+                    self.act_at(at, |handoffs, now, out| handoffs.request(now, request, out));
+                }
                 Note::Moved(handoff, moved) => {
                     match moved {
                         Moved::Sent { bytes, .. } => {
@@ -235,9 +240,6 @@ impl Driver {
                 // Said by a source that writes by itself; who else says it has no landing that listens.
                 let up = self.links.get(&id).filter(|link| link.address.is_none()).and_then(|link| link.up.as_ref());
                 if let Some(up) = up {
-                    if is_of_last_layer(&frame, &up.terms) {
-                        self.awake_until = Some(Instant::now() + AWAKE);
-                    }
                     self.parts.links.written(up.token, frame);
                 }
             }
@@ -401,16 +403,11 @@ impl Driver {
     }
 }
 
-/// Says whether `frame` holds blocks of the last layer: a commit may be due.
-fn is_of_last_layer(frame: &Message, terms: &Terms) -> bool {
-    let is_last = |layer: u32| layer.checked_add(1) == Some(terms.target.pool.layers);
-    matches!(frame, Message::Pages { pieces, .. } if pieces.iter().any(|piece| is_last(piece.layer)))
-}
-
 /// Returns at `until`, and keeps this thread from sleeping before. Cancel safe.
 async fn stay_awake(until: Option<Instant>) {
     while until.is_some_and(|until| Instant::now() < until) {
-        // Looks at the sockets of the thread's reactor, and lets everybody else on it run.
+        // Looks at the sockets of the thread's reactor, and lets everybody else on it run; but not others on its core, who would have
+        // it for milliseconds.
         tokio::task::yield_now().await;
     }
 }

@@ -58,6 +58,7 @@ enum Step {
     Refuse,
     CancelAtSource,
     CancelAtTarget,
+    Forgo,
     // Control messages, by place.
     ToTarget(usize),
     ToSource(usize),
@@ -95,6 +96,7 @@ impl Step {
             self,
             Refuse
                 | CancelAtSource
+                | Forgo
                 | CancelAtTarget
                 | LoseToTarget(_)
                 | LoseToSource(_)
@@ -215,6 +217,7 @@ impl World {
         may(working && self.pushed < self.pages, Push);
         may(working && self.pushed == self.pages && !self.committed, Commit);
         may(working && !self.cancelled[0], CancelAtSource);
+        may(working && !self.cancelled[0], Forgo);
         if self.target.is_some() {
             may(self.asked, Open);
             may(self.asked, Refuse);
@@ -294,6 +297,10 @@ impl World {
             Step::CancelAtSource => {
                 self.cancelled[0] = true;
                 self.ask_source(Request::Abort { handoff: H, reason: "cancelled".into() })
+            }
+            Step::Forgo => {
+                self.cancelled[0] = true;
+                self.ask_source(Request::Forgo { handoff: H })
             }
             Step::CancelAtTarget => {
                 // A worker that calls off what it was asked for does not answer any more.

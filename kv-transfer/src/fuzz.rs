@@ -233,6 +233,7 @@ mod tests {
                         Message::Commit { handoff: h, sent, commit: Commit { first_token: 3 } },
                         Message::Abort { handoff: h, reason: reason() },
                         Message::Quiet { handoff: h },
+                        Message::Forgo { handoff: h },
                         Message::Ping,
                     ],
                 ),

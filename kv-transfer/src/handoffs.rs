@@ -11,7 +11,7 @@ use crate::{
     message::Message,
     plan::Terms,
     source::{self, Frame, Limits, Source, Way},
-    target::{self, End, Target},
+    target::{self, End, FORGONE, Target},
 };
 use kv_cache::{PageId, PageLayout};
 use std::{
@@ -43,6 +43,7 @@ pub(crate) enum Request {
     Open { handoff: HandoffId, landing: Vec<PageId>, have: u32 },
     Refuse { handoff: HandoffId, reason: String },
     Abort { handoff: HandoffId, reason: String },
+    Forgo { handoff: HandoffId },
 }
 
 impl Request {
@@ -53,7 +54,8 @@ impl Request {
             | Request::Commit { handoff, .. }
             | Request::Open { handoff, .. }
             | Request::Refuse { handoff, .. }
-            | Request::Abort { handoff, .. } => *handoff,
+            | Request::Abort { handoff, .. }
+            | Request::Forgo { handoff } => *handoff,
         }
     }
 
@@ -64,7 +66,8 @@ impl Request {
             | Request::Commit { handoff, .. }
             | Request::Open { handoff, .. }
             | Request::Refuse { handoff, .. }
-            | Request::Abort { handoff, .. } => *handoff = other,
+            | Request::Abort { handoff, .. }
+            | Request::Forgo { handoff } => *handoff = other,
         }
         self
     }
@@ -276,6 +279,9 @@ impl Handoffs {
                 self.source(now, handoff, None, source::Input::Abort(reason.clone()), out);
                 self.target(now, handoff, None, target::Input::Abort(reason), out);
             }
+            Request::Forgo { handoff } => {
+                self.source(now, handoff, None, source::Input::Forgo, out);
+            }
         }
     }
 
@@ -321,15 +327,25 @@ impl Handoffs {
             }
             Message::Abort { handoff, reason } => {
                 self.fetches.called_off(link, handoff);
-                if !self.targets.contains_key(&handoff) && !self.remembered.contains(handoff) {
-                    self.remembered.insert(handoff, &reason);
+                if self.ended_early(handoff, &reason) {
                     return true;
                 }
                 (handoff, target::Input::PeerAborted(reason))
             }
+            Message::Forgo { handoff } if self.ended_early(handoff, FORGONE) => return true,
+            Message::Forgo { handoff } => (handoff, target::Input::PeerForwent),
             _ => return false,
         };
         self.target(now, handoff, Some(link), input, out)
+    }
+
+    /// Remembers a hand-off whose end comes before its beginning. Returns whether this one's did.
+    fn ended_early(&mut self, handoff: HandoffId, reason: &str) -> bool {
+        let early = !self.targets.contains_key(&handoff) && !self.remembered.contains(handoff);
+        if early {
+            self.remembered.insert(handoff, reason);
+        }
+        early
     }
 
     fn target_says(&mut self, now: Duration, link: LinkId, message: Message, out: &mut Vec<Action>) -> bool {
@@ -561,6 +577,7 @@ impl Outcome {
     pub(crate) fn reason(&self) -> &str {
         match self {
             Outcome::Landed => "landed",
+            Outcome::Forgone => FORGONE,
             Outcome::Refused(reason) | Outcome::Aborted(reason) | Outcome::Expired(reason) => reason,
         }
     }
@@ -569,6 +586,7 @@ impl Outcome {
     pub(crate) fn end(&self) -> End {
         match self {
             Outcome::Landed => End::Landed,
+            Outcome::Forgone => End::Forgone,
             Outcome::Refused(_) => End::Refused,
             Outcome::Aborted(_) => End::Aborted,
             Outcome::Expired(_) => End::Expired,

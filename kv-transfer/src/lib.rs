@@ -343,6 +343,8 @@ pub enum Event {
 pub enum Outcome {
     /// The target acknowledged the commit: it owns the sequence, or its ranks own what this rank had for them.
     Landed,
+    /// The source's worker had no more need of it: the answer was complete with its first token.
+    Forgone,
     /// The target would not take it.
     Refused(String),
     /// One side called it off, or the link died. A link that dies between `Commit` and its acknowledgement leaves open whether

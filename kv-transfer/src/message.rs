@@ -15,7 +15,7 @@ use kv_cache::{PageHash, PageId};
 use serde::{Deserialize, Serialize};
 
 /// Version of everything in this file. Both ends must speak the same one.
-pub(crate) const PROTOCOL: u32 = 2;
+pub(crate) const PROTOCOL: u32 = 3;
 /// Longest frame, without its length. `Open` of a sequence of a million pages fits.
 pub(crate) const LONGEST_FRAME: usize = 4 << 20;
 /// Longest reason that travels; the rest is cut.
@@ -40,6 +40,8 @@ pub(crate) enum Message {
     Ack { handoff: HandoffId },
     /// Either: called off.
     Abort { handoff: HandoffId, reason: String },
+    /// Source: called off, for the answer was complete with its first token.
+    Forgo { handoff: HandoffId },
     /// Source: of this hand-off, no write of mine can land any more.
     Quiet { handoff: HandoffId },
     /// Either: alive.
@@ -181,6 +183,7 @@ impl Message {
             | Message::Ack { handoff }
             | Message::Abort { handoff, .. }
             | Message::Fetch { handoff, .. }
+            | Message::Forgo { handoff }
             | Message::Quiet { handoff } => Some(*handoff),
             Message::Ping => None,
         }
@@ -232,6 +235,7 @@ impl Message {
                 out.extend(link);
                 pages.iter().for_each(|page| out.extend(page.0.to_le_bytes()));
             }
+            Message::Forgo { handoff } => tagged(out, 11, *handoff),
         });
     }
 
@@ -242,7 +246,7 @@ impl Message {
         if tag == 9 {
             return fields.end().map(|()| Message::Ping);
         }
-        if !(1..=8).contains(&tag) && tag != 10 {
+        if !(1..=11).contains(&tag) {
             return Err(Malformed::Tag(tag));
         }
         let handoff = HandoffId(fields.u64()?);
@@ -264,6 +268,7 @@ impl Message {
             6 => Message::Ack { handoff },
             7 => Message::Abort { handoff, reason: fields.reason() },
             8 => Message::Quiet { handoff },
+            11 => Message::Forgo { handoff },
             _ => Message::Fetch {
                 handoff,
                 incarnation: fields.u64()?,
@@ -429,7 +434,7 @@ mod tests {
         let handoff = any::<u64>().prop_map(HandoffId);
         let pieces = proptest::collection::vec((any::<u32>(), any::<u32>(), any::<u32>()), 0..5);
         let digest = proptest::option::of(any::<[u8; 8]>().prop_map(Digest));
-        (handoff, any::<[u32; 4]>(), pieces, digest, ".{0,40}", 0..10u8).prop_map(
+        (handoff, any::<[u32; 4]>(), pieces, digest, ".{0,40}", 0..11u8).prop_map(
             |(handoff, [a, b, c, d], pieces, digest, reason, kind)| match kind {
                 0 => Message::Begin { handoff, tokens: a },
                 1 => Message::Open { handoff, have: a, landing: vec![PageId(b), PageId(c), PageId(d)] },
@@ -453,6 +458,7 @@ mod tests {
                     link: reason,
                     pages: vec![PageHash(u128::from(b) << 100), PageHash(u128::from(c))],
                 },
+                9 => Message::Forgo { handoff },
                 _ => Message::Ping,
             },
         )

@@ -33,8 +33,13 @@ const KINDS: [(TransportKind, &str); 4] = [
     (TransportKind::Ucx, "ucx"),
     (TransportKind::Tcp, "tcp"),
 ];
-const ENDS: [(End, &str); 4] =
-    [(End::Landed, "landed"), (End::Refused, "refused"), (End::Aborted, "aborted"), (End::Expired, "expired")];
+const ENDS: [(End, &str); 5] = [
+    (End::Landed, "landed"),
+    (End::Forgone, "forgone"),
+    (End::Refused, "refused"),
+    (End::Aborted, "aborted"),
+    (End::Expired, "expired"),
+];
 
 impl Metrics {
     /// Makes the handles for `worker`.

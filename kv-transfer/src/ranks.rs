@@ -325,6 +325,8 @@ impl Ranks {
         self.parents.remove(&leg);
         let reason = outcome.reason().to_owned();
         let first_failure = outcome != Outcome::Landed && sending.failed.is_none();
+        // What is forgone is forgone of all legs, and each has been told.
+        let takes_others_along = first_failure && outcome != Outcome::Forgone;
         if first_failure {
             sending.failed = Some(outcome);
         }
@@ -333,7 +335,7 @@ impl Ranks {
             self.handoffs.remember(handoff, outcome.reason());
             return out.push(Action::Emit(Event::SourceDone { handoff, outcome }));
         }
-        if first_failure {
+        if takes_others_along {
             // Without this one the sequence cannot run.
             for leg in sending.live.clone() {
                 let mut actions = Vec::new();

@@ -6,7 +6,7 @@
 //!    │                   │                               │
 //!    └─── refused, called off, link lost, deadline ──────┘
 //!                        ▼
-//!                    Draining ── last frame in flight comes back ──► done: Refused | Aborted | Expired
+//!                    Draining ── last frame in flight comes back ──► done: Forgone | Refused | Aborted | Expired
 //! ```
 //!
 //! | state     | who must act                       | deadline passes                                   |
@@ -79,6 +79,8 @@ pub(crate) enum Input {
     Commit(Commit),
     /// The worker calls it off.
     Abort(String),
+    /// The worker has no more need of it.
+    Forgo,
     /// The target has a landing.
     Opened { landing: Vec<PageId>, have: u32, way: Way },
     /// The target will not take it.
@@ -233,6 +235,7 @@ impl Source {
             Input::Push { layers, pages } => self.push(now, layers, pages, out),
             Input::Commit(commit) => self.commit(now, commit, out),
             Input::Abort(reason) => self.call_off(now, Outcome::Aborted(reason), out),
+            Input::Forgo => self.call_off(now, Outcome::Forgone, out),
             Input::Opened { landing, have, way } => return self.opened(now, landing, have, way, out),
             Input::Refused(reason) => return self.told_off(now, Outcome::Refused(reason), out),
             Input::PeerAborted(reason) => return self.told_off(now, Outcome::Aborted(reason), out),
@@ -357,7 +360,8 @@ impl Source {
         if flush || gathered >= group {
             // What came all at once leaves in few frames, since each costs a report on both sides.
             let leaves = if self.limits.group_bytes.is_none() { gathered.max(group) } else { group };
-            let least = least_frame_bytes(way.bytes_per_s).min(group).min(MOST_FRAME_BYTES);
+            let most = self.limits.group_bytes.unwrap_or(usize::MAX).min(MOST_FRAME_BYTES);
+            let least = least_frame_bytes(way.bytes_per_s).min(most);
             let frame = (leaves / self.limits.group_frames).clamp(least, MOST_FRAME_BYTES);
             let limit = (frame / terms.block_bytes()).max(1) as u32;
             let gathered = std::mem::take(&mut self.gathered);
@@ -401,11 +405,16 @@ impl Source {
         out.push(Action::Send(Message::Commit { handoff: self.handoff, sent, commit }));
     }
 
-    /// Ends it on our own account: the target hears `Abort` first, and `Quiet` once that is true.
+    /// Ends it on our own account: the target hears `Abort` or `Forgo` first, and `Quiet` once that is true.
     fn call_off(&mut self, now: Duration, outcome: Outcome, out: &mut Vec<Action>) {
         if !matches!(self.state, State::Draining { .. } | State::Done) {
-            let reason = outcome.reason().to_owned();
-            out.push(Action::Send(Message::Abort { handoff: self.handoff, reason }));
+            let (handoff, reason) = (self.handoff, outcome.reason().to_owned());
+            let forgone = outcome == Outcome::Forgone;
+            out.push(Action::Send(if forgone {
+                Message::Forgo { handoff }
+            } else {
+                Message::Abort { handoff, reason }
+            }));
             self.end(now, outcome, true, out);
         }
     }

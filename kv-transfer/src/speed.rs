@@ -30,12 +30,13 @@ struct State {
 }
 
 impl Speed {
-    /// A frame was handed to a transport, or a commit sent.
-    pub(crate) fn started(&self, now: Instant) {
+    /// A frame was handed to a transport, or a commit sent. Returns whether nothing else is under way.
+    pub(crate) fn started(&self, now: Instant) -> bool {
         self.with(|state| {
             state.in_flight += 1;
             state.busy_since.get_or_insert(now);
-        });
+            state.in_flight == 1
+        })
     }
 
     /// A frame of `bytes` left (0: did not), or a commit was answered.

@@ -47,6 +47,8 @@ pub(crate) enum Input {
     Committed { sent: Sent, commit: Commit },
     /// The source called it off.
     PeerAborted(String),
+    /// The source has no more need of it.
+    PeerForwent,
     /// The source vouches that none of its writes can land any more.
     PeerQuiet,
     /// No write can land any more.
@@ -74,11 +76,16 @@ pub(crate) enum Action {
     Done(End),
 }
 
+/// Why a hand-off was forgone, for people.
+pub(crate) const FORGONE: &str = "the answer was complete with its first token";
+
 /// How a hand-off ended here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum End {
     /// The sequence is runnable.
     Landed,
+    /// The source had no more need of it.
+    Forgone,
     /// This side would not take it.
     Refused,
     /// One side called it off, or the link died.
@@ -171,8 +178,9 @@ impl Target {
             Input::Abort(reason) => self.abort(now, reason, out),
             Input::FrameLanded { sequence, bytes, digest } => self.frame_landed(now, sequence, bytes, digest, out),
             Input::Committed { sent, commit } => return self.source_committed(now, sent, commit, out),
-            Input::PeerAborted(reason) => return self.peer_ended(now, reason, false, out),
-            Input::PeerQuiet => return self.peer_ended(now, "the source ended it".into(), true, out),
+            Input::PeerAborted(reason) => return self.peer_ended(now, End::Aborted, reason, out),
+            Input::PeerForwent => return self.peer_ended(now, End::Forgone, FORGONE.into(), out),
+            Input::PeerQuiet => return self.peer_quiet(now, out),
             Input::Sealed => self.sealed(out),
             Input::LinkLost(reason) => self.lose(now, End::Aborted, reason, None, out),
             Input::Tick if now >= self.deadline => self.expire(now, out),
@@ -279,20 +287,21 @@ impl Target {
         self.lose(now, End::Refused, reason, Some(refusal), out);
     }
 
-    /// The source called it off, or (`vouched`) has already forgotten it. Returns whether that was of interest.
-    fn peer_ended(&mut self, now: Duration, reason: String, vouched: bool, out: &mut Vec<Action>) -> bool {
-        match self.state {
-            State::Done => return false,
-            State::Quarantine(_) if !vouched => {}
-            State::Quarantine(_) => out.push(Action::Seal { vouched }),
-            _ => {
-                self.lose(now, End::Aborted, reason, None, out);
-                if vouched && matches!(self.state, State::Quarantine(_)) {
-                    out.push(Action::Seal { vouched });
-                }
-            }
+    /// The source ended it and has writes under way, perhaps. Returns whether that was of interest.
+    fn peer_ended(&mut self, now: Duration, end: End, reason: String, out: &mut Vec<Action>) -> bool {
+        let going = !matches!(self.state, State::Done);
+        self.lose(now, end, reason, None, out);
+        going
+    }
+
+    /// The source has ended it, and no write of its own can land any more. Returns whether that was of interest.
+    fn peer_quiet(&mut self, now: Duration, out: &mut Vec<Action>) -> bool {
+        let going = !matches!(self.state, State::Done);
+        self.lose(now, End::Aborted, "the source ended it".into(), None, out);
+        if matches!(self.state, State::Quarantine(_)) {
+            out.push(Action::Seal { vouched: true });
         }
-        true
+        going
     }
 
     /// Returns the travel pages that are to come.

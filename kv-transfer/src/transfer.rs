@@ -179,6 +179,12 @@ impl Transfer {
         self.request(Request::Commit { handoff, commit });
     }
 
+    /// Source: the target is not needed, for the answer is complete with its first token. As [`Transfer::abort`], with an outcome of
+    /// its own on both sides: nothing went wrong.
+    pub fn forgo(&self, handoff: HandoffId) {
+        self.request(Request::Forgo { handoff });
+    }
+
     /// Target: `landing` are the local pages for all of the sequence, in order; the first `have` of them already hold its prefix
     /// and are not sent. If the hand-off has been lost meanwhile, [`Event::Quiet`] follows at once.
     pub fn open(&self, handoff: HandoffId, landing: Vec<PageId>, have: u32) {

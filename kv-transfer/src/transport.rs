@@ -82,6 +82,8 @@ pub(crate) trait Transport: fmt::Debug + Send + Sync {
 pub(crate) struct Job {
     pub(crate) frame: Frame,
     bytes: u64,
+    /// Nothing else was under way when it was posted.
+    alone: bool,
     inbox: Arc<Inbox>,
     speed: Arc<Speed>,
     sent: Option<Moved>,
@@ -90,8 +92,8 @@ pub(crate) struct Job {
 impl Job {
     /// Starts the way of `frame`, whose blocks have `bytes` in all.
     pub(crate) fn new(frame: Frame, bytes: u64, inbox: Arc<Inbox>, speed: Arc<Speed>) -> Self {
-        speed.started(Instant::now());
-        Self { frame, bytes, inbox, speed, sent: None }
+        let alone = speed.started(Instant::now());
+        Self { frame, bytes, alone, inbox, speed, sent: None }
     }
 
     /// All bytes are on their way and its blocks are no longer read.
@@ -117,8 +119,8 @@ pub(crate) struct Queued {
 }
 
 impl Queued {
-    fn new() -> Self {
-        Self { queue: JobQueue::new(), stop: CancellationToken::new() }
+    fn new(movers: usize) -> Self {
+        Self { queue: JobQueue::new(movers), stop: CancellationToken::new() }
     }
 
     /// Runs `moving` on mover `number` until the transport is closed. It ends on its own only with a reason, and the link with it;
@@ -155,11 +157,14 @@ impl Transport for Queued {
     }
 }
 
-/// Frames waiting for one of the movers of a link, first come first served.
+/// Frames waiting for one of the movers of a link, first come first served. While nothing else is under way, a frame is for home, on
+/// whose thread it was posted: to wake another, and be woken by its report, takes as long as moving half a megabyte.
 #[derive(Debug)]
 pub(crate) struct JobQueue {
     state: Mutex<QueueState>,
-    wake: Notify,
+    home: Notify,
+    /// `None`: home is all there is.
+    others: Option<Notify>,
 }
 
 #[derive(Debug, Default)]
@@ -169,17 +174,24 @@ struct QueueState {
 }
 
 impl JobQueue {
-    /// Starts empty.
-    pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { state: Mutex::default(), wake: Notify::new() })
+    /// Starts empty, for `movers` of them.
+    pub(crate) fn new(movers: usize) -> Arc<Self> {
+        Arc::new(Self { state: Mutex::default(), home: Notify::new(), others: (movers > 1).then(Notify::new) })
     }
 
     fn post(&self, job: Job) {
         let mut state = self.lock();
         if !state.closed {
+            let others = self.others.as_ref().filter(|_| !job.alone);
             state.jobs.push_back(job);
+            let queued = state.jobs.len();
             drop(state);
-            self.wake.notify_one();
+            if let Some(others) = others {
+                others.notify_one();
+            }
+            if others.is_none() || queued > 1 {
+                self.home.notify_one();
+            }
         }
     }
 
@@ -188,14 +200,20 @@ impl JobQueue {
         self.lock().jobs.pop_front()
     }
 
-    /// Waits for the next frame. Cancel safe.
-    async fn next(&self) -> Job {
+    /// Waits for the next frame, on mover `number`. Cancel safe.
+    async fn next(&self, number: usize) -> Job {
+        let wake = self.others.as_ref().filter(|_| number > 0).unwrap_or(&self.home);
         loop {
             if let Some(job) = self.try_next() {
                 return job;
             }
-            self.wake.notified().await;
+            wake.notified().await;
         }
+    }
+
+    /// Says whether a frame of `handoff` is next.
+    fn continues(&self, handoff: HandoffId) -> bool {
+        self.lock().jobs.front().is_some_and(|job| job.frame.handoff == handoff)
     }
 
     fn cancel(&self, handoff: HandoffId) {
@@ -232,8 +250,58 @@ impl Drop for EndsLink {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use crate::plan::Piece;
+    use futures::{FutureExt, future::BoxFuture};
+
+    /// Makes frames of a worker on which nothing else is under way.
+    #[derive(Default)]
+    pub(crate) struct Jobs {
+        inbox: Arc<Inbox>,
+        speed: Arc<Speed>,
+    }
+
+    impl Jobs {
+        pub(crate) fn job(&self, handoff: u64, sequence: u32) -> Job {
+            let pieces = vec![Piece { layer: 0, pages: sequence..sequence + 1 }];
+            let (handoff, pages, landing) = (HandoffId(handoff), [].into(), [].into());
+            let frame = Frame { handoff, sequence, pieces, pages, landing };
+            Job::new(frame, 1, self.inbox.clone(), self.speed.clone())
+        }
+    }
+
+    fn taken(next: &mut BoxFuture<'_, Job>) -> Option<u32> {
+        next.now_or_never().map(|job| job.frame.sequence)
+    }
+
+    #[test]
+    fn a_lone_frame_is_for_home_and_further_ones_wake_the_others() {
+        let (jobs, queue) = (Jobs::default(), JobQueue::new(2));
+        let (mut home, mut other) = (queue.next(0).boxed(), queue.next(1).boxed());
+        assert_eq!((taken(&mut home), taken(&mut other)), (None, None));
+        queue.post(jobs.job(1, 0));
+        assert_eq!((taken(&mut other), taken(&mut home)), (None, Some(0)));
+        let _moving = jobs.job(1, 1);
+        queue.post(jobs.job(2, 2));
+        let mut home = queue.next(0).boxed();
+        assert_eq!(taken(&mut other), Some(2));
+        assert_eq!(taken(&mut home), None);
+        let mut other = queue.next(1).boxed();
+        assert_eq!(taken(&mut other), None);
+        (3..5).for_each(|sequence| queue.post(jobs.job(2, sequence)));
+        assert_eq!((taken(&mut home), taken(&mut other)), (Some(3), Some(4)), "both where frames queue");
+    }
+
+    #[test]
+    fn home_alone_takes_everything() {
+        let (jobs, queue) = (Jobs::default(), JobQueue::new(1));
+        let _moving = jobs.job(1, 0);
+        let mut home = queue.next(0).boxed();
+        assert_eq!(taken(&mut home), None);
+        queue.post(jobs.job(1, 1));
+        assert_eq!(taken(&mut home), Some(1));
+    }
 
     #[test]
     fn bursts_hold_every_copy_once_in_order() {

@@ -408,7 +408,10 @@ impl Runner {
             && let Some(open) = self.handoffs.get_mut(&handoff)
         {
             open.leg = None;
-            self.parts.transfer.abort(handoff, format!("the prefill leg ended: {end:?}"));
+            match end {
+                End::Stop(_) | End::Length => self.parts.transfer.forgo(handoff),
+                _ => self.parts.transfer.abort(handoff, format!("the prefill leg ended: {end:?}")),
+            }
         }
         tracing::debug!(parent: &prompt.span, leg = %id, ?end, ?usage, "leg ended");
         self.routers.ended(id, end, usage);
@@ -432,6 +435,7 @@ impl Runner {
 fn end_of(outcome: Outcome) -> End {
     match outcome {
         Outcome::Landed => End::HandedOff,
+        Outcome::Forgone => End::Failed("hand-off called off: nobody needs it".to_owned()),
         Outcome::Refused(why) => End::Refused(format!("the decode worker refused: {why}")),
         Outcome::Aborted(why) => End::Failed(format!("hand-off called off: {why}")),
         Outcome::Expired(why) => End::Failed(format!("hand-off expired: {why}")),

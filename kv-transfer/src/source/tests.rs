@@ -87,6 +87,10 @@ fn abort(reason: &str) -> Action {
     Action::Send(Message::Abort { handoff: H, reason: reason.into() })
 }
 
+fn forgo() -> Action {
+    Action::Send(Message::Forgo { handoff: H })
+}
+
 fn quiet() -> Action {
     Action::Send(Message::Quiet { handoff: H })
 }
@@ -189,6 +193,8 @@ fn every_state_ends_every_way() {
             Input::Abort(why("cancel")),
             vec![abort("cancel"), quiet(), done(Outcome::Aborted(why("cancel")))],
         ),
+        ("offered", Run::new, Input::Forgo, vec![forgo(), quiet(), done(Outcome::Forgone)]),
+        ("moving", Run::moving, Input::Forgo, vec![forgo(), Action::Cancel, quiet(), done(Outcome::Forgone)]),
         (
             "moving",
             Run::moving,

@@ -144,7 +144,7 @@ fn nothing_unverified_becomes_runnable() {
 #[test]
 fn every_state_ends_every_way() {
     type Make = fn() -> Run;
-    let (aborted, refused) = (Action::Done(End::Aborted), Action::Done(End::Refused));
+    let [aborted, refused, forgone] = [End::Aborted, End::Refused, End::Forgone].map(Action::Done);
     let refuse = Action::Send(Message::Refuse { handoff: H, reason: why("full") });
     let vouch = Action::Seal { vouched: true };
     let gone = "the source ended it";
@@ -152,10 +152,12 @@ fn every_state_ends_every_way() {
         ("begun", Run::new, Input::Refuse(why("full")), vec![refuse, refused]),
         ("begun", Run::new, Input::Abort(why("cancel")), vec![abort("cancel"), aborted.clone()]),
         ("begun", Run::new, Input::PeerAborted(why("x")), vec![lost("x"), aborted.clone()]),
+        ("begun", Run::new, Input::PeerForwent, vec![lost(FORGONE), forgone.clone()]),
         ("begun", Run::new, Input::PeerQuiet, vec![lost(gone), aborted.clone()]),
         ("begun", Run::new, Input::LinkLost(why("x")), vec![lost("x"), aborted.clone()]),
         ("landing", Run::landing, Input::Abort(why("c")), vec![abort("c"), seal(), quiet(), aborted.clone()]),
         ("landing", Run::landing, Input::PeerAborted(why("x")), vec![lost("x"), seal(), quiet(), aborted.clone()]),
+        ("landing", Run::landing, Input::PeerForwent, vec![lost(FORGONE), seal(), quiet(), forgone]),
         ("landing", Run::landing, Input::PeerQuiet, vec![lost(gone), seal(), vouch.clone(), quiet(), aborted.clone()]),
         ("landing", Run::landing, Input::LinkLost(why("x")), vec![lost("x"), seal(), quiet(), aborted.clone()]),
         ("sealing", Run::sealing, Input::Abort(why("c")), vec![abort("c"), seal(), quiet(), aborted.clone()]),

@@ -72,17 +72,19 @@ pub(crate) struct Path {
 /// Starts copiers on `movers` for the landings under `number`, or `None` when they are gone.
 pub(crate) fn start(number: u64, path: &Path, movers: &Movers, link: &LinkStop) -> Option<Queued> {
     let landings = registry().as_ref()?.get(&number)?.upgrade()?;
-    let queued = Queued::new();
+    let queued = Queued::new(movers.count());
     for mover in 0..movers.count() {
         let (queue, path, landings) = (queued.queue.clone(), path.clone(), landings.clone());
-        queued.run(movers, mover, (link, "a copier ended"), async move { copy_frames(&queue, &landings, &path).await });
+        queued.run(movers, mover, (link, "a copier ended"), async move {
+            copy_frames((&queue, mover), &landings, &path).await
+        });
     }
     Some(queued)
 }
 
-async fn copy_frames(queue: &JobQueue, landings: &Landings, path: &Path) -> String {
+async fn copy_frames((queue, mover): (&JobQueue, usize), landings: &Landings, path: &Path) -> String {
     loop {
-        let job = queue.next().await;
+        let job = queue.next(mover).await;
         match landings.find(job.frame.handoff, path.token) {
             Some(landing) if landing.admit(&job.frame.pieces) => copy_frame(job, &landing, path).await,
             _ => landings.stale(job.frame.handoff),

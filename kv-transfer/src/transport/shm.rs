@@ -25,8 +25,9 @@
 
 mod system;
 
-use super::{BURST_BYTES, Job, Queued, bursts};
+use super::{BURST_BYTES, Job, JobQueue, Queued, bursts};
 use crate::{
+    HandoffId,
     auth::{Claim, LinkKey, Proof},
     digest::FrameHasher,
     landing::Landings,
@@ -35,13 +36,14 @@ use crate::{
     mover::Movers,
     pages::Pages,
     plan::{self, Place, Terms},
+    source::Frame,
 };
 use kv_cache::PageLayout;
 use std::{
     fs::File,
     io::{self, ErrorKind, Write},
     os::fd::{AsFd, OwnedFd},
-    sync::{Arc, Once},
+    sync::{Arc, Mutex, MutexGuard, Once, PoisonError},
     thread,
     time::Duration,
 };
@@ -56,6 +58,8 @@ use tokio::{
 const SHARE_LIMIT: Duration = Duration::from_millis(800);
 /// Bytes of a pool that are given memory, or page tables, between two looks at anything else.
 const SETTLE_BYTES: usize = 1 << 20;
+/// Frames of which a target is told at once.
+const MOST_UNTOLD: usize = 8;
 /// The source's words on the socket: the pool is mapped; it is no longer.
 const MAPPED: u8 = 1;
 const UNMAPPED: u8 = 2;
@@ -303,12 +307,13 @@ pub(crate) fn start(
     movers: &Movers,
     link: &LinkStop,
 ) -> Queued {
-    let (queued, remote) = (Queued::new(), Arc::new(remote));
+    let (queued, remote) = (Queued::new(movers.count()), Arc::new(remote));
+    let news = Arc::new(News { say: path.say.clone(), queue: queued.queue.clone(), state: Mutex::default() });
     for mover in 0..movers.count() {
-        let (queue, path, remote) = (queued.queue.clone(), path.clone(), remote.clone());
+        let (queue, path, remote, news) = (queued.queue.clone(), path.clone(), remote.clone(), news.clone());
         queued.run(movers, mover, (link, "a copier ended"), async move {
             loop {
-                if let Err(reason) = write_frame(queue.next().await, (*remote).as_ref(), &path).await {
+                if let Err(reason) = write_frame(queue.next(mover).await, (*remote).as_ref(), &path, &news).await {
                     return reason;
                 }
             }
@@ -332,8 +337,9 @@ async fn touch(pages: &Pages) {
 }
 
 /// Writes one frame and says so. An error ends the link.
-async fn write_frame(job: Job, remote: &Pages, path: &Path) -> Result<(), String> {
+async fn write_frame(job: Job, remote: &Pages, path: &Path, news: &News) -> Result<(), String> {
     let frame = &job.frame;
+    news.copying(frame);
     let pages = remote.layout().pages;
     if let Some(page) = frame.landing.iter().find(|page| page.0 >= pages) {
         return Err(format!("landing page {} of a pool of {pages}", page.0));
@@ -367,11 +373,54 @@ async fn write_frame(job: Job, remote: &Pages, path: &Path) -> Result<(), String
         }
     }
     // Before the report, which may bring `Commit` about: the target hears of frames first.
-    let (handoff, sequence, pieces) = (frame.handoff, frame.sequence, frame.pieces.clone());
-    let said = path.say.try_send(Message::Pages { handoff, sequence, pieces });
-    said.map_err(|_| "the other end does not read".to_owned())?;
+    news.copied(frame)?;
     job.finish(hasher.map(FrameHasher::finish));
     Ok(())
+}
+
+/// What the target is told of frames. To tell it of one costs both ends as much as copying a tenth of it, so while more of the same
+/// hand-off is copied or waits for that it is told of several at a time, and of the last together with the commit.
+#[derive(Debug)]
+struct News {
+    say: mpsc::Sender<Message>,
+    queue: Arc<JobQueue>,
+    state: Mutex<Untold>,
+}
+
+#[derive(Debug, Default)]
+struct Untold {
+    /// Hand-offs of the frames that are being copied.
+    copying: Vec<HandoffId>,
+    /// Frames that are.
+    copied: Vec<Message>,
+}
+
+impl News {
+    /// A frame is about to be copied; [`News::copied`] follows, or the end of the link.
+    fn copying(&self, frame: &Frame) {
+        self.lock().copying.push(frame.handoff);
+    }
+
+    /// A frame is copied. An error ends the link.
+    fn copied(&self, frame: &Frame) -> Result<(), String> {
+        let (handoff, sequence, pieces) = (frame.handoff, frame.sequence, frame.pieces.clone());
+        let mut state = self.lock();
+        if let Some(at) = state.copying.iter().position(|other| *other == handoff) {
+            state.copying.swap_remove(at);
+        }
+        state.copied.push(Message::Pages { handoff, sequence, pieces });
+        let continues = state.copying.contains(&handoff) || self.queue.continues(handoff);
+        if continues && state.copied.len() < MOST_UNTOLD {
+            return Ok(());
+        }
+        let told = state.copied.drain(..).try_for_each(|message| self.say.try_send(message));
+        told.map_err(|_| "the other end does not read".into())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Untold> {
+        // Whole between any two statements.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Target: takes the source's word that a frame's blocks are written. With `digest` they are read here and now.
@@ -396,16 +445,42 @@ pub(crate) fn written(landings: &Landings, link: u64, frame: Message, digest: bo
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::*;
-    use crate::HandoffId;
     use crate::{
         handoffs::Moved,
         inbox::{Inbox, Note},
         plan::{Extent, Piece},
         testing::{contents, fill, key, layout, pool, pool_with_seals, sealed_pool},
+        transport::tests::Jobs,
     };
     use kv_cache::PageId;
     use rustix::fs::SealFlags;
     use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn a_target_is_told_of_frames_together_while_more_of_them_wait() {
+        let (say, mut said) = mpsc::channel(64);
+        let (jobs, queue) = (Jobs::default(), JobQueue::new(1));
+        let news = News { say, queue: queue.clone(), state: Mutex::default() };
+        let mut copied = |job: &Job| {
+            news.copied(&job.frame).expect("there is room");
+            std::iter::from_fn(|| said.try_recv().ok()).count()
+        };
+        let mut told = |job: Job| {
+            news.copying(&job.frame);
+            copied(&job)
+        };
+        assert_eq!(told(jobs.job(1, 0)), 1, "nothing follows");
+        queue.post(jobs.job(1, 99));
+        assert_eq!((1..=MOST_UNTOLD as u32).map(|at| told(jobs.job(1, at))).sum::<usize>(), MOST_UNTOLD);
+        assert_eq!(told(jobs.job(1, 50)), 0);
+        assert_eq!(told(jobs.job(2, 0)), 2, "what follows is of another hand-off");
+        assert_eq!(told(jobs.job(1, 51)), 0);
+        queue.close();
+        let last = jobs.job(1, 53);
+        news.copying(&last.frame);
+        assert_eq!(told(jobs.job(1, 52)), 0, "one is being copied");
+        assert_eq!(copied(&last), 3, "nothing follows any more");
+    }
 
     async fn passed(file: &File, layout: &PageLayout) -> (Writer, Remote) {
         let (shared, door) = (Shared::of(file, layout).expect("can be shared"), Door::open().expect("door"));

@@ -46,11 +46,11 @@ pub(crate) struct Path {
 
 /// Starts a sender per connection.
 pub(crate) fn start(streams: Vec<Detached>, path: &Path, movers: &Movers, link: &LinkStop) -> Queued {
-    let queued = Queued::new();
+    let queued = Queued::new(streams.len());
     for (number, stream) in streams.into_iter().enumerate() {
         let (queue, path) = (queued.queue.clone(), path.clone());
         queued.run(movers, number, (link, "a data connection ended"), async move {
-            match send_frames(stream, &queue, &path).await {
+            match send_frames(stream, (&queue, number), &path).await {
                 Ok(never) => match never {},
                 Err(error) => format!("data connection: {error}"),
             }
@@ -59,10 +59,10 @@ pub(crate) fn start(streams: Vec<Detached>, path: &Path, movers: &Movers, link: 
     queued
 }
 
-async fn send_frames(stream: Detached, queue: &JobQueue, path: &Path) -> io::Result<Infallible> {
+async fn send_frames(stream: Detached, (queue, number): (&JobQueue, usize), path: &Path) -> io::Result<Infallible> {
     let mut stream = stream.attach()?;
     loop {
-        send_frame(&mut stream, queue.next().await, path).await?;
+        send_frame(&mut stream, queue.next(number).await, path).await?;
     }
 }
 

@@ -229,7 +229,7 @@ impl Ucx {
         stop: &LinkStop,
     ) -> Result<Way, String> {
         let (reply, answer) = oneshot::channel();
-        let (queue, closed) = (JobQueue::new(), Arc::new(AtomicBool::new(false)));
+        let (queue, closed) = (JobQueue::new(1), Arc::new(AtomicBool::new(false)));
         let (stop, shared) = (stop.clone(), self.shared.clone());
         let connect = Connect { window, path, word, queue: queue.clone(), closed: closed.clone(), stop, reply };
         // Closes the link when nobody waits for the answer any more.
