@@ -32,7 +32,7 @@ mod tests {
     fn good() -> Vec<u8> {
         let submit = proto::Submit {
             attempt: 7,
-            tokens: (0..40).collect(),
+            tokens: proto::pack(&[&(0..40).collect::<Vec<_>>()]),
             prompt_tokens: 33,
             sampling: Some(proto::Sampling { top_p: 1.0, repetition_penalty: 1.0, ..Default::default() }),
             stop: Some(proto::Stop { max_tokens: 90, ..Default::default() }),

@@ -74,6 +74,8 @@ pub enum Command {
     Cancel(LegId),
     /// The router lost count of the page events.
     Resync(StreamId),
+    /// Wants all prefixes forgotten; the answer, to [`Routers::reset`], carries this number.
+    Reset(StreamId, u64),
     /// The router is gone, and with it all it submitted.
     Detached(StreamId),
 }

@@ -8,7 +8,7 @@
 
 use crate::StreamId;
 use futures::{Stream, task::AtomicWaker};
-use proto::{AdapterAnswer, Adapters, Ended, Load, PageEvents, Token, Welcome, WorkerFrame};
+use proto::{AdapterAnswer, Adapters, Ended, Load, PageEvents, Reset, Token, Welcome, WorkerFrame};
 use std::{
     collections::VecDeque,
     pin::Pin,
@@ -59,6 +59,7 @@ struct State {
     page_sequence: u64,
     load: Option<Load>,
     pong: u64,
+    reset: Option<Reset>,
     adapters: Option<Adapters>,
     answers: Vec<AdapterAnswer>,
     /// Set once: how the stream ends after what is still here.
@@ -94,6 +95,11 @@ impl Router {
 
     pub(crate) fn pong(&self, ping: u64) {
         self.with(|state| state.pong = ping);
+    }
+
+    /// Answers a reset, and with it those before it.
+    pub(crate) fn reset(&self, reset: Reset) {
+        self.with(|state| state.reset = Some(reset));
     }
 
     /// Adds the events of one step, leaving `tokens` and `ended` empty.
@@ -211,6 +217,7 @@ impl State {
         }
         frame.load = self.load.take();
         frame.pong = std::mem::take(&mut self.pong);
+        frame.reset = self.reset.take();
         frame.adapters = self.adapters.take();
         frame.adapter_answers = std::mem::take(&mut self.answers);
         (frame != WorkerFrame::default()).then_some(frame)

@@ -88,6 +88,13 @@ impl Routers {
         }
     }
 
+    /// Says whether all prefixes were forgotten, as a router asked under this number.
+    pub fn reset(&mut self, stream: StreamId, number: u64, done: bool) {
+        if let Some(staged) = self.streams.get(&stream) {
+            staged.router.reset(proto::Reset { number, done });
+        }
+    }
+
     /// Ends a stream because its router broke the protocol.
     pub fn expel(&mut self, stream: StreamId, why: &str) {
         if let Some(staged) = self.streams.remove(&stream) {

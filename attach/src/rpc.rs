@@ -239,6 +239,9 @@ impl Reader {
         if frame.resync {
             self.command(Command::Resync(stream)).await?;
         }
+        if frame.reset != 0 {
+            self.command(Command::Reset(stream, frame.reset)).await?;
+        }
         for command in frame.adapters {
             self.tasks.spawn(self.board.clone().command(command, self.router.share()));
         }

@@ -135,12 +135,14 @@ impl Submission {
 
     fn check(id: LegId, submit: proto::Submit, adapter: Option<Arc<Adapter>>, model: &Model) -> Result<Self, String> {
         let leg = decode_leg(submit.leg.ok_or("leg is missing")?)?;
-        let tokens = submit.tokens.len();
+        let ids = proto::unpack(&submit.tokens)
+            .ok_or_else(|| format!("tokens has {} bytes, not four for each token", submit.tokens.len()))?;
+        let tokens = ids.len();
         let prompt_tokens = submit.prompt_tokens as usize;
         if !(1..=tokens).contains(&prompt_tokens) {
             return Err(format!("prompt_tokens {prompt_tokens} is not within 1..={tokens}, the tokens given"));
         }
-        for (position, &token) in submit.tokens.iter().enumerate() {
+        for (position, &token) in ids.iter().enumerate() {
             check_token(token, model, || format!("token {position}"))?;
         }
         if let Some(count) = submit.prompt_logprobs.filter(|&count| count > MAX_LOGPROBS) {
@@ -156,7 +158,7 @@ impl Submission {
         }
         let root = root_salt(&submit.salt, adapter.as_ref().map(|adapter| adapter.id()));
         let sequence = Request {
-            history: History::new(&root, submit.tokens, model.page_tokens),
+            history: History::new(&root, ids, model.page_tokens),
             prompt_tokens,
             adapter,
             sampling: decode_sampling(submit.sampling.ok_or("sampling is missing")?, model)?,
@@ -293,7 +295,7 @@ mod tests {
     fn submit() -> proto::Submit {
         proto::Submit {
             attempt: 7,
-            tokens: vec![5, 6, 7],
+            tokens: proto::pack(&[&[5, 6, 7]]),
             prompt_tokens: 2,
             sampling: Some(proto::Sampling { top_p: 1.0, repetition_penalty: 1.0, ..Default::default() }),
             stop: Some(proto::Stop { max_tokens: 9, token_ids: vec![8, 2, 8], ..Default::default() }),
@@ -359,7 +361,8 @@ mod tests {
         fn sampling(change: impl FnOnce(&mut proto::Sampling)) -> impl FnOnce(&mut proto::Submit) {
             |submit| change(submit.sampling.as_mut().unwrap())
         }
-        check(|submit| submit.tokens[1] = 100, "token 1 is 100, outside the vocabulary of 100");
+        check(|submit| submit.tokens = proto::pack(&[&[5, 100, 7]]), "token 1 is 100, outside the vocabulary of 100");
+        check(|submit| submit.tokens.truncate(7), "tokens has 7 bytes, not four for each token");
         check(|submit| submit.tokens.clear(), "prompt_tokens 2 is not within 1..=0, the tokens given");
         check(|submit| submit.prompt_tokens = 0, "prompt_tokens 0 is not within 1..=3, the tokens given");
         check(|submit| submit.prompt_tokens = 4, "prompt_tokens 4 is not within 1..=3, the tokens given");

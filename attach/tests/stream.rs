@@ -110,7 +110,7 @@ fn submit(attempt: u64) -> proto::Submit {
     proto::Submit {
         attempt,
         request: "req".into(),
-        tokens: vec![5, 6, 7],
+        tokens: proto::pack(&[&[5, 6, 7]]),
         prompt_tokens: 3,
         sampling: Some(proto::Sampling { top_p: 1.0, repetition_penalty: 1.0, ..Default::default() }),
         stop: Some(proto::Stop { max_tokens: 9, ..Default::default() }),
@@ -226,7 +226,7 @@ async fn another_protocol_version_is_refused_naming_both() {
 async fn what_no_worker_could_do_ends_at_the_door() {
     let mut worker = Worker::start().await;
     let mut router = worker.attach().await;
-    let bad = proto::Submit { tokens: vec![5, 100, 7], ..submit(3) };
+    let bad = proto::Submit { tokens: proto::pack(&[&[5, 100, 7]]), ..submit(3) };
     router.send(RouterFrame { submit: vec![bad], ..Default::default() }).await;
     let ended = router.frame().await.ended.remove(0);
     assert_eq!((ended.attempt, ended.reason()), (3, Reason::Invalid));

@@ -155,6 +155,10 @@ impl Runner {
             Command::Submit(submission) => self.submit(*submission),
             Command::Cancel(id) => self.end_leg(id, End::Cancelled),
             Command::Resync(stream) => self.routers.resync(stream),
+            Command::Reset(stream, number) => {
+                let done = self.parts.scheduler.forget_prefixes();
+                self.routers.reset(stream, number, done);
+            }
             Command::Detached(stream) => self.detach(stream),
         }
     }

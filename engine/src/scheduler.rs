@@ -290,6 +290,15 @@ impl Scheduler {
         &self.pool
     }
 
+    /// Forgets all prefixes, unless somebody holds a page; says whether it did.
+    pub fn forget_prefixes(&mut self) -> bool {
+        let nobody = self.pool.stats().held() == 0;
+        if nobody {
+            self.pool.clear_cached();
+        }
+        nobody
+    }
+
     /// Takes the change of reusable prefixes since the last call.
     pub fn take_delta(&mut self) -> CacheDelta {
         self.pool.take_delta()

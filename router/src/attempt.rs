@@ -20,8 +20,8 @@ pub(crate) struct Attempt {
     events: events::Listener,
     /// Index of the next token to give out.
     next: u32,
-    /// Tokens ahead of their turn.
-    early: BTreeMap<u32, Token>,
+    /// Tokens that have not been given out, the next one last.
+    early: Vec<Token>,
     /// Tokens of the prompt, by their position there.
     prompt: BTreeMap<u32, Token>,
     /// Whether any token has come.
@@ -134,7 +134,7 @@ impl Attempt {
             legs,
             events,
             next,
-            early: BTreeMap::new(),
+            early: Vec::new(),
             prompt: BTreeMap::new(),
             spoke: false,
             ended: None,
@@ -156,7 +156,7 @@ impl Attempt {
 
     /// Returns what there is to say without waiting: tokens in order, then how it ended.
     pub(crate) fn news(&mut self) -> Option<News> {
-        if let Some(token) = self.early.remove(&self.next) {
+        if let Some(token) = self.early.pop_if(|token| token.index == self.next) {
             self.next += 1;
             return Some(News::Token(token));
         }
@@ -211,9 +211,10 @@ impl Attempt {
                 self.spoke = true;
                 self.computing = None;
                 self.legs[at].spoke = true;
-                // An index that was given out already is an echo.
-                if token.index >= self.next {
-                    self.early.insert(token.index, token);
+                let place = self.early.partition_point(|other| other.index > token.index);
+                // An index that was given out already, or will be, is an echo.
+                if token.index >= self.next && self.early.get(place).is_none_or(|other| other.index != token.index) {
+                    self.early.insert(place, token);
                 }
             }
             Said::Ended(ended) => self.hear_ended(at, *ended),

@@ -22,6 +22,8 @@ pub struct Config {
     /// Lets clients load and unload adapters (`/v1/load_lora_adapter`). Off, because a client then names paths on the workers'
     /// machines.
     pub runtime_lora: bool,
+    /// Lets clients have all workers forget their prefix caches (`/reset_prefix_cache`). Off, because it costs everybody else.
+    pub cache_reset: bool,
     /// `host:port` the directory is told; unset = the listener's address.
     pub advertise: Option<String>,
     /// Keys of which a request must show one, as they are. With neither this nor a file, nobody is asked for a key.
@@ -117,6 +119,7 @@ impl Default for Config {
             model_name: String::new(),
             aliases: Vec::new(),
             runtime_lora: false,
+            cache_reset: false,
             advertise: None,
             api_keys: Vec::new(),
             api_key_file: None,

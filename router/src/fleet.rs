@@ -7,6 +7,7 @@ pub(crate) mod adapters;
 pub(crate) mod events;
 pub(crate) mod leg;
 mod link;
+mod reset;
 pub(crate) mod session;
 mod wire;
 

@@ -391,7 +391,8 @@ async fn metrics(State(service): State<Service>) -> Response {
     let router = &service.router;
     let text_bytes = router.model.tokenizer.remembered_bytes() + router.page_names.bytes();
     router.metrics.caches(router.fleet.prefix_index_bytes(), text_bytes);
-    let mut response = telemetry::render_metrics().into_response();
+    let text = telemetry::render_metrics() + &router.metrics.adapters_in_use(router.fleet.adapters().len());
+    let mut response = text.into_response();
     response
         .headers_mut()
         .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));

@@ -9,11 +9,12 @@ use admission::Refusal;
 use metrics::{Counter, Gauge, Histogram};
 use placement::Kind;
 use std::{
+    collections::BTreeMap,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 use vllm::Vllm;
 
@@ -82,7 +83,11 @@ struct Handles {
     prefix_index_bytes: Gauge,
     text_cache_bytes: Gauge,
     vllm: Vllm,
+    adapters: Mutex<InUse>,
 }
+
+/// By adapter: requests that wait for their turn, and those that have it. Without either it is not here.
+type InUse = BTreeMap<String, [usize; 2]>;
 
 /// Counts a request that was turned away at the door.
 pub(crate) fn turned_away(status: u16) {
@@ -124,6 +129,7 @@ impl Metrics {
             prefix_index_bytes: metrics::gauge!("baton_prefix_index_bytes"),
             vllm: Vllm::new(model),
             text_cache_bytes: metrics::gauge!("baton_text_cache_bytes"),
+            adapters: Mutex::default(),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -137,7 +143,14 @@ impl Metrics {
             endpoint,
             started: tokio::time::Instant::now(),
             outcome: Outcome::Cancelled,
+            adapter: None,
         }
+    }
+
+    /// Returns which adapters are in use, as vLLM's `lora_requests_info` says it, in the text form of metrics. `served`: how many there are.
+    pub(crate) fn adapters_in_use(&self, served: usize) -> String {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        vllm::lora_requests_info(served, &self.inner.in_use(), now)
     }
 
     /// Returns how many requests are being answered or waiting for their turn.
@@ -219,6 +232,13 @@ impl Metrics {
     }
 }
 
+impl Handles {
+    /// The counts are whole between any two statements that could panic, so a poisoned lock is as good as another.
+    fn in_use(&self) -> MutexGuard<'_, InUse> {
+        self.adapters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Says what each metric is, for those who find it on a dashboard.
 fn describe() {
     use metrics::{describe_counter, describe_gauge, describe_histogram};
@@ -256,9 +276,27 @@ pub(crate) struct RequestGuard {
     endpoint: Endpoint,
     started: tokio::time::Instant,
     outcome: Outcome,
+    /// The adapter it wants, and whether it has its turn.
+    adapter: Option<(String, bool)>,
 }
 
 impl RequestGuard {
+    /// Notes that the request waits for its turn with an adapter.
+    pub(crate) fn waits(&mut self, adapter: &str) {
+        self.metrics.inner.in_use().entry(adapter.to_owned()).or_default()[0] += 1;
+        self.adapter = Some((adapter.to_owned(), false));
+    }
+
+    /// Notes that it has its turn.
+    pub(crate) fn runs(&mut self) {
+        let Some((adapter, runs)) = &mut self.adapter else { return };
+        if let Some([waiting, running]) = self.metrics.inner.in_use().get_mut(adapter)
+            && !std::mem::replace(runs, true)
+        {
+            (*waiting, *running) = (*waiting - 1, *running + 1);
+        }
+    }
+
     /// Notes how the request ended.
     pub(crate) fn ended(&mut self, outcome: Outcome) {
         self.outcome = outcome;
@@ -273,5 +311,14 @@ impl Drop for RequestGuard {
         handles.duration[endpoint].record(self.started.elapsed().as_secs_f64());
         handles.requests[endpoint][self.outcome as usize].increment(1);
         handles.vllm.unfinished(self.outcome);
+        if let Some((adapter, runs)) = &self.adapter {
+            let mut in_use = handles.in_use();
+            if let Some(counts) = in_use.get_mut(adapter) {
+                counts[usize::from(*runs)] -= 1;
+                if *counts == [0; 2] {
+                    in_use.remove(adapter);
+                }
+            }
+        }
     }
 }

@@ -198,11 +198,14 @@ pub(crate) async fn accept(
     router: Arc<Router>,
     origin: Origin,
     mut params: Params,
-    guard: RequestGuard,
+    mut guard: RequestGuard,
     render: impl FnOnce(&Router) -> Result<Vec<PromptSource>, Error> + Send + 'static,
 ) -> Result<Accepted, (Error, RequestGuard)> {
     let prepared = async {
         params.check_reach(&router)?;
+        if let Some(adapter) = &params.adapter {
+            guard.waits(&adapter.name);
+        }
         let place = router.admission.enter(params.priority)?;
         let root = (params.salt.clone(), params.adapter.clone());
         let (kept, bytes) = ((params.echo, params.truncation), origin.body_bytes);
@@ -212,6 +215,7 @@ pub(crate) async fn accept(
         if let Some(constraint) = &params.constraint {
             constraint.check(&router).await?;
         }
+        guard.runs();
         Ok((turn, prompts))
     };
     let prepared = prepared.await;

@@ -31,9 +31,7 @@ impl PageNames {
         for run in runs {
             let (parent, content) = key.split_at_mut(16);
             parent.copy_from_slice(&hasher.parent().0.to_le_bytes());
-            for (bytes, token) in content.chunks_exact_mut(4).zip(run) {
-                bytes.copy_from_slice(&token.to_le_bytes());
-            }
+            content.as_chunks_mut().0.iter_mut().zip(run).for_each(|(bytes, token)| *bytes = token.to_le_bytes());
             let before = names.len();
             if self.recent.get(&key, &mut names) {
                 hasher = PrefixHasher::after(names[names.len() - 1]);

@@ -290,10 +290,11 @@ impl Generation {
         step.prompt = None;
         let first = self.output.is_empty();
         while !(step.finish.is_some() || step.says_something() || (first && !self.output.is_empty())) {
+            // What is rare is boxed: a stream that only listens would keep room for it.
             if let Some(failure) = self.failure.take() {
-                self.recover(&failure, step).await?;
+                Box::pin(self.recover(&failure, step)).await?;
             } else if self.attempt.is_none() {
-                self.begin().await?;
+                Box::pin(self.begin()).await?;
             } else if let Some(failure) = self.listen().await? {
                 self.fail(failure);
             } else {

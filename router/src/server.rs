@@ -12,9 +12,10 @@ pub use tls::TlsFiles;
 
 use crate::config::Limits;
 use axum::Router;
+use hyper::server::conn::{http1, http2};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::{conn::auto, graceful::GracefulShutdown},
+    server::graceful::GracefulShutdown,
     service::TowerToHyperService,
 };
 use stall::Stall;
@@ -46,9 +47,8 @@ pub(crate) async fn serve(
     let ended = CancellationToken::new();
     let _ended = ended.clone().drop_guard();
     let places = Arc::new(Semaphore::new(limits.max_connections));
-    let server = server(&limits);
     // Not told apart by what a client sends first: one that sends nothing would be waited for without end.
-    let servers = Arc::new((server.clone().http1_only(), server.http2_only()));
+    let servers = Arc::new((plain(&limits), multiplexed(&limits)));
     loop {
         let place = places.clone().acquire_owned();
         let accepted = async {
@@ -69,6 +69,7 @@ pub(crate) async fn serve(
         };
         let (routes, servers, watcher) = (routes.clone(), servers.clone(), graceful.watcher());
         let (tls, handshake, write) = (tls.clone(), limits.header_timeout(), limits.write_timeout());
+        // What only some connections need is boxed, for the others would keep room for it.
         let conversation = async move {
             let _place = place;
             if let Err(error) = prepare(&socket) {
@@ -76,7 +77,7 @@ pub(crate) async fn serve(
             }
             let (socket, http2): (Box<dyn Socket>, bool) = match tls {
                 None => (Box::new(socket), false),
-                Some(tls) => match timeout(handshake, tls.accept(socket)).await {
+                Some(tls) => match timeout(handshake, Box::pin(tls.accept(socket))).await {
                     Ok(Ok(socket)) => {
                         let http2 = socket.get_ref().1.alpn_protocol() == Some(b"h2");
                         (Box::new(socket), http2)
@@ -85,10 +86,13 @@ pub(crate) async fn serve(
                     Err(_) => return tracing::debug!(?handshake, "TLS handshake takes too long"),
                 },
             };
-            let server = if http2 { &servers.1 } else { &servers.0 };
-            let socket = TokioIo::new(Stall::new(socket, write));
-            let connection = server.serve_connection(socket, TowerToHyperService::new(routes));
-            if let Err(error) = watcher.watch(connection.into_owned()).await {
+            let (socket, service) = (TokioIo::new(Stall::new(socket, write)), TowerToHyperService::new(routes));
+            let served = if http2 {
+                Box::pin(watcher.watch(servers.1.serve_connection(socket, service))).await
+            } else {
+                watcher.watch(servers.0.serve_connection(socket, service)).await
+            };
+            if let Err(error) = served {
                 tracing::debug!(%error, "connection broke");
             }
         };
@@ -113,15 +117,17 @@ fn prepare(socket: &TcpStream) -> io::Result<()> {
     socket.set_nodelay(true)
 }
 
-fn server(limits: &Limits) -> auto::Builder<TokioExecutor> {
-    let mut server = auto::Builder::new(TokioExecutor::new());
+/// HTTP/1.1.
+fn plain(limits: &Limits) -> http1::Builder {
+    let mut server = http1::Builder::new();
+    server.timer(TokioTimer::new()).header_read_timeout(limits.header_timeout()).max_buf_size(limits.max_header_bytes);
     server
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(limits.header_timeout())
-        .max_buf_size(limits.max_header_bytes);
+}
+
+/// HTTP/2, where TLS agreed on it.
+fn multiplexed(limits: &Limits) -> http2::Builder<TokioExecutor> {
+    let mut server = http2::Builder::new(TokioExecutor::new());
     server
-        .http2()
         .timer(TokioTimer::new())
         .keep_alive_interval(limits.header_timeout())
         .max_header_list_size(limits.max_header_bytes as u32)

@@ -10,6 +10,7 @@ pub(crate) mod embedding;
 mod gguf;
 #[cfg(test)]
 mod hostile;
+mod merges;
 mod pieces;
 mod python;
 pub(crate) mod stop;

@@ -142,6 +142,7 @@ impl TestCluster {
             model_name: "test".into(),
             placement: self.placement,
             runtime_lora: self.runtime_lora,
+            cache_reset: true,
             ..Default::default()
         };
         tasks.spawn(router::run(config, listener, directory.clone(), health(), shutdown.clone()));

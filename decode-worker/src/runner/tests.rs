@@ -63,7 +63,7 @@ async fn runner(stop: &CancellationToken) -> (Runner, mpsc::Sender<Command>, Hea
 fn submit(attempt: u64) -> proto::Submit {
     proto::Submit {
         attempt,
-        tokens: vec![5, 6, 7],
+        tokens: proto::pack(&[&[5, 6, 7]]),
         prompt_tokens: 3,
         sampling: Some(proto::Sampling { top_p: 1.0, repetition_penalty: 1.0, ..Default::default() }),
         stop: Some(proto::Stop { max_tokens: 90, ignore_eos: true, ..Default::default() }),

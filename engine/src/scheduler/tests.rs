@@ -109,6 +109,21 @@ fn the_last_token_of_a_cached_prompt_is_computed_again() {
 }
 
 #[test]
+fn prefixes_are_forgotten_all_or_none() {
+    let mut scheduler = scheduler(16, 32, 2);
+    let under_way = scheduler.submit(prompt(0, 12), START).unwrap();
+    assert_eq!(chunks(&mut scheduler), [(0, 12, true)]);
+    let _ = scheduler.take_delta();
+    assert!(!scheduler.forget_prefixes());
+    assert!(scheduler.take_delta().is_empty());
+    assert!(scheduler.cancel(under_way, START).is_some());
+    assert!(scheduler.forget_prefixes());
+    assert_eq!((scheduler.take_delta().evicted.len(), scheduler.pool().stats().free), (3, 16));
+    scheduler.submit(prompt(0, 12), START).unwrap();
+    assert_eq!(chunks(&mut scheduler), [(0, 12, true)], "all of it is computed again");
+}
+
+#[test]
 fn the_last_of_the_batch_pays_for_the_first() {
     // Room for two sequences of three pages each; then the first one needs a fourth.
     let mut scheduler = scheduler(6, 32, 2);

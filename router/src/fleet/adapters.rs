@@ -160,7 +160,7 @@ fn judge(change: &Change, answers: &[Answer]) -> Result<(), Error> {
     })
 }
 
-fn unavailable(message: String) -> Error {
+pub(super) fn unavailable(message: String) -> Error {
     Error::Unavailable { message, retry_after: Duration::from_secs(1) }
 }
 

@@ -15,8 +15,8 @@ pub(crate) struct Submission {
     pub(crate) request: Arc<str>,
     /// W3C trace context, or empty.
     pub(crate) traceparent: Arc<str>,
-    /// The prompt, then what earlier attempts emitted.
-    pub(crate) tokens: Vec<TokenId>,
+    /// The prompt, then what earlier attempts emitted, as the wire has them: its legs share them.
+    pub(crate) tokens: Bytes,
     /// How many of `tokens` are the prompt.
     pub(crate) prompt_tokens: u32,
     /// With the adapter's id the root of the page hash chain.
@@ -234,7 +234,7 @@ pub(crate) mod tests {
             attempt,
             request: "test".into(),
             traceparent: "".into(),
-            tokens: vec![1; tokens],
+            tokens: proto::pack(&[&vec![1; tokens]]),
             prompt_tokens: tokens as u32,
             salt: Bytes::new(),
             adapter: None,

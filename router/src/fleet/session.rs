@@ -26,8 +26,8 @@ use tokio::sync::{Notify, oneshot};
 /// Submissions that may wait for the stream's flow control.
 const MAX_UNSENT: usize = 4_096;
 
-/// Tokens of the submissions in one frame, unless the first alone has more: keeps frames well below gRPC's 4 MiB.
-const FRAME_TOKENS: usize = 128 << 10;
+/// Bytes of the submissions' tokens in one frame, unless the first alone has more: keeps frames well below gRPC's 4 MiB.
+const FRAME_BYTES: usize = 512 << 10;
 
 /// The worker took no submission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -80,6 +80,10 @@ struct Inner {
     next_command: u64,
     /// Who waits for the answer to a command.
     answers: HashMap<u64, oneshot::Sender<Result<(), Refusal>>>,
+    /// Number of the reset that is to be sent.
+    reset: Option<u64>,
+    /// Who waits for the answer to one, by its number.
+    resets: Vec<(u64, oneshot::Sender<bool>)>,
 }
 
 struct Leg {
@@ -143,6 +147,24 @@ impl Session {
             inner.answers.retain(|_, waiting| !waiting.is_closed());
             inner.answers.insert(number, sender);
             inner.adapter_commands.push(wire::adapter_command(number, change));
+            answer
+        };
+        self.wake.notify_one();
+        answer.await.ok()
+    }
+
+    /// Asks the worker to forget all prefixes. Says whether it did, or `None` when the stream ends before its answer.
+    pub(super) async fn reset(&self) -> Option<bool> {
+        let answer = {
+            let mut inner = self.lock();
+            if inner.closed {
+                return None;
+            }
+            inner.next_command += 1;
+            let (number, (sender, answer)) = (inner.next_command, oneshot::channel());
+            inner.resets.retain(|(_, waiting)| !waiting.is_closed());
+            inner.resets.push((number, sender));
+            inner.reset = Some(number);
             answer
         };
         self.wake.notify_one();
@@ -226,6 +248,12 @@ impl Session {
                 let _ = waiting.send(said);
             }
         }
+        if let Some(proto::Reset { number, done }) = frame.reset.take() {
+            // A later one that went out in its place answers those before it.
+            for (_, waiting) in inner.resets.extract_if(.., |(asked, _)| *asked <= number) {
+                let _ = waiting.send(done);
+            }
+        }
         let overflowed = !inner.cancels.is_empty();
         drop(inner);
         if overflowed {
@@ -244,6 +272,7 @@ impl Session {
         inner.closed = true;
         inner.submits.clear();
         inner.answers.clear();
+        inner.resets.clear();
         let legs: Vec<u64> = inner.legs.keys().copied().collect();
         for attempt in legs {
             inner.end(attempt, Ended::without_numbers(End::Lost(reason.to_string())));
@@ -277,13 +306,13 @@ impl Inner {
     /// Takes what waits, up to a frame's worth.
     fn gather(&mut self) -> Option<RouterFrame> {
         let nothing_new = self.submits.is_empty() && self.cancels.is_empty() && self.adapter_commands.is_empty();
-        if nothing_new && !self.resync && self.ping == 0 {
+        if nothing_new && !self.resync && self.ping == 0 && self.reset.is_none() {
             return None;
         }
-        let (mut submit, mut tokens) = (Vec::new(), 0);
+        let (mut submit, mut bytes) = (Vec::new(), 0);
         while let Some(next) = self.submits.front() {
-            tokens += next.tokens.len();
-            if tokens > FRAME_TOKENS && !submit.is_empty() {
+            bytes += next.tokens.len();
+            if bytes > FRAME_BYTES && !submit.is_empty() {
                 break;
             }
             submit.extend(self.submits.pop_front());
@@ -294,6 +323,7 @@ impl Inner {
             cancel: std::mem::take(&mut self.cancels),
             resync: std::mem::take(&mut self.resync),
             ping: std::mem::take(&mut self.ping),
+            reset: self.reset.take().unwrap_or_default(),
             adapters: std::mem::take(&mut self.adapter_commands),
         })
     }
@@ -379,6 +409,25 @@ mod tests {
         assert_eq!(sent.cancel, [1], "a submission that was never sent needs no cancel");
         assert!(sent.submit.is_empty());
         assert!(frame(&session).is_none());
+    }
+
+    #[test]
+    fn one_answer_is_for_all_who_asked_for_a_reset_before_it() {
+        let session = attached();
+        let ask = || Box::pin(session.reset());
+        let (mut first, mut second, mut third) = (ask(), ask(), ask());
+        let heard = |asked: &mut _| futures::FutureExt::now_or_never(asked);
+        assert_eq!((heard(&mut first), heard(&mut second)), (None, None));
+        assert_eq!(frame(&session).map(|frame| frame.reset), Some(2));
+        assert_eq!(heard(&mut third), None);
+        let reset = Some(proto::Reset { number: 2, done: true });
+        session.receive(&mut WorkerFrame { reset, ..WorkerFrame::default() });
+        assert_eq!(
+            (heard(&mut first), heard(&mut second), heard(&mut third)),
+            (Some(Some(true)), Some(Some(true)), None)
+        );
+        session.close("gone");
+        assert_eq!(heard(&mut third), Some(None));
     }
 
     #[test]

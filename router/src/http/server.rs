@@ -4,15 +4,15 @@ use super::{
     Service,
     route::{Route, get, post},
 };
-use crate::config::Limits;
+use crate::{config::Limits, error::Error, openai::error};
 use axum::{
     Json,
-    extract::State,
+    extract::{Query, State, rejection::QueryRejection},
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use placement::Policy;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The API as OpenAPI 3.1 describes it. A test compares it with the routes and with real answers.
 const OPENAPI: &str = include_str!("../../openapi.json");
@@ -25,6 +25,7 @@ pub(super) fn routes() -> Vec<Route> {
         get("/ping", ping),
         post("/ping", ping),
         get("/load", load),
+        post("/reset_prefix_cache", reset_prefix_cache),
         get("/server_info", server_info),
         get("/openapi.json", openapi),
         get("/docs", docs),
@@ -44,6 +45,49 @@ struct Load {
 
 async fn load(State(service): State<Service>) -> Json<Load> {
     Json(Load { server_load: service.router.metrics.in_flight() })
+}
+
+/// What vLLM takes for `/reset_prefix_cache`.
+#[derive(Deserialize)]
+struct ResetQuery {
+    #[serde(default)]
+    reset_running_requests: bool,
+    #[serde(default)]
+    reset_external: bool,
+}
+
+#[derive(Serialize)]
+struct Reset {
+    /// Whether all workers forgot everything; one that is at work forgets nothing.
+    success: bool,
+}
+
+async fn reset_prefix_cache(
+    State(service): State<Service>,
+    query: Result<Query<ResetQuery>, QueryRejection>,
+) -> Response {
+    let router = &service.router;
+    if !router.config.cache_reset {
+        let message =
+            "prefix caches cannot be reset here; the router was started without `cache_reset = true` under [router]";
+        return error::not_served(StatusCode::NOT_FOUND, message);
+    }
+    let done = async {
+        let Query(asked) = query.map_err(|rejection| Error::Invalid { message: rejection.body_text(), param: None })?;
+        for (name, asked) in
+            [("reset_running_requests", asked.reset_running_requests), ("reset_external", asked.reset_external)]
+        {
+            if asked {
+                return Err(Error::invalid(name, "is not supported; only false is"));
+            }
+        }
+        tracing::info!("prefix caches are reset");
+        router.fleet.forget_prefixes(router.config.limits.adapter_timeout()).await
+    };
+    match done.await {
+        Ok(success) => Json(Reset { success }).into_response(),
+        Err(error) => error::response(&error),
+    }
 }
 
 #[derive(Serialize)]

@@ -1,7 +1,7 @@
 //! What the router measures under vLLM's names, for dashboards and autoscalers that know those: requests as clients see them. Steps, pages
 //! and queues are the workers' to count; no name is counted by both.
 
-use super::Outcome;
+use super::{InUse, Outcome};
 use crate::{fleet::leg::Cached, request::Finish};
 use metrics::{Counter, Histogram, counter, histogram};
 use std::time::Duration;
@@ -128,5 +128,52 @@ impl Vllm {
             Outcome::Rejected => self.rejected.increment(1),
             Outcome::Ok | Outcome::Invalid => {}
         }
+    }
+}
+
+/// Writes which adapters are in use, with the time as the value; nothing where none is served. Each combination of adapters is a label set
+/// of its own, so this line is written when it is asked for and remembered by nobody.
+pub(super) fn lora_requests_info(served: usize, in_use: &InUse, now: Duration) -> String {
+    if served == 0 {
+        return String::new();
+    }
+    let names = |which: usize| {
+        let names: Vec<&str> = in_use.iter().filter(|(_, counts)| counts[which] > 0).map(|(name, _)| &**name).collect();
+        names.join(",").replace('\\', "\\\\").replace('"', "\\\"")
+    };
+    let (waiting, running, now) = (names(0), names(1), now.as_secs_f64());
+    format!(
+        "# TYPE vllm:lora_requests_info gauge\nvllm:lora_requests_info{{max_lora=\"{served}\",waiting_lora_adapters=\"{waiting}\",\
+         running_lora_adapters=\"{running}\"}} {now:.3}\n"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn adapters_in_use_are_listed_by_what_their_requests_do() {
+        let metrics = super::super::Metrics::new("m");
+        let line = || lora_requests_info(2, &metrics.inner.in_use(), Duration::from_millis(1_500));
+        let labels = |waiting, running| {
+            let labels = format!("waiting_lora_adapters={waiting:?},running_lora_adapters={running:?}");
+            format!("# TYPE vllm:lora_requests_info gauge\nvllm:lora_requests_info{{max_lora=\"2\",{labels}}} 1.500\n")
+        };
+        let mut requests: Vec<_> = (0..3).map(|_| metrics.request(super::super::Endpoint::Chat)).collect();
+        assert_eq!(line(), labels("", ""));
+        for (request, adapter) in requests.iter_mut().zip(["poet", "a\"b", "poet"]) {
+            request.waits(adapter);
+        }
+        assert_eq!(line(), labels("a\"b,poet", ""));
+        requests[0].runs();
+        requests[0].runs();
+        requests[1].runs();
+        assert_eq!(line(), labels("poet", "a\"b,poet"));
+        requests.pop();
+        assert_eq!(line(), labels("", "a\"b,poet"));
+        requests.clear();
+        assert!(metrics.inner.in_use().is_empty());
+        assert_eq!(lora_requests_info(0, &metrics.inner.in_use(), Duration::ZERO), "");
     }
 }

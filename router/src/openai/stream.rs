@@ -59,7 +59,8 @@ pub(crate) async fn answer<S: Shape>(
     if let Some(Err(error)) = choices.next().await.map(|stepped| stepped.result.clone()) {
         return Err((error, accepted.guard));
     }
-    let streaming = Streaming {
+    // Boxed, because it moves with every event.
+    let streaming = Box::new(Streaming {
         choices,
         shape,
         include_usage: accepted.params.include_usage,
@@ -67,7 +68,7 @@ pub(crate) async fn answer<S: Shape>(
         state: State::First,
         guard: accepted.guard,
         _turn: accepted.turn,
-    };
+    });
     let events = stream::unfold(streaming, |mut streaming| async move {
         let events = streaming.next().await?;
         Some((Ok::<_, Infallible>(events), streaming))

@@ -144,7 +144,7 @@ impl Generation {
             attempt: 0,
             request: work.origin.request.clone(),
             traceparent: work.origin.traceparent.clone(),
-            tokens: [&work.prompt.tokens[..], &self.output].concat(),
+            tokens: proto::pack(&[&work.prompt.tokens, &self.output]),
             prompt_tokens: self.prompt_tokens(),
             salt: work.prompt.salt.clone(),
             adapter: work.prompt.adapter.clone(),

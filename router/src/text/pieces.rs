@@ -1,13 +1,14 @@
 //! Where a text may be cut so that its parts' tokens, laid end to end, are the tokens of the whole.
 //!
 //! Byte-level tokenizers first split a text by a regular expression and then encode each split by itself. Between `x` and ` y` – a
-//! space that stands behind something visible and before an ASCII letter – every expression in use splits, whatever stands
+//! space that stands between two visible characters of ASCII – every expression in use splits, whatever stands
 //! around it: nothing of what may end there takes a space in or looks beyond one, and what begins there looks at nothing before
-//! it. The same holds between a Chinese character and the comma or full stop behind it. So a text falls into *pieces*, about a word each,
-//! which hardly depend on what is asked: the tokens of most are known, and so are those of whole *segments* of a beginning that prompts
-//! share. The cuts are only made for tokenizers whose every part is known to allow them; [`allows_cuts`] lists those.
+//! it. The same holds between a Chinese character and the comma or full stop behind it, and before a *mark*, an added token such as
+//! `<|im_end|>`, which is found before anything is split. So a text falls into *pieces*, about a word each, which hardly depend on what
+//! is asked: the tokens of most are known, and so are those of whole *segments* of a beginning that prompts share. The cuts are only made
+//! for tokenizers whose every part is known to allow them; [`allows_cuts`] lists those.
 
-use super::words::Words;
+use super::words::{self, Words};
 use crate::recent::Recent;
 use kv_cache::TokenId;
 use serde::Serialize;
@@ -17,6 +18,9 @@ use tokenizers::{AddedToken, ModelWrapper, Tokenizer as Inner};
 /// A segment ends at the first cut behind so many bytes: long enough to make look-ups cheap, short enough to waste little where prompts
 /// part.
 const SEGMENT_BYTES: usize = 1 << 10;
+
+/// How a mark begins.
+const MARK: u8 = b'<';
 
 /// Expressions that split at every cut: GPT-4's with its two ways to take digits (Llama 3, OLMo 2; Qwen), and GPT-4o's. GPT-2's is
 /// `ByteLevel`'s own.
@@ -31,12 +35,14 @@ const SPLITS: [&str; 3] = [
 pub(super) struct Pieces {
     segments: Recent<TokenId>,
     words: Words,
+    marks: Vec<String>,
 }
 
 impl Pieces {
-    /// Remembers at most `budget_bytes`.
-    pub(super) fn new(budget_bytes: usize) -> Self {
-        Self { segments: Recent::new(budget_bytes / 4 * 3), words: Words::new(budget_bytes / 4) }
+    /// Remembers at most `budget_bytes` of the texts of a tokenizer that [allows](allows_cuts) it.
+    pub(super) fn new(inner: &Inner, budget_bytes: usize) -> Self {
+        let (segments, words) = (Recent::new(budget_bytes / 4 * 3), Words::new(budget_bytes / 4));
+        Self { segments, words, marks: marks(inner) }
     }
 
     /// Appends the tokens of `text`; `encode` makes those of a part nobody has seen.
@@ -47,7 +53,7 @@ impl Pieces {
         mut encode: impl FnMut(&str, &mut Vec<TokenId>) -> Result<(), E>,
     ) -> Result<(), E> {
         let mut rest = text;
-        while let Some(at) = next_cut(rest, SEGMENT_BYTES) {
+        while let Some(at) = self.next_cut(rest, SEGMENT_BYTES) {
             let (segment, after) = rest.split_at(at);
             if !self.segments.get(segment.as_bytes(), out) {
                 let before = out.len();
@@ -67,17 +73,41 @@ impl Pieces {
     ) -> Result<(), E> {
         let (mut rest, mut known) = (text, self.words.known());
         while !rest.is_empty() {
-            let (word, after) = rest.split_at(next_cut(rest, 1).unwrap_or(rest.len()));
-            if !known.get(word, out) {
+            let (word, after) = rest.split_at(self.next_cut(rest, 1).unwrap_or(rest.len()));
+            let long = word.len() > words::LONGEST;
+            if !(known.get(word, out) || long && self.segments.get(word.as_bytes(), out)) {
                 drop(known);
                 let before = out.len();
                 encode(word, out)?;
-                self.words.insert(word, &out[before..]);
+                self.note(word, &out[before..]);
                 known = self.words.known();
             }
             rest = after;
         }
         Ok(())
+    }
+
+    /// Returns the first place at or behind `from` where `text` may be cut.
+    fn next_cut(&self, text: &str, from: usize) -> Option<usize> {
+        let bytes = text.as_bytes();
+        (from..bytes.len()).find(|&at| match bytes[at] {
+            b' ' => bytes[at - 1].is_ascii_graphic() && bytes.get(at + 1).is_some_and(u8::is_ascii_graphic),
+            MARK => self.marks.iter().any(|mark| bytes[at..].starts_with(mark.as_bytes())),
+            // Bytes 0xe5 to 0xe8 begin U+5000 to U+8FFF, all of them letters.
+            0xe3 | 0xef => {
+                let follows = bytes[at..].starts_with("。".as_bytes()) || bytes[at..].starts_with("，".as_bytes());
+                follows && at >= 3 && (0xe5..=0xe8).contains(&bytes[at - 3])
+            }
+            _ => false,
+        })
+    }
+
+    fn note(&self, word: &str, tokens: &[TokenId]) {
+        if word.len() > words::LONGEST {
+            self.segments.insert(word.as_bytes(), tokens);
+        } else {
+            self.words.insert(word, tokens);
+        }
     }
 
     /// Bytes held now.
@@ -86,29 +116,15 @@ impl Pieces {
     }
 }
 
-/// Returns the first place at or behind `from` where `text` may be cut.
-fn next_cut(text: &str, from: usize) -> Option<usize> {
-    let bytes = text.as_bytes();
-    (from..bytes.len()).find(|&at| match bytes[at] {
-        b' ' => bytes[at - 1].is_ascii_graphic() && bytes.get(at + 1).is_some_and(u8::is_ascii_alphabetic),
-        // Bytes 0xe5 to 0xe8 begin U+5000 to U+8FFF, all of them letters.
-        0xe3 | 0xef => {
-            let follows = bytes[at..].starts_with("。".as_bytes()) || bytes[at..].starts_with("，".as_bytes());
-            follows && at >= 3 && (0xe5..=0xe8).contains(&bytes[at - 3])
-        }
-        _ => false,
-    })
-}
-
-/// Whether a piece is a space and small letters behind it, of which the first may be a capital. No expression splits that, composition
-/// leaves it as it is, and byte level only writes the space another way: what is left of encoding it are the merges.
-pub(super) fn is_plain(piece: &str) -> bool {
-    match piece.as_bytes() {
-        [b' ', first, rest @ ..] if first.is_ascii_lowercase() || (first.is_ascii_uppercase() && !rest.is_empty()) => {
-            rest.iter().all(u8::is_ascii_lowercase)
-        }
-        _ => false,
+/// Returns the added tokens before which a text may be cut: no other one reaches across their beginning.
+fn marks(inner: &Inner) -> Vec<String> {
+    let added = inner.get_added_tokens_decoder();
+    if added.values().any(|token| token.content.bytes().skip(1).any(|byte| byte == MARK)) {
+        return Vec::new();
     }
+    // Others are looked for in what these leave, when it has been normalised.
+    let first = added.into_values().filter(|token| !token.normalized).map(|token| token.content);
+    first.filter(|content| content.as_bytes().first() == Some(&MARK)).collect()
 }
 
 /// Whether each part of the tokenizer leaves a text's parts alone.
@@ -136,7 +152,8 @@ fn normalizer_allows(part: &Value) -> bool {
 }
 
 fn splitter_allows(part: &Value) -> bool {
-    let byte_level = |part: &Value| part["type"] == "ByteLevel";
+    // A space put before the text would be put before every part of it.
+    let byte_level = |part: &Value| part["type"] == "ByteLevel" && part["add_prefix_space"] == false;
     match part["pretokenizers"].as_array().map(Vec::as_slice) {
         None => byte_level(part) && part["use_regex"] == true,
         Some([split, last]) if byte_level(last) => match split["type"].as_str() {
@@ -162,23 +179,22 @@ fn post_processor_allows(part: &Value) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use crate::text::tokenizer::Tokenizer;
+    use crate::text::tokenizer::{
+        Tokenizer,
+        tests::{self, CUT as MODELS},
+    };
     use proptest::prelude::*;
-    use std::{path::Path, sync::LazyLock};
+    use std::sync::LazyLock;
 
     fn load(model: &str, budget_bytes: usize) -> Tokenizer {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(model).join("tokenizer.json");
-        let mut tokenizer = Tokenizer::load(&path).unwrap();
+        let mut tokenizer = tests::load(model);
         tokenizer.remember(budget_bytes);
         tokenizer
     }
 
     /// Tokenizers of every kind that allows cuts, as they are and with almost no room to remember anything.
-    static CUT: LazyLock<Vec<[Tokenizer; 3]>> = LazyLock::new(|| {
-        let models =
-            ["models/demo", "tests/golden/llama3", "tests/golden/gptneox", "tests/golden/cohere", "tests/golden/qwen2"];
-        models.map(|model| [0, 64 << 10, 1 << 20].map(|budget| load(model, budget))).into()
-    });
+    static CUT: LazyLock<Vec<[Tokenizer; 3]>> =
+        LazyLock::new(|| MODELS.map(|model| [0, 64 << 10, 1 << 20].map(|budget| load(model, budget))).into());
 
     fn check(text: &str) -> Result<(), TestCaseError> {
         for tokenizer in CUT.iter().flatten() {

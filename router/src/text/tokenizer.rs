@@ -1,10 +1,13 @@
 //! Tokens of a text, and what each token stands for.
 
-use super::pieces::{Pieces, allows_cuts, is_plain};
+use super::{
+    merges::Merges,
+    pieces::{Pieces, allows_cuts},
+};
 use anyhow::{Context, ensure};
 use kv_cache::TokenId;
 use std::{fmt, panic::AssertUnwindSafe, path::Path};
-use tokenizers::{AddedToken, DecoderWrapper, Model, Tokenizer as Inner};
+use tokenizers::{AddedToken, DecoderWrapper, ModelWrapper, Tokenizer as Inner};
 
 /// A model's tokenizer, as `tokenizer.json` or a GGUF file describes it.
 pub(crate) struct Tokenizer {
@@ -18,8 +21,8 @@ pub(crate) struct Tokenizer {
 /// The tokens of parts of texts, and what is put around a whole one on request.
 struct Parts {
     known: Pieces,
-    /// Whether no added token is made of letters alone, and so none stands in a plain piece.
-    plain: bool,
+    /// What makes the tokens of plain pieces, unless an added token is made of letters alone and so may stand in one.
+    merges: Option<Merges>,
     before: Vec<TokenId>,
     behind: Vec<TokenId>,
 }
@@ -71,8 +74,13 @@ impl Tokenizer {
         let at = around.windows(bare.len()).position(|part| part == bare).filter(|_| allows_cuts(&self.inner))?;
         let (before, behind) = (around[..at].to_vec(), around[at + bare.len()..].to_vec());
         let letters = |token: &AddedToken| token.content.bytes().all(|byte| byte.is_ascii_alphabetic());
-        let plain = !self.inner.get_added_tokens_decoder().values().any(letters);
-        Some(Parts { known: Pieces::new(budget_bytes), plain, before, behind })
+        let merges = match self.inner.get_model() {
+            ModelWrapper::BPE(model) if !self.inner.get_added_tokens_decoder().values().any(letters) => {
+                Merges::of(model)
+            }
+            _ => None,
+        };
+        Some(Parts { known: Pieces::new(&self.inner, budget_bytes), merges, before, behind })
     }
 
     /// Returns the tokens of `text`. `special` adds what the post-processor adds (BOS and such); special tokens spelled out
@@ -100,10 +108,10 @@ impl Tokenizer {
         let mut left = most_bytes;
         let encoded = parts.known.encode(text, &mut tokens, |part, tokens| {
             left = left.checked_sub(part.len()).ok_or(None)?;
-            if parts.plain && is_plain(part) {
-                return self.merge(part, tokens).map_err(Some);
+            match &parts.merges {
+                Some(merges) if Merges::take(part) => merges.encode(part, tokens),
+                _ => tokens.extend(self.encode_whole(part, false).map_err(Some)?),
             }
-            tokens.extend(self.encode_whole(part, false).map_err(Some)?);
             Ok(())
         });
         match encoded {
@@ -115,15 +123,6 @@ impl Tokenizer {
             tokens.extend_from_slice(&parts.behind);
         }
         Ok(Some(tokens))
-    }
-
-    /// Encodes a plain piece: all but its merges would do nothing.
-    fn merge(&self, piece: &str, tokens: &mut Vec<TokenId>) -> Result<(), String> {
-        let word = piece.replacen(' ', "\u{120}", 1);
-        let merge = || self.inner.get_model().tokenize(&word).map_err(|error| anyhow::anyhow!("{error}"));
-        let merged = guarded(merge).map_err(|error| error.to_string())?;
-        tokens.extend(merged.iter().map(|token| token.id));
-        Ok(())
     }
 
     /// Encodes without cutting.
@@ -227,5 +226,28 @@ impl Spellings {
         let Some(&end) = self.ends.get(i) else { return &[] };
         let start = if i == 0 { 0 } else { self.ends[i - 1] };
         &self.bytes[start as usize..end as usize]
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use std::sync::LazyLock;
+
+    /// Where tokenizers lie whose texts may be cut, of every kind.
+    pub(in crate::text) const CUT: [&str; 5] =
+        ["models/demo", "tests/golden/llama3", "tests/golden/gptneox", "tests/golden/cohere", "tests/golden/qwen2"];
+
+    /// Loads one of them, or another one.
+    pub(in crate::text) fn load(model: &str) -> Tokenizer {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(model).join("tokenizer.json");
+        Tokenizer::load(&path).unwrap()
+    }
+
+    /// All of them as the library has them, by name.
+    pub(in crate::text) fn byte_level() -> impl Iterator<Item = (&'static str, &'static Inner)> {
+        static LOADED: LazyLock<Vec<(&str, Tokenizer)>> =
+            LazyLock::new(|| CUT.map(|model| (model, load(model))).into());
+        LOADED.iter().map(|(name, tokenizer)| (*name, &tokenizer.inner))
     }
 }

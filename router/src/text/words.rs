@@ -16,6 +16,9 @@ const SLOT: usize = 64;
 const WORD: std::ops::Range<usize> = 2..32;
 const LIST: std::ops::Range<usize> = 32..64;
 
+/// Bytes of the longest word that fits.
+pub(super) const LONGEST: usize = WORD.end - WORD.start;
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Words {

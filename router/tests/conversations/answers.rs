@@ -1,7 +1,7 @@
 //! What clients get to see.
 
 use crate::{
-    mock::{MODEL, MockWorker, ended},
+    mock::{MODEL, MockWorker, ended, prompt_ids},
     support::{EOS, TestRouter, output, streamed, tokens},
 };
 use cluster::Role;
@@ -243,7 +243,7 @@ async fn text_completions_take_every_form_of_prompt() {
                 let submit = worker.submission().await;
                 assert_eq!(submit.stop.as_ref().unwrap().max_tokens, 16, "OpenAI's default");
                 worker.answer(&submit, &output(" again"), Reason::Stop);
-                prompts.push(submit.tokens);
+                prompts.push(prompt_ids(&submit));
             }
             prompts
         });
@@ -341,7 +341,7 @@ async fn tools_and_continued_messages_shape_the_prompt() {
             worker.answer(&submit, &output("ok"), Reason::Stop);
             submit
         });
-        let prompt = decode(&submit.tokens);
+        let prompt = decode(&prompt_ids(&submit));
         assert!(prompt.contains(contains), "{prompt}");
         assert!(lacks.is_empty() || !prompt.contains(lacks), "{prompt}");
     }
@@ -354,7 +354,7 @@ async fn tools_and_continued_messages_shape_the_prompt() {
         worker.answer(&submit, &output(" three"), Reason::Stop);
         submit
     });
-    assert!(decode(&submit.tokens).ends_with("one, two,"));
+    assert!(decode(&prompt_ids(&submit)).ends_with("one, two,"));
 }
 
 fn decode(ids: &[u32]) -> String {

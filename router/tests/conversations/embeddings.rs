@@ -1,7 +1,7 @@
 //! `/v1/embeddings`: what is asked of workers, what comes back, what is refused.
 
 use crate::{
-    mock::{CONTEXT, MODEL, MockWorker, embedding, failed},
+    mock::{CONTEXT, MODEL, MockWorker, embedding, failed, prompt_ids},
     support::{Answer, TestRouter, tokens},
 };
 use cluster::Role;
@@ -38,7 +38,7 @@ fn vectors(answer: &Answer) -> Vec<Vec<f32>> {
 
 /// What the mock makes of these tokens.
 fn expected(tokens: &[u32]) -> Vec<f32> {
-    embedding(&Submit { tokens: tokens.to_vec(), ..Submit::default() })
+    embedding(&Submit { tokens: proto::pack(&[tokens]), ..Submit::default() })
 }
 
 #[tokio::test]
@@ -80,7 +80,7 @@ async fn whoever_would_compute_the_prompt_embeds_it() {
     assert_eq!(why["attempts"][0]["chosen"], "local prefill", "nothing is handed over: {why}");
     assert_eq!(vectors(&answer), [expected(&tokens("some text"))]);
     assert_eq!((pooling(&submit), submit.priority, &submit.salt[..]), ("MEAN", 3, &b"mine"[..]));
-    assert_eq!(submit.prompt_tokens as usize, submit.tokens.len());
+    assert_eq!(submit.prompt_tokens as usize, prompt_ids(&submit).len());
     assert!(!decode.has_submission(), "nobody decodes");
 
     let (router, mut prefill, mut decode) = started(EmbeddingPooling::Last, Policy::Local).await;
@@ -111,7 +111,7 @@ async fn special_tokens_are_there_unless_they_are_not_wanted() {
             submit
         });
         assert_eq!(answer.status, 200, "{}", answer.body);
-        *tokens = submit.tokens;
+        *tokens = prompt_ids(&submit);
     }
     let [default, with, without] = asked;
     assert_eq!((&default, with.len(), &with[1..]), (&with, without.len() + 1, &without[..]));

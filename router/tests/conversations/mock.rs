@@ -28,6 +28,7 @@ pub(crate) enum Heard {
     Submit(Box<Submit>),
     Cancel(u64),
     Resync,
+    Reset(u64),
 }
 
 /// A worker in the hands of a test. Dropping it ends its process, as far as a router can tell.
@@ -79,7 +80,9 @@ impl Worker for Service {
                 }
                 let submits = frame.submit.into_iter().map(|submit| Heard::Submit(Box::new(submit)));
                 let cancels = frame.cancel.into_iter().map(Heard::Cancel);
-                for said in submits.chain(cancels).chain(frame.resync.then_some(Heard::Resync)) {
+                let resync = frame.resync.then_some(Heard::Resync);
+                let reset = (frame.reset != 0).then_some(Heard::Reset(frame.reset));
+                for said in submits.chain(cancels).chain(resync).chain(reset) {
                     if heard.send(said).await.is_err() {
                         return;
                     }
@@ -228,6 +231,21 @@ impl MockWorker {
         self.heard("a resync", |said| matches!(said, Heard::Resync), drop).await;
     }
 
+    /// Waits until the router asks to forget all prefixes, and answers.
+    pub(crate) async fn reset(&mut self, done: bool) {
+        let number = self.asked_to_reset().await;
+        self.send(WorkerFrame { reset: Some(proto::Reset { number, done }), ..WorkerFrame::default() });
+    }
+
+    /// Waits until the router asks to forget all prefixes. Returns under which number.
+    pub(crate) async fn asked_to_reset(&mut self) -> u64 {
+        let take = |said| match said {
+            Heard::Reset(number) => number,
+            _ => unreachable!(),
+        };
+        self.heard("a reset", |said| matches!(said, Heard::Reset(_)), take).await
+    }
+
     /// Whether a submission has come that nobody took.
     pub(crate) fn has_submission(&mut self) -> bool {
         self.has(|said| matches!(said, Heard::Submit(_)))
@@ -276,7 +294,7 @@ impl MockWorker {
 
     /// Plays a leg to its end: the tokens of `output` that are this leg's, then `reason`.
     pub(crate) fn answer(&self, submit: &Submit, output: &[u32], reason: Reason) {
-        let base = submit.tokens.len() as u32 - submit.prompt_tokens;
+        let base = prompt_ids(submit).len() as u32 - submit.prompt_tokens;
         let max = submit.stop.as_ref().unwrap().max_tokens as usize;
         let (output, reason) = if output.len() > max { (&output[..max], Reason::Length) } else { (output, reason) };
         let rest = &output[(base as usize).min(output.len())..];
@@ -297,9 +315,14 @@ impl MockWorker {
     }
 }
 
+/// The tokens of a submission.
+pub(crate) fn prompt_ids(submit: &Submit) -> Vec<u32> {
+    proto::unpack(&submit.tokens).unwrap()
+}
+
 /// What a mock makes of a prompt: a vector that tells it from others.
 pub(crate) fn embedding(submit: &Submit) -> Vec<f32> {
-    submit.tokens.iter().map(|token| *token as f32 + 0.1).collect()
+    prompt_ids(submit).into_iter().map(|token| token as f32 + 0.1).collect()
 }
 
 /// A worker that answers by itself.

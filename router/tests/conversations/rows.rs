@@ -1,7 +1,7 @@
 //! Rows of the API that the other files do not meet: what is accepted, what it does, what is refused.
 
 use crate::{
-    mock::{MODEL, MockWorker},
+    mock::{MODEL, MockWorker, prompt_ids},
     support::{EOS, TestRouter, output, streamed, tokens},
 };
 use cluster::Role;
@@ -114,7 +114,7 @@ async fn log_probabilities_may_name_tokens_by_id() {
 async fn an_answer_may_tell_what_the_model_was_given() {
     let (router, mut worker) = start(|_| {}).await;
     let (body, submit) = answered(&router, &mut worker, CHAT, chat(json!({"return_prompt_text": true}))).await;
-    let prompt = text("models/demo", &submit.tokens);
+    let prompt = text("models/demo", &prompt_ids(&submit));
     assert!(prompt.contains("one two three") && body["prompt_text"] == prompt, "{body}");
     let request = json!({"prompt": ["a b", "c d"], "return_prompt_text": true});
     let worker = worker.answer_all(&output("x"), Reason::Stop);
@@ -136,15 +136,15 @@ async fn prompts_are_cut_to_length() {
     let all = tokens("one two three four five six seven");
     let cut = |extra: Value| with(json!({"prompt": all, "max_tokens": 6}), extra);
     let (_, submit) = answered(&router, &mut worker, COMPLETIONS, cut(json!({"truncate_prompt_tokens": 3}))).await;
-    assert_eq!(submit.tokens, all[all.len() - 3..]);
+    assert_eq!(prompt_ids(&submit), all[all.len() - 3..]);
     let right = json!({"truncate_prompt_tokens": 3, "truncation_side": "right"});
     let (_, submit) = answered(&router, &mut worker, COMPLETIONS, cut(right)).await;
-    assert_eq!(submit.tokens, all[..3]);
+    assert_eq!(prompt_ids(&submit), all[..3]);
     let (_, submit) = answered(&router, &mut worker, COMPLETIONS, cut(json!({"truncate_prompt_tokens": 900}))).await;
-    assert_eq!(submit.tokens, all);
+    assert_eq!(prompt_ids(&submit), all);
     let long = json!({"prompt": "word ".repeat(600), "truncate_prompt_tokens": -1, "max_tokens": 20});
     let (_, submit) = answered(&router, &mut worker, COMPLETIONS, long).await;
-    assert_eq!(submit.tokens.len() as u32 + 20, crate::mock::CONTEXT);
+    assert_eq!(prompt_ids(&submit).len() as u32 + 20, crate::mock::CONTEXT);
 }
 
 #[tokio::test]
@@ -177,7 +177,7 @@ async fn an_answer_goes_on_from_the_last_message_and_may_repeat_it() {
     let goes_on =
         json!({"messages": messages, "continue_final_message": true, "add_generation_prompt": false, "echo": true});
     let (body, submit) = answered(&router, &mut worker, CHAT, chat(goes_on.clone())).await;
-    assert!(text("models/demo", &submit.tokens).ends_with("One, two,"));
+    assert!(text("models/demo", &prompt_ids(&submit)).ends_with("One, two,"));
     assert_eq!(body["choices"][0]["message"]["content"], "One, two,well then");
     let _worker = worker.answer_all(&output("well then"), Reason::Stop);
     let chunks = router.open(CHAT, chat(with(goes_on, json!({"stream": true})))).await.chunks().await;
@@ -203,7 +203,7 @@ async fn templates_get_documents_and_variables() {
     let extra = json!({"documents": [{"title": "T", "text": "x"}], "chat_template_kwargs": {"mood": "calm"},
         "reasoning_effort": "low"});
     let (_, submit) = answered(&router, &mut worker, CHAT, chat(extra)).await;
-    assert_eq!(text("models/demo", &submit.tokens), "T/calm/low/True/one two three");
+    assert_eq!(text("models/demo", &prompt_ids(&submit)), "T/calm/low/True/one two three");
 }
 
 #[tokio::test]
@@ -211,7 +211,8 @@ async fn special_tokens_before_a_template_are_for_the_asking() {
     let (router, mut worker) = start(|config| config.model_dir = root().join("tests/golden/llama")).await;
     let beginning = async |router: &TestRouter, worker: &mut MockWorker, add: bool| {
         let (_, submit) = answered(router, worker, CHAT, chat(json!({"add_special_tokens": add}))).await;
-        submit.tokens.iter().take_while(|token| **token == submit.tokens[0]).count()
+        let ids = prompt_ids(&submit);
+        ids.iter().take_while(|token| **token == ids[0]).count()
     };
     let without = beginning(&router, &mut worker, false).await;
     assert_eq!(beginning(&router, &mut worker, true).await, without + 1, "one BOS more");
@@ -223,7 +224,7 @@ async fn special_tokens_before_a_plain_prompt_are_there_unless_they_are_not_want
     let mut asked = [Vec::new(), Vec::new(), Vec::new()];
     for (tokens, add) in asked.iter_mut().zip([json!(null), json!(true), json!(false)]) {
         let request = json!({"model": MODEL, "prompt": "one two", "add_special_tokens": add});
-        *tokens = answered(&router, &mut worker, COMPLETIONS, request).await.1.tokens;
+        *tokens = prompt_ids(&answered(&router, &mut worker, COMPLETIONS, request).await.1);
     }
     let [default, with, without] = asked;
     assert_eq!((&default, with.len(), &with[1..]), (&with, without.len() + 1, &without[..]));
@@ -251,7 +252,7 @@ async fn ids_of_tokens_are_told_for_the_asking_those_of_the_prompt_once() {
     let (body, submit) = answered(&router, &mut worker, CHAT, chat(ids.clone())).await;
     assert_eq!(
         (&body["prompt_token_ids"], &body["choices"][0]["token_ids"]),
-        (&json!(submit.tokens), &json!(output("well then")))
+        (&json!(prompt_ids(&submit)), &json!(output("well then")))
     );
     let (body, _) = answered(&router, &mut worker, CHAT, chat(json!({}))).await;
     assert_eq!((body.get("prompt_token_ids"), body["choices"][0].get("token_ids")), (None, None));
@@ -263,7 +264,7 @@ async fn ids_of_tokens_are_told_for_the_asking_those_of_the_prompt_once() {
     });
     let chunks = stream.chunks().await;
     let prompts: Vec<usize> = (0..chunks.len()).filter(|&i| chunks[i].get("prompt_token_ids").is_some()).collect();
-    assert_eq!((prompts, &chunks[0]["prompt_token_ids"]), (vec![0], &json!(submit.tokens)));
+    assert_eq!((prompts, &chunks[0]["prompt_token_ids"]), (vec![0], &json!(prompt_ids(&submit))));
     let ids = chunks.iter().filter_map(|chunk| chunk["choices"][0]["token_ids"].as_array()).flatten().cloned();
     assert_eq!(Value::from_iter(ids), json!(output("well then")));
 }

@@ -1,7 +1,7 @@
 //! Calls of tools and reasoning: what the model says reaches clients taken apart.
 
 use crate::{
-    mock::{MODEL, MockWorker, ended},
+    mock::{MODEL, MockWorker, ended, prompt_ids},
     support::{EOS, TestRouter, output, tokens},
 };
 use cluster::Role;
@@ -113,7 +113,7 @@ async fn calls_the_model_chose_are_in_the_message() {
     assert_eq!(submit.grammar, None, "the model decides");
     let prompt = Tokenizer::from_file(Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo/tokenizer.json"))
         .unwrap()
-        .decode(&submit.tokens, false)
+        .decode(&prompt_ids(&submit), false)
         .unwrap();
     assert!(prompt.contains("Says the weather"), "{prompt}");
 
@@ -270,7 +270,7 @@ async fn reasoning_is_told_from_the_answer_and_counted() {
     let thoughts = golden.tokens("\nIt might. Clouds.\n").len();
     let request = json!({"return_token_ids": true, "logprobs": true});
     let (body, submit) = answered(&router, &mut worker, chat(request.clone()), &said).await;
-    assert!(golden.text(&submit.tokens).ends_with("assistant\n"));
+    assert!(golden.text(&prompt_ids(&submit)).ends_with("assistant\n"));
     let choice = &body["choices"][0];
     assert_eq!(choice["message"]["reasoning"], "It might. Clouds.");
     assert_eq!(choice["message"]["reasoning_content"], "It might. Clouds.");
@@ -309,7 +309,7 @@ async fn a_prompt_that_ends_reasoning_leaves_none() {
     let said = [golden.tokens("<think> is how it would begin."), vec![eos]].concat();
     let request = chat(json!({"chat_template_kwargs": {"enable_thinking": false}}));
     let (body, submit) = answered(&router, &mut worker, request, &said).await;
-    assert!(golden.text(&submit.tokens).trim_end().ends_with("</think>"));
+    assert!(golden.text(&prompt_ids(&submit)).trim_end().ends_with("</think>"));
     let choice = &body["choices"][0];
     assert_eq!(choice["message"]["reasoning"], Value::Null);
     assert_eq!(choice["message"]["content"], "<think> is how it would begin.");
@@ -346,7 +346,7 @@ async fn a_conversation_with_calls_goes_back_into_the_template() {
     ]);
     let (_, submit) = answered(&router, &mut worker, request, &output("No.")).await;
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo/tokenizer.json");
-    let prompt = Tokenizer::from_file(path).unwrap().decode(&submit.tokens, false).unwrap();
+    let prompt = Tokenizer::from_file(path).unwrap().decode(&prompt_ids(&submit), false).unwrap();
     assert!(prompt.contains("<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Rome\"}}\n</tool_call>"));
     assert!(prompt.contains("<tool_response>\nsunny\n</tool_response>"), "{prompt}");
 }

@@ -1,7 +1,7 @@
 //! Who gets a turn, who is turned away, which workers are shunned, and how a request learns why.
 
 use crate::{
-    mock::{MODEL, MockWorker, failed},
+    mock::{MODEL, MockWorker, failed, prompt_ids},
     support::{Answer, TestRouter, output, tokens, within},
 };
 use cluster::Role;
@@ -64,7 +64,7 @@ async fn the_better_class_goes_first() {
         waiting(router, 3).await;
         for prompt in ["first", "urgent", "patient"] {
             let submit = worker.submission().await;
-            assert!(submit.tokens.ends_with(&tokens(prompt)), "{prompt} is next");
+            assert!(prompt_ids(&submit).ends_with(&tokens(prompt)), "{prompt} is next");
             assert!(!worker.has_submission());
             worker.answer(&submit, &output("ok"), Reason::Stop);
         }

@@ -1,7 +1,7 @@
 //! Workers that come, go, and say what they hold.
 
 use crate::{
-    mock::{MODEL, MockWorker, failed},
+    mock::{MODEL, MockWorker, failed, prompt_ids},
     support::{TestRouter, output, tokens},
 };
 use bytes::Bytes;
@@ -124,7 +124,7 @@ async fn an_adapter_is_served_by_those_who_have_it_also_after_one_fails() {
         assert_eq!(submit.adapter.as_ref().map(|adapter| adapter.id.as_str()), Some("12ab"));
         have[first].emit(&submit, 0, &text[..1], Some(failed(Reason::Failed, "boom")));
         let again = have[1 - first].submission().await;
-        assert_eq!((&again.adapter, again.tokens.len()), (&submit.adapter, submit.tokens.len() + 1));
+        assert_eq!((&again.adapter, prompt_ids(&again).len()), (&submit.adapter, prompt_ids(&submit).len() + 1));
         have[1 - first].answer(&again, &text, Reason::Stop);
     });
     assert_eq!(
@@ -188,4 +188,34 @@ async fn ask_until(router: &TestRouter, wanted: &mut MockWorker, other: &mut Moc
         }
     }
     panic!("requests do not go to {}", wanted.id);
+}
+
+#[tokio::test]
+async fn prefix_caches_are_reset_on_all_workers_where_that_is_allowed() {
+    let router = TestRouter::start_with(Policy::Auto, |config| config.cache_reset = true).await;
+    let mut prefill = MockWorker::start(&*router.directory, "prefill", Role::Prefill).await;
+    let mut decode = MockWorker::start(&*router.directory, "decode", Role::Decode).await;
+    router.ready().await;
+    prefill.attached().await;
+    const RESET: &str = "/reset_prefix_cache";
+    for done in [[true, true], [true, false], [false, false]] {
+        let (answer, (), ()) =
+            tokio::join!(router.post(RESET, json!({})), prefill.reset(done[0]), decode.reset(done[1]));
+        assert_eq!((answer.status, answer.json()), (200, json!({"success": done == [true, true]})));
+    }
+    let (answer, (), ()) = tokio::join!(router.post(RESET, json!({})), prefill.reset(true), async {
+        decode.asked_to_reset().await;
+        decode.hang_up();
+    });
+    assert_eq!(answer.status, 503, "{}", answer.body);
+    assert!(answer.error().contains("worker decode: its stream ended"), "{}", answer.body);
+    for query in ["reset_running_requests=true", "reset_external=true", "reset_external=maybe"] {
+        let answer = router.post(&format!("{RESET}?{query}"), json!({})).await;
+        assert_eq!(answer.status, 400, "{}", answer.body);
+        assert!(answer.error().contains(query.split('=').next().unwrap()), "{}", answer.body);
+    }
+    let closed = TestRouter::start(Policy::Local).await;
+    let answer = closed.post(RESET, json!({})).await;
+    assert_eq!(answer.status, 404, "{}", answer.body);
+    assert!(answer.error().contains("cache_reset = true"), "{}", answer.body);
 }

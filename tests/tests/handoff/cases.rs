@@ -142,7 +142,7 @@ async fn later_attempts_go_on_where_earlier_ones_stopped() {
     let (_worker, mut router) = local_worker("resume", small()).await;
     let prompt = longest();
     let mut submit = request(1, &prompt.ids, prompt.greedy.len(), local());
-    submit.tokens.extend(&prompt.greedy[..20]);
+    submit.tokens = proto::pack(&[&prompt.ids, &prompt.greedy[..20]]);
     router.submit(submit).await;
     let said = router.ended(1).await;
     assert_eq!(said.tokens, numbered(&prompt.greedy, 20));

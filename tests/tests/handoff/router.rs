@@ -139,7 +139,7 @@ pub(crate) fn request(attempt: u64, prompt: &[u32], count: usize, leg: Leg) -> S
     Submit {
         attempt,
         request: format!("req-{attempt}"),
-        tokens: prompt.to_vec(),
+        tokens: proto::pack(&[prompt]),
         prompt_tokens: prompt.len() as u32,
         sampling: Some(proto::Sampling { top_p: 1.0, repetition_penalty: 1.0, seed: 7, ..Default::default() }),
         stop: Some(proto::Stop { max_tokens: count as u32, ignore_eos: true, ..Default::default() }),

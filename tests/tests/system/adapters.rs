@@ -137,6 +137,9 @@ async fn adapters_come_and_go_while_requests_run() -> anyhow::Result<()> {
     streaming["stream"] = true.into();
     let mut events = client.stream("/v1/completions", &streaming).await?;
     let first = events.next().await?.expect("a first token");
+    let metrics = client.get("/metrics").await?.text;
+    let in_use = "vllm:lora_requests_info{max_lora=\"1\",waiting_lora_adapters=\"\",running_lora_adapters=\"all\"} ";
+    assert!(metrics.contains(in_use), "{metrics}");
     let unload = json!({"lora_name": "all"});
     let unloaded = client.post("/v1/unload_lora_adapter", &unload).await?;
     assert_eq!((unloaded.status, unloaded.text.as_str()), (200, "Success: LoRA adapter 'all' removed successfully."));

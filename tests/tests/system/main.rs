@@ -18,6 +18,7 @@ mod messages;
 mod one_request;
 mod prompt_logprobs;
 mod proxy;
+mod reset;
 mod responses;
 mod speculation;
 mod tokens;

@@ -129,6 +129,10 @@ impl Worker {
                 }
             }
             Command::Resync(stream) => self.routers.resync(stream),
+            Command::Reset(stream, number) => {
+                self.pool.clear_cached();
+                self.routers.reset(stream, number, true);
+            }
             Command::Detached(stream) => {
                 self.legs.retain(|leg, _| leg.stream != stream);
                 self.routers.detach(stream);

@@ -269,16 +269,14 @@ impl Shape for ChatShape {
             (finish_reason, stop_reason) = (Some(reason), Some(stop));
             self.open -= 1;
         }
-        let mut deltas: Vec<Delta<'_>> = step.events.iter().map(Delta::of).collect();
-        if deltas.is_empty() && (logprobs.is_some() || token_ids.is_some() || finish_reason.is_some()) {
-            deltas.push(Delta { content: logprobs.is_some().then_some(""), ..Delta::default() });
-        }
+        let wordless = step.events.is_empty() && (logprobs.is_some() || token_ids.is_some() || finish_reason.is_some());
+        let wordless = wordless.then(|| Delta { content: logprobs.is_some().then_some(""), ..Delta::default() });
         // What belongs to the step as a whole stands in its first chunk, its end in the last.
-        let count = deltas.len();
-        for (i, delta) in deltas.into_iter().enumerate() {
+        let mut deltas = step.events.iter().map(Delta::of).chain(wordless).peekable();
+        while let Some(delta) = deltas.next() {
             let mut choice = ChunkChoice { index, delta, ..ChunkChoice::default() };
             (choice.logprobs, choice.token_ids) = (logprobs.take(), token_ids.take());
-            if i + 1 == count {
+            if deltas.peek().is_none() {
                 (choice.finish_reason, choice.stop_reason) = (finish_reason.take(), stop_reason.take());
             }
             self.write_chunk(&[choice], usage, false, out);
