@@ -37,7 +37,7 @@ impl Default for Forecast {
 impl Forecast {
     /// Returns within what time a first token predicted for `ms` milliseconds from now comes.
     pub fn ttft(&self, ms: f64) -> Duration {
-        Duration::try_from_secs_f64(ms.max(0.0) * self.factor / 1e3).unwrap_or(Duration::MAX / 4)
+        milliseconds(ms * self.factor)
     }
 
     /// Notes what became of a prediction.
@@ -58,6 +58,10 @@ impl Forecast {
         }
         due
     }
+}
+
+pub(crate) fn milliseconds(ms: f64) -> Duration {
+    Duration::try_from_secs_f64(ms.max(0.0) / 1e3).unwrap_or(Duration::MAX / 4)
 }
 
 #[cfg(test)]

@@ -9,5 +9,5 @@ mod queue;
 mod supply;
 
 pub use forecast::{Forecast, TRY_EVERY};
-pub use queue::{AGED_TURN, Ask, Limits, Objective, Outcome, Queue, Refusal, Supply, Ticket};
+pub use queue::{AGED_TURN, Ask, Limits, Objective, Outcome, Queue, Refusal, Supply, Ticket, Waits};
 pub use supply::{Working, supply};

@@ -8,12 +8,14 @@
 //!   request that `n` others were ahead of is out after `AGED_TURN * (n + 1)` turns: nobody starves.
 //! - **Keys.** Within a class, keys share by tokens: deficit round robin (Shreedhar and Varghese, SIGCOMM 1995). A key's debts are forgotten
 //!   when nothing of it waits.
-//! - **Deadlines.** A request leaves when its patience ends, or as soon as it could not meet its objective any more even if it went now: its
-//!   place then serves somebody who still can. One that is not expected to meet it is refused on arrival.
+//! - **Objectives.** A request that is not expected to meet its objective is refused on arrival, so that its client can go elsewhere at once.
+//!   Whoever is let in is meant to be served: it leaves only when its first token was wanted and it has not even gone.
+//! - **Deadlines.** Else a request leaves when its patience ends.
 //! - **Full.** A newcomer takes the place of the last of the worst class if that is worse than its own; otherwise it is refused.
 //!
 //! Times are since any fixed moment.
 
+use crate::{Forecast, forecast::milliseconds};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     time::Duration,
@@ -74,13 +76,21 @@ pub struct Ask {
 pub struct Objective {
     /// From now.
     pub ttft: Duration,
-    /// Predicted from its turn to its first token.
-    pub service: Duration,
+    /// Predicted in milliseconds from its turn to its first token, if it had its turn now.
+    pub service_ms: f64,
 }
 
 /// A place among those who wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket(u64);
+
+/// What one who waits is told.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Waits {
+    pub ticket: Ticket,
+    /// Predicted in milliseconds from now to its first token, where it wants that by some time: what [`Forecast::learn`] is to be told.
+    pub promised_ms: Option<f64>,
+}
 
 /// Why a request gets no turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -196,10 +206,11 @@ impl Queue {
         free
     }
 
-    /// Waits. Whoever is refused at once never had a ticket; all others hear of it by [`Queue::pump`].
-    pub fn wait(&mut self, now: Duration, ask: Ask) -> Result<Ticket, Refusal> {
-        if let Some(objective) = ask.objective {
-            let predicted = self.wait_of(&ask) + objective.service;
+    /// Waits, if `forecast` has its first token come in time. Whoever is refused at once never had a ticket; all others hear of it by [`Queue::pump`].
+    pub fn wait(&mut self, now: Duration, ask: Ask, forecast: &Forecast) -> Result<Waits, Refusal> {
+        let promised_ms = ask.objective.map(|objective| self.wait_ms(&ask) + objective.service_ms);
+        if let (Some(objective), Some(ms)) = (ask.objective, promised_ms) {
+            let predicted = forecast.ttft(ms);
             if predicted > objective.ttft {
                 return Err(Refusal::TooSlow { predicted });
             }
@@ -216,12 +227,11 @@ impl Queue {
         }
         let ticket = Ticket(self.next);
         self.next += 1;
-        let start_by = ask.objective.map(|objective| objective.ttft.saturating_sub(objective.service));
-        let deadline = now + start_by.map_or(ask.patience, |by| by.min(ask.patience));
+        let deadline = now + ask.objective.map_or(ask.patience, |objective| objective.ttft.min(ask.patience));
         self.waiting.insert(ticket, Waiting { ask, since: now, deadline });
         self.deadlines.insert((deadline, ticket));
         self.classes.entry(ask.class).or_default().push(ticket, &ask);
-        Ok(ticket)
+        Ok(Waits { ticket, promised_ms })
     }
 
     /// Lets go of one that waits no more; `false` if it does not.
@@ -255,12 +265,12 @@ impl Queue {
     pub fn pump(&mut self, now: Duration, out: &mut Vec<Outcome>) {
         let waiting = self.waiting.len();
         out.extend(self.displaced.drain(..).map(|ticket| (ticket, Err(Refusal::Full { waiting }))));
-        while let Some((deadline, ticket)) = self.deadlines.first().copied().filter(|(deadline, _)| *deadline <= now) {
+        while let Some((_, ticket)) = self.deadlines.first().copied().filter(|(deadline, _)| *deadline <= now) {
             let gone = self.remove(ticket).expect("a deadline is of one that waits");
             let waited = now - gone.since;
             let refusal = match gone.ask.objective {
-                Some(objective) if deadline < gone.since + gone.ask.patience => {
-                    Refusal::TooSlow { predicted: waited + objective.service }
+                Some(objective) if objective.ttft < gone.ask.patience => {
+                    Refusal::TooSlow { predicted: waited + milliseconds(objective.service_ms) }
                 }
                 _ => Refusal::Expired { waited },
             };
@@ -337,7 +347,7 @@ impl Queue {
 
     /// Predicts how long a request that asks now will wait: all of better classes goes before it, and of every other key in its class as much as
     /// of its own.
-    fn wait_of(&self, ask: &Ask) -> Duration {
+    fn wait_ms(&self, ask: &Ask) -> f64 {
         let better: u64 = self.classes.range(..ask.class).map(|(_, class)| class.tokens).sum();
         let own = self.classes.get(&ask.class).map_or(0, |class| {
             let own = class.flows.get(&ask.key).map_or(0, |flow| flow.tokens);
@@ -345,10 +355,7 @@ impl Queue {
             own + others.map(|(_, flow)| flow.tokens.min(own + ask.tokens)).sum::<u64>()
         });
         let pace = self.pace.tokens_per_s(self.supply.tokens_per_s);
-        if pace <= 0.0 {
-            return Duration::ZERO;
-        }
-        Duration::try_from_secs_f64((better + own) as f64 / pace).unwrap_or(Duration::MAX / 4)
+        if pace > 0.0 { (better + own) as f64 / pace * 1e3 } else { 0.0 }
     }
 }
 

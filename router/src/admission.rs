@@ -5,10 +5,10 @@
 //! [`admission`](::admission); this file keeps the clock and wakes people up.
 //!
 //! Turns are bounded by a setting, and by what the workers say: while all of them have enough to do, requests wait here, where a better
-//! class or another key can still overtake them, and where one that would come too late costs no worker anything.
+//! class or another key can still overtake them. One that would come too late is told so when it asks, not after it has waited.
 
 use crate::{config, error::Error, metrics::Metrics};
-use ::admission::{Ask, Forecast, Limits, Objective, Outcome, Queue, Refusal, Supply, Ticket};
+use ::admission::{Ask, Forecast, Limits, Objective, Outcome, Queue, Refusal, Supply, Ticket, Waits};
 use std::{
     collections::HashMap,
     fmt,
@@ -162,10 +162,17 @@ impl Admission {
         Err(too_slow(predicted, wanted))
     }
 
-    /// Notes when a first token came that was predicted in `predicted_ms`.
-    pub(crate) fn learn(&self, predicted_ms: f64, took: Duration) {
-        self.inner.state().forecast.learn(predicted_ms, took);
+    /// Notes that a first token came that was promised.
+    pub(crate) fn learn(&self, promise: Promise) {
+        self.inner.state().forecast.learn(promise.ttft_ms, promise.since.elapsed());
     }
+}
+
+/// A first token predicted in so many milliseconds from then on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Promise {
+    pub(crate) ttft_ms: f64,
+    pub(crate) since: Instant,
 }
 
 /// A place for a request that is being prepared. Dropping it gives the place back.
@@ -187,20 +194,21 @@ impl Place {
         let admission = self.admission.clone();
         let inner = &admission.inner;
         if inner.pass(&claim) {
-            return Ok(Turn { admission, share: claim.choices });
+            return Ok(Turn { admission, share: claim.choices, promise: None });
         }
         // Placement is asked before the lock is taken.
-        let service_ms = claim.objective.and_then(|ttft| Some((ttft, service_ms()?)));
+        let objective = claim.objective.and_then(|ttft| Some(Objective { ttft, service_ms: service_ms()? }));
         let asked = Instant::now();
-        let mut waiting = {
+        let (mut waiting, promised_ms) = {
             let mut state = inner.state();
-            let objective = service_ms.map(|(ttft, ms)| Objective { ttft, service: state.forecast.ttft(ms) });
+            let State { queue, forecast, .. } = &mut *state;
             let Claim { class, key, tokens, choices: share, .. } = claim;
             let ask = Ask { class, key, tokens, share, patience: inner.patience, objective };
-            let ticket = state.queue.wait(inner.now(), ask).map_err(|refusal| inner.error(refusal, claim.objective))?;
+            let waits = queue.wait(inner.now(), ask, forecast);
+            let Waits { ticket, promised_ms } = waits.map_err(|refusal| inner.error(refusal, claim.objective))?;
             let (sender, answer) = oneshot::channel();
             state.waiters.insert(ticket, sender);
-            Waiting { inner, ticket, share, answer }
+            (Waiting { inner, ticket, share, answer }, promised_ms)
         };
         drop(self);
         inner.pump();
@@ -215,7 +223,10 @@ impl Place {
         drop(waiting);
         inner.metrics.waited(asked.elapsed());
         match outcome {
-            Ok(()) => Ok(Turn { share: claim.choices, admission }),
+            Ok(()) => {
+                let promise = promised_ms.map(|ttft_ms| Promise { ttft_ms, since: asked });
+                Ok(Turn { share: claim.choices, admission, promise })
+            }
             Err(refusal) => Err(inner.error(refusal, claim.objective)),
         }
     }
@@ -246,6 +257,8 @@ impl Drop for Waiting<'_> {
 pub(crate) struct Turn {
     admission: Admission,
     share: usize,
+    /// What it was let in with, if it waited for this and has an objective.
+    pub(crate) promise: Option<Promise>,
 }
 
 impl Drop for Turn {
@@ -419,7 +432,7 @@ mod tests {
         let _following = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(door.clone().follow()));
         let late = door.enter(0).unwrap().turn(claim(200), || Some(80.0)).await.unwrap_err();
         assert!(matches!(late, Error::TooSlow { .. }), "{late:?}");
-        assert!((ms(119)..ms(130)).contains(&started.elapsed()), "as soon as it is certain: {:?}", started.elapsed());
+        assert!((ms(199)..ms(210)).contains(&started.elapsed()), "when it is certain: {:?}", started.elapsed());
         assert_eq!(door.check_objective((ms(0), ms(100)), 101.0, false), Err(too_slow(ms(101), ms(100))));
         assert_eq!(door.check_objective((ms(0), ms(100)), 101.0, true), Ok(()), "one is tried");
         assert!(door.check_objective((ms(0), ms(100)), 101.0, true).is_err());

@@ -281,6 +281,7 @@ impl Accepted {
                 priority: self.params.priority,
                 pooling: None,
                 transfer: self.params.transfer.clone(),
+                promise: self.turn.promise,
                 expected: self.params.expected_output(&self.router),
             })
         });

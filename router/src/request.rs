@@ -14,7 +14,7 @@
 mod begin;
 
 use crate::{
-    admission::Admission,
+    admission::{Admission, Promise},
     attempt::{Attempt, Ending, News},
     config::Config,
     dialect::{Dialect, Event},
@@ -128,6 +128,8 @@ pub(crate) struct Work {
     pub(crate) pooling: Option<Pooling>,
     /// What a client's proxy says of the prompt's pages.
     pub(crate) transfer: Option<Arc<Part>>,
+    /// What it was let in with; it is not held against its objective again.
+    pub(crate) promise: Option<Promise>,
     /// Tokens it was expected to write when it got its turn.
     pub(crate) expected: u32,
 }

@@ -11,6 +11,11 @@ fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
 
+/// Has it wait, with predictions taken at their word.
+fn wait(queue: &mut Queue, now: Duration, ask: Ask) -> Result<Ticket, Refusal> {
+    queue.wait(now, ask, &Forecast::default()).map(|waits| waits.ticket)
+}
+
 fn pump(queue: &mut Queue, now: Duration) -> Vec<Outcome> {
     let mut out = Vec::new();
     queue.pump(now, &mut out);
@@ -42,7 +47,7 @@ fn order(queue: &mut Queue) -> Vec<Ticket> {
 fn turns_and_room_are_given_back() {
     let mut queue = Queue::new(LIMITS);
     assert!(queue.pass(1, 10) && queue.pass(1, 10) && !queue.pass(1, 10));
-    let ticket = queue.wait(ms(0), ask(0, 0, 10)).unwrap();
+    let ticket = wait(&mut queue, ms(0), ask(0, 0, 10)).unwrap();
     assert!(pump(&mut queue, ms(1)).is_empty());
     queue.done(1);
     assert!(!queue.pass(1, 10), "nobody overtakes those who wait");
@@ -58,8 +63,8 @@ fn turns_and_room_are_given_back() {
 #[test]
 fn better_classes_go_first_and_one_turn_in_eight_is_the_oldest_ones() {
     let mut queue = busy(Limits { max_waiting: 100, ..LIMITS });
-    let old = queue.wait(ms(0), ask(5, 0, 10)).unwrap();
-    let good: Vec<Ticket> = (0..20).map(|_| queue.wait(ms(0), ask(-1, 0, 10)).unwrap()).collect();
+    let old = wait(&mut queue, ms(0), ask(5, 0, 10)).unwrap();
+    let good: Vec<Ticket> = (0..20).map(|_| wait(&mut queue, ms(0), ask(-1, 0, 10)).unwrap()).collect();
     let order = order(&mut queue);
     assert_eq!(order[..7], good[..7]);
     assert_eq!(order[7], old);
@@ -69,18 +74,18 @@ fn better_classes_go_first_and_one_turn_in_eight_is_the_oldest_ones() {
 #[test]
 fn the_last_of_the_worst_class_makes_room() {
     let mut queue = busy(Limits { max_waiting: 2, ..LIMITS });
-    let first = queue.wait(ms(0), ask(1, 0, 10)).unwrap();
-    let last = queue.wait(ms(0), ask(1, 7, 10)).unwrap();
+    let first = wait(&mut queue, ms(0), ask(1, 0, 10)).unwrap();
+    let last = wait(&mut queue, ms(0), ask(1, 7, 10)).unwrap();
     assert!(!queue.is_closed(), "a better class may come");
     assert_eq!(queue.enter(1), Err(Refusal::Full { waiting: 2 }));
     queue.enter(0).unwrap();
     queue.arrived();
-    let better = queue.wait(ms(0), ask(0, 0, 10)).unwrap();
+    let better = wait(&mut queue, ms(0), ask(0, 0, 10)).unwrap();
     assert_eq!(pump(&mut queue, ms(0)), [(last, Err(Refusal::Full { waiting: 2 }))]);
-    assert_eq!(queue.wait(ms(0), ask(1, 0, 10)), Err(Refusal::Full { waiting: 2 }));
+    assert_eq!(wait(&mut queue, ms(0), ask(1, 0, 10)), Err(Refusal::Full { waiting: 2 }));
     assert_eq!(order(&mut queue), [better, first]);
     let mut queue = busy(Limits { max_waiting: 1, ..LIMITS });
-    queue.wait(ms(0), ask(0, 0, 10)).unwrap();
+    wait(&mut queue, ms(0), ask(0, 0, 10)).unwrap();
     assert!(queue.is_closed(), "all have been of one class");
 }
 
@@ -98,14 +103,17 @@ fn arrivals_count_while_they_are_prepared() {
 fn objectives_are_held_against_the_wait_on_arrival_and_while_waiting() {
     let mut queue = busy(LIMITS);
     queue.supply(Supply { room_tokens: 1_000, tokens_per_s: 1_000.0 });
-    queue.wait(ms(0), ask(0, 0, 500)).unwrap();
-    let with =
-        |ttft, service| Ask { objective: Some(Objective { ttft: ms(ttft), service: ms(service) }), ..ask(0, 0, 10) };
+    wait(&mut queue, ms(0), ask(0, 0, 500)).unwrap();
+    let with = |ttft| Ask { objective: Some(Objective { ttft: ms(ttft), service_ms: 100.0 }), ..ask(0, 0, 10) };
     // Half a second of tokens is ahead of it, and 100 ms of its own.
-    assert_eq!(queue.wait(ms(0), with(550, 100)), Err(Refusal::TooSlow { predicted: ms(600) }));
-    let ticket = queue.wait(ms(0), with(650, 100)).unwrap();
-    assert!(pump(&mut queue, ms(549)).is_empty());
-    assert_eq!(pump(&mut queue, ms(550)), [(ticket, Err(Refusal::TooSlow { predicted: ms(650) }))]);
+    assert_eq!(wait(&mut queue, ms(0), with(550)), Err(Refusal::TooSlow { predicted: ms(600) }));
+    let mut careful = Forecast::default();
+    careful.learn(100.0, ms(1_000));
+    assert!(queue.wait(ms(0), with(650), &careful).is_err(), "what lately was late counts");
+    let Waits { ticket, promised_ms } = queue.wait(ms(0), with(650), &Forecast::default()).unwrap();
+    assert_eq!(promised_ms, Some(600.0));
+    assert!(pump(&mut queue, ms(649)).is_empty(), "it was let in, so it may go as long as its token is not overdue");
+    assert_eq!(pump(&mut queue, ms(650)), [(ticket, Err(Refusal::TooSlow { predicted: ms(750) }))]);
     assert_eq!(queue.waiting(), 1);
     let gone = pump(&mut queue, ms(10_000));
     assert!(matches!(gone[..], [(_, Err(Refusal::Expired { waited }))] if waited == ms(10_000)));
@@ -116,7 +124,7 @@ fn the_pace_is_learned_from_what_goes() {
     let mut queue = busy(Limits { max_waiting: 1_000, ..LIMITS });
     queue.supply(Supply { room_tokens: i64::MAX, tokens_per_s: 1_000_000.0 });
     for _ in 0..200 {
-        queue.wait(ms(0), ask(0, 0, 100)).unwrap();
+        wait(&mut queue, ms(0), ask(0, 0, 100)).unwrap();
     }
     for i in 0..90 {
         queue.done(1);
@@ -130,7 +138,7 @@ fn the_pace_is_learned_from_what_goes() {
 #[test]
 fn what_a_key_took_more_than_it_asked_for_is_charged_to_it() {
     let mut queue = busy(Limits { max_waiting: 100, ..LIMITS });
-    let tickets: Vec<Ticket> = (0..8).map(|i| queue.wait(ms(0), ask(0, i % 2, 100)).unwrap()).collect();
+    let tickets: Vec<Ticket> = (0..8).map(|i| wait(&mut queue, ms(0), ask(0, i % 2, 100)).unwrap()).collect();
     queue.settle(0, 0, 300);
     queue.settle(0, 9, 300);
     let order = order(&mut queue);
@@ -179,11 +187,11 @@ proptest! {
                     }
                 }
                 Event::Ask { class, key, tokens, share, ttft } => {
-                    let objective = ttft.map(|ttft| Objective { ttft: ms(ttft), service: ms(200) });
+                    let objective = ttft.map(|ttft| Objective { ttft: ms(ttft), service_ms: 200.0 });
                     let ask = Ask { class, key, tokens, share, patience: ms(2_000), objective };
-                    match queue.wait(now, ask) {
+                    match wait(&mut queue, now, ask) {
                         Ok(ticket) => {
-                            let by = objective.map_or(ms(2_000), |o| o.ttft.saturating_sub(o.service).min(ms(2_000)));
+                            let by = objective.map_or(ms(2_000), |o| o.ttft.min(ms(2_000)));
                             prop_assert!(waiting.insert(ticket, (ask, now + by)).is_none());
                         }
                         Err(Refusal::TooSlow { predicted }) => prop_assert!(predicted > objective.unwrap().ttft),
@@ -239,7 +247,7 @@ proptest! {
         let mut of = HashMap::new();
         for (a, b) in &sizes {
             for (key, tokens) in [(0u64, *a), (1, *b)] {
-                of.insert(queue.wait(ms(0), ask(0, key, tokens)).unwrap(), (key, tokens));
+                of.insert(wait(&mut queue, ms(0), ask(0, key, tokens)).unwrap(), (key, tokens));
             }
         }
         let largest = of.values().map(|(_, tokens)| *tokens).max().unwrap();
@@ -266,13 +274,13 @@ proptest! {
     fn nobody_starves(ahead in 0usize..20, class in 1i32..100, tokens in 1u64..100_000) {
         let mut queue = busy(Limits { max_running: 1, max_waiting: 10_000, quantum_tokens: 100 });
         for _ in 0..ahead {
-            queue.wait(ms(0), ask(0, 0, 10)).unwrap();
+            wait(&mut queue, ms(0), ask(0, 0, 10)).unwrap();
         }
-        let poor = queue.wait(ms(0), ask(class, 1, tokens)).unwrap();
+        let poor = wait(&mut queue, ms(0), ask(class, 1, tokens)).unwrap();
         queue.done(1);
         for turn in 1..=AGED_TURN * (ahead as u64 + 1) {
             for _ in 0..2 {
-                queue.wait(ms(0), ask(-5, 0, 10)).unwrap();
+                wait(&mut queue, ms(0), ask(-5, 0, 10)).unwrap();
             }
             let went = pump(&mut queue, ms(0));
             queue.done(1);

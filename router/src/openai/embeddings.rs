@@ -149,7 +149,8 @@ fn dimensions(fields: &mut Fields, router: &Router) -> Result<Option<usize>, Err
 
 fn work(origin: Origin, prompt: Arc<Prompt>, pooling: Pooling, priority: i32) -> Work {
     Work {
-        origin,
+        // Without a first token there is no objective for it.
+        origin: Origin { objective: None, ..origin },
         prompt,
         sampling: Arc::new(Sampling::greedy()),
         grammar: None,
@@ -164,6 +165,7 @@ fn work(origin: Origin, prompt: Arc<Prompt>, pooling: Pooling, priority: i32) ->
         priority,
         pooling: Some(pooling),
         transfer: None,
+        promise: None,
         expected: 0,
     }
 }

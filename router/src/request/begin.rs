@@ -2,6 +2,7 @@
 
 use super::{Generation, Router};
 use crate::{
+    admission::Promise,
     attempt::Attempt,
     error::Error,
     fleet::{
@@ -20,8 +21,8 @@ use tokio::time::{Instant, timeout};
 pub(super) struct Placed {
     prefill: Option<Arc<Worker>>,
     decode: Arc<Worker>,
-    /// Predicted to the first token, where that was measured.
-    ttft_ms: Option<f64>,
+    /// When the first token is expected, where speeds were measured.
+    promise: Option<Promise>,
     /// When it went there, as long as nothing has come from there.
     since: Option<Instant>,
 }
@@ -42,16 +43,18 @@ impl Generation {
     pub(super) async fn begin(&mut self) -> Result<(), Error> {
         loop {
             let path = self.place().await?;
-            if self.attempts == 0 {
+            let promised = self.work.promise.filter(|_| self.attempts == 0);
+            if self.attempts == 0 && promised.is_none() {
                 self.check_objective(&path)?;
             }
             self.attempts += 1;
             self.last_heard = Instant::now();
+            let measured = path.measured.then(|| Promise { ttft_ms: path.cost.ttft(), since: self.last_heard });
             self.note_placed(&path);
             let placed = Placed {
                 prefill: path.prefill.as_ref().map(|target| target.worker.clone()),
                 decode: path.decode.worker.clone(),
-                ttft_ms: path.measured.then(|| path.cost.ttft()),
+                promise: promised.or(measured),
                 since: Some(self.last_heard),
             };
             match self.submit(path) {
@@ -126,8 +129,8 @@ impl Generation {
             let after = now - since;
             fleet.succeeded(placed.prefill.as_ref().unwrap_or(&placed.decode));
             self.router.why.spoke(&self.work.origin.request, self.work.choice, after);
-            if let Some(ttft_ms) = placed.ttft_ms {
-                self.router.admission.learn(ttft_ms, after);
+            if let Some(promise) = placed.promise {
+                self.router.admission.learn(promise);
             }
         }
         if self.attempt.as_ref().is_some_and(Attempt::has_decoded) {
