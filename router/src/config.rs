@@ -274,7 +274,7 @@ impl Default for Limits {
             stall_timeout_ms: 30_000,
             request_timeout_ms: 600_000,
             max_attempts: 4,
-            max_choices: 128,
+            max_choices: 1_024,
             max_connections: 32_768,
             max_header_bytes: 64 << 10,
             header_timeout_ms: 75_000,

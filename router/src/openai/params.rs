@@ -30,6 +30,9 @@ const MAX_BAD_WORDS: usize = 1024;
 /// Longest request id taken from a client.
 const MAX_REQUEST_ID: usize = 128;
 
+/// Most choices of a prompt, as at OpenAI.
+const MAX_N: u32 = 128;
+
 /// Most characters of a cache salt.
 const MAX_SALT_CHARS: usize = 128;
 
@@ -109,7 +112,7 @@ impl Params {
         fields.refuse(&UNSUPPORTED)?;
         let constraint = Constraint::take(fields)?;
         let sampling = sampling(fields, router, differences.logprobs)?;
-        let n = fields.integer("n", 1..=i64::from(router.config.limits.max_choices))?.unwrap_or(1) as u32;
+        let n = fields.integer("n", 1..=i64::from(router.config.limits.max_choices.min(MAX_N)))?.unwrap_or(1) as u32;
         if n > 1 && sampling.is_greedy() {
             return Err(Error::invalid(
                 "n",

@@ -110,7 +110,8 @@ async fn wrong_fields_are_named() {
         (json!({"prompt": "x", "logprobs": true}), &["logprobs", "true"]),
         (json!({"prompt": "x", "suffix": "y"}), &["suffix", "not supported yet"]),
         (json!({"prompt": "x", "best_of": 3}), &["best_of", "not supported yet"]),
-        (json!({"prompt": vec!["x"; 200]}), &["prompt", "200", "128"]),
+        (json!({"prompt": vec!["x"; 1_025]}), &["prompt", "1025", "1024"]),
+        (json!({"prompt": vec!["x"; 200], "n": 6, "temperature": 1}), &["prompt", "200", "1200", "1024"]),
     ];
     for (body, words) in completions {
         check(&router, COMPLETIONS, &body.to_string(), 400, words).await;

@@ -131,6 +131,19 @@ async fn an_answer_may_tell_what_the_model_was_given() {
 }
 
 #[tokio::test]
+async fn a_batch_of_as_many_prompts_as_are_allowed_is_answered_in_order() {
+    let (router, worker) = start(|_| {}).await;
+    let prompts: Vec<String> = (0..1_024).map(|i| format!("prompt {i}")).collect();
+    let _worker = worker.answer_all(&output("x"), Reason::Stop);
+    let body = router.post(COMPLETIONS, &json!({"prompt": prompts, "return_prompt_text": true})).await.json();
+    let choices = body["choices"].as_array().unwrap();
+    assert_eq!(choices.len(), prompts.len());
+    for (i, (choice, prompt)) in choices.iter().zip(&prompts).enumerate() {
+        assert_eq!((&choice["index"], &choice["prompt_text"]), (&json!(i), &json!(prompt)));
+    }
+}
+
+#[tokio::test]
 async fn prompts_are_cut_to_length() {
     let (router, mut worker) = start(|_| {}).await;
     let all = tokens("one two three four five six seven");
