@@ -55,6 +55,8 @@ impl Server {
             .args(["--checks", CHECKS, "--phases", phases, "--max-examples", &examples.to_string()])
             .args(["--seed", &seed.to_string(), "--no-shrink", "--generation-database", "none"])
             .args(["--request-timeout", "60", "--no-color", "--continue-on-failure"])
+            // How fast requests are made says something of this machine only.
+            .args(["--suppress-health-check", "too_slow"])
             .env("SCHEMATHESIS_HOOKS", "fuzz_hooks")
             .env("PYTHONPATH", root().join("tests/clients"))
             .current_dir(work.path())
