@@ -1,9 +1,14 @@
 //! The life of one request, as a walk through the system. Newcomers run it under a debugger.
 
-use cluster_tests::{TestCluster, client::chat_text};
+use cluster_tests::{
+    Client, TestCluster,
+    client::chat_text,
+    process::{Baton, free_address},
+};
 use kv_transfer::TransportKind;
 use router::Policy;
 use serde_json::json;
+use std::time::Duration;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_chat_goes_through_router_prefill_handoff_and_decode() -> anyhow::Result<()> {
@@ -45,4 +50,26 @@ async fn a_chat_goes_through_router_prefill_handoff_and_decode() -> anyhow::Resu
     let answer = client.post("/v1/chat/completions", &whole).await?.json();
     assert_eq!(answer["choices"][0]["message"]["content"], text.as_str());
     cluster.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_of_one_token_leaves_its_pages_where_they_are() -> anyhow::Result<()> {
+    // A process of its own, because all clusters of this one count together.
+    let address = free_address().to_string();
+    let mut baton = Baton::start(&["up", "--listen", &address, "--placement", "remote", "--kv-memory", "64MiB"]);
+    let client = Client::new(format!("http://{address}"));
+    baton.ready(&client, "/readyz", Duration::from_secs(30)).await;
+    let request = json!({"prompt": "What is a KV cache?", "temperature": 0, "max_tokens": 1});
+    let answer = client.post("/v1/completions", &request).await?.json();
+    assert_eq!(answer["choices"][0]["finish_reason"], "length", "{answer}");
+    assert_eq!(answer["usage"]["completion_tokens"], 1, "{answer}");
+
+    // Both sides count it as forgone: nothing landed, and nothing went wrong.
+    super::cancel::pages_come_back(&client).await?;
+    for side in ["side=\"source\"", "side=\"target\""] {
+        let all = client.metric("baton_handoffs_total", &[side]).await?;
+        let forgone = client.metric("baton_handoffs_total", &[side, "outcome=\"forgone\""]).await?;
+        assert_eq!((all, forgone), (1.0, 1.0), "{side}");
+    }
+    Ok(())
 }
