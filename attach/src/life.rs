@@ -156,7 +156,7 @@ struct Worker {
     _stop: DropGuard,
     /// Ends the routers' streams. Not before the step thread has had its last word on them.
     close: DropGuard,
-    /// How the step thread ended: the message of its panic, if it was one.
+    /// How the step thread ended, and why if that was before its time.
     stepped: oneshot::Receiver<Result<(), String>>,
     served: tokio::task::JoinHandle<Result<(), tonic::transport::Error>>,
 }
@@ -221,7 +221,7 @@ impl Worker {
     async fn drain(&mut self, limit: Duration) -> anyhow::Result<()> {
         self.drain.cancel();
         if let Ok(ended) = timeout(limit, &mut self.stepped).await {
-            return ended.unwrap_or(Ok(())).map_err(|panic| anyhow!("step thread: {panic}"));
+            return ended.unwrap_or(Ok(())).map_err(|problem| anyhow!("step thread: {problem}"));
         }
         tracing::warn!(worker = self.member.id, ?limit, "drain timeout: what is left fails");
         self.stop.cancel();
@@ -247,7 +247,7 @@ impl Worker {
 /// Says why the step thread ended although nobody had asked it to.
 fn describe(died: Result<Result<(), String>, oneshot::error::RecvError>) -> anyhow::Error {
     match died {
-        Ok(Err(panic)) => anyhow!("step thread: {panic}"),
+        Ok(Err(problem)) => anyhow!("step thread: {problem}"),
         _ => anyhow!("the step thread ended by itself"),
     }
 }

@@ -53,13 +53,14 @@ enum At {
 }
 
 impl Stepper for Runner {
-    fn run(&mut self) {
+    fn run(&mut self) -> Result<(), String> {
         loop {
             self.parts.inbox.take().into_iter().for_each(|input| self.react(input));
             self.expire();
             if self.finished() {
                 self.flush();
-                return self.routers.finish();
+                self.routers.finish();
+                return Ok(());
             }
             self.reservations.open(&mut self.parts.scheduler);
             self.act();
@@ -70,7 +71,7 @@ impl Stepper for Runner {
             let plan = self.parts.scheduler.schedule(self.now());
             self.meters.preempted(plan.preempted().len());
             if !plan.is_empty() {
-                self.step(plan, began);
+                self.step(plan, began)?;
                 self.flush();
                 self.parts.health.progressed(false);
             } else if plan.preempted().is_empty() {
@@ -82,14 +83,10 @@ impl Stepper for Runner {
         }
     }
 
-    fn fail(&mut self, panic: &str) {
-        self.parts.health.not_ready("the step thread panicked");
+    fn fail(&mut self, problem: &str) {
+        self.parts.health.not_ready(&format!("the step thread ended: {problem}"));
         for id in self.legs.ids() {
-            self.routers.ended(
-                id,
-                End::Failed(format!("the worker's step thread panicked: {panic}")),
-                Usage::default(),
-            );
+            self.routers.ended(id, End::Failed(format!("the worker's step thread ended: {problem}")), Usage::default());
         }
         let load = *self.parts.load.borrow();
         self.routers.flush(Instant::now(), CacheDelta::default(), self.parts.scheduler.pool(), &load);
@@ -289,8 +286,8 @@ impl Runner {
 
     // ---- a step ----
 
-    /// Carries out `plan`, the making of which, drafts included, began at `began`.
-    fn step(&mut self, plan: Plan, began: Instant) {
+    /// Carries out `plan`, the making of which, drafts included, began at `began`. An error says what broke the engine.
+    fn step(&mut self, plan: Plan, began: Instant) -> Result<(), String> {
         let (prompt, drafts, tokens) = (plan.prompt_tokens(), plan.draft_tokens(), plan.tokens());
         let work = plan.work();
         let now = self.now();
@@ -317,6 +314,7 @@ impl Runner {
         }
         computed.drawn.into_iter().for_each(|drawn| self.drawn(drawn));
         computed.faults.into_iter().for_each(|fault| self.fault(fault));
+        computed.broken.map_or(Ok(()), Err)
     }
 
     fn drawn(&mut self, drawn: Drawn) {

@@ -67,13 +67,14 @@ struct Handoff {
 }
 
 impl Stepper for Runner {
-    fn run(&mut self) {
+    fn run(&mut self) -> Result<(), String> {
         loop {
             self.parts.inbox.take().into_iter().for_each(|input| self.react(input));
             self.expire();
             if self.finished() {
                 self.flush();
-                return self.routers.finish();
+                self.routers.finish();
+                return Ok(());
             }
             let plan = self.parts.scheduler.schedule(self.now());
             if plan.is_empty() {
@@ -82,21 +83,17 @@ impl Stepper for Runner {
                 self.wait();
                 self.parts.health.work_began();
             } else {
-                self.step(plan);
+                self.step(plan)?;
                 self.flush();
                 self.parts.health.progressed(false);
             }
         }
     }
 
-    fn fail(&mut self, panic: &str) {
-        self.parts.health.not_ready("the step thread panicked");
+    fn fail(&mut self, problem: &str) {
+        self.parts.health.not_ready(&format!("the step thread ended: {problem}"));
         for id in self.legs.ids() {
-            self.routers.ended(
-                id,
-                End::Failed(format!("the worker's step thread panicked: {panic}")),
-                Usage::default(),
-            );
+            self.routers.ended(id, End::Failed(format!("the worker's step thread ended: {problem}")), Usage::default());
         }
         let load = *self.parts.load.borrow();
         self.routers.flush(Instant::now(), CacheDelta::default(), self.parts.scheduler.pool(), &load);
@@ -247,7 +244,8 @@ impl Runner {
 
     // ---- a step ----
 
-    fn step(&mut self, plan: Plan) {
+    /// Carries out `plan`. An error says what broke the engine.
+    fn step(&mut self, plan: Plan) -> Result<(), String> {
         plan.started().iter().for_each(|&sequence| self.begin(sequence));
         let prompt = plan.prompt_tokens();
         let single = plan.tokens() - prompt;
@@ -262,6 +260,7 @@ impl Runner {
         computed.embedded.into_iter().for_each(|embedded| self.embedded(embedded));
         computed.drawn.into_iter().for_each(|drawn| self.drawn(drawn));
         computed.faults.into_iter().for_each(|fault| self.fault(fault));
+        computed.broken.map_or(Ok(()), Err)
     }
 
     /// Begins the hand-off of a sequence that is part of a step for the first time, and sends what is cached of it.

@@ -115,12 +115,12 @@ async fn a_panic_ends_every_leg_as_failed_and_the_thread_with_its_message() {
 
     let message = timeout(PATIENCE, stepped).await.expect("the thread ends").expect("and says how").unwrap_err();
     assert!(message.contains("the prompt is part of the tokens"), "{message}");
-    assert_eq!(health.readiness(), Err("the step thread panicked".into()));
+    assert_eq!(health.readiness(), Err(format!("the step thread ended: {message}")));
     let mut ended = Vec::new();
     while let Ok(Some(frame)) = timeout(PATIENCE, from.message()).await.expect("the stream ends") {
         ended.extend(frame.ended);
     }
     assert_eq!(ended.len(), 1, "the second one was never taken");
     assert_eq!((ended[0].attempt, ended[0].reason()), (1, Reason::Failed));
-    assert!(ended[0].message.starts_with("the worker's step thread panicked"), "{}", ended[0].message);
+    assert!(ended[0].message.starts_with("the worker's step thread ended: it panicked"), "{}", ended[0].message);
 }

@@ -17,6 +17,8 @@ pub struct Computed {
     pub verified: Vec<Verified>,
     /// The sequences that the step could not go on with; they are gone.
     pub faults: Vec<Fault>,
+    /// What broke the engine for good, where something has: no step after this one can be computed.
+    pub broken: Option<String>,
 }
 
 /// A sequence that a step ended.
@@ -68,9 +70,14 @@ impl Scheduler {
                     computed.embedded.extend(part.embedded);
                     computed.verified.extend(part.verified);
                     computed.faults.extend(part.faults);
+                    computed.broken = computed.broken.or(part.broken);
                 }
             }
-            Err(error) => computed.faults = self.fail(plan, &error, clock()),
+            Err(error) => {
+                // A card that refuses a step refuses all that come: what it was told before is lost with it.
+                computed.broken = matches!(error, Error::Card { .. }).then(|| error.to_string());
+                computed.faults = self.fail(plan, &error, clock());
+            }
         }
         computed
     }

@@ -273,8 +273,20 @@ fn an_engine_that_gives_up_ends_the_whole_step() {
     };
     let mut engine = Fake { fails: error, made: Vec::new() };
     let computed = scheduler.compute(plan, &mut engine, &mut |_, _| {}, &|| START);
-    assert_eq!(computed.faults.len(), 2);
+    assert_eq!((computed.faults.len(), computed.broken), (2, None));
     assert_eq!(scheduler.pool().stats().held(), 0);
+}
+
+#[test]
+fn a_card_that_breaks_is_not_asked_again() {
+    let mut scheduler = scheduler(16, 32, 4);
+    scheduler.submit(prompt(0, 5), START).unwrap();
+    let plan = scheduler.schedule(START);
+    let error = |_: &[Row<'_>]| Some(Error::card("cuda:0", "wait for a step", "illegal address".into()));
+    let mut engine = Fake { fails: error, made: Vec::new() };
+    let computed = scheduler.compute(plan, &mut engine, &mut |_, _| {}, &|| START);
+    assert_eq!(computed.faults.len(), 1);
+    assert_eq!(computed.broken.as_deref(), Some("cuda:0: wait for a step: illegal address"));
 }
 
 #[test]
