@@ -12,6 +12,7 @@ use crate::{
     handoffs::{Action, Handoffs, LinkId, Moved, Request},
     message::Message,
     plan::Terms,
+    target::FORGONE,
 };
 use kv_cache::PageId;
 use std::{
@@ -349,7 +350,8 @@ impl Ranks {
     fn lose(&mut self, now: Duration, handoff: HandoffId, reason: String, out: &mut Vec<Action>) {
         let Some(receiving) = self.receiving.get_mut(&handoff) else { return };
         if !std::mem::replace(&mut receiving.dead, true) {
-            let begun = receiving.begun.clone();
+            // What is forgone is forgone of all legs, and each hears it for itself.
+            let begun = if reason == FORGONE { BTreeSet::new() } else { receiving.begun.clone() };
             self.handoffs.remember(handoff, &reason);
             out.push(Action::Emit(Event::Lost { handoff, reason: reason.clone() }));
             for leg in begun {

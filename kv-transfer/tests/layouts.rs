@@ -4,6 +4,7 @@ mod support;
 
 use kv_cache::{KvDtype, PageId, PageLayout};
 use kv_transfer::{Begin, Commit, Config, Event, HandoffId, Identity, Outcome, Rank, TransportKind};
+use metrics_exporter_prometheus::PrometheusBuilder;
 use std::ops::Range;
 use support::{LAYERS, Over, SOON, Worker, assert_same, identity, kinds, only, some_pages};
 
@@ -278,6 +279,41 @@ async fn a_rank_that_gives_up_takes_the_others_with_it() {
         for worker in sources.iter().chain(&targets) {
             assert_eq!(worker.transfer.drain(SOON).await, 0);
         }
+    }
+}
+
+#[tokio::test]
+async fn what_is_forgone_is_forgone_by_all_ranks() {
+    for kind in kinds() {
+        let recorder = PrometheusBuilder::new().build_recorder();
+        // The handles are made by `Transfer::start`, on this thread.
+        let local = metrics::set_default_local_recorder(&recorder);
+        let (mut sources, mut targets) = all_ranks(only(kind), 4, 2).await;
+        drop(local);
+        let pages: Vec<PageId> = (3..9).map(PageId).collect();
+        for source in &sources {
+            begin(source, &targets, 96, &pages);
+        }
+        for target in &mut targets {
+            target.begun(H).await;
+            target.transfer.open(H, (20..26).map(PageId).collect(), 0);
+        }
+        for source in &mut sources {
+            source.push(H, 0..3);
+            source.transfer.forgo(H);
+            assert_eq!(source.event().await, Event::SourceDone { handoff: H, outcome: Outcome::Forgone });
+        }
+        for target in &mut targets {
+            assert!(matches!(target.event().await, Event::Lost { .. }));
+            assert_eq!(target.event().await, Event::Quiet { handoff: H });
+        }
+        for worker in sources.iter().chain(&targets) {
+            assert_eq!(worker.transfer.drain(SOON).await, 0);
+        }
+        let text = recorder.handle().render();
+        let ended = |line: &&str| line.starts_with("baton_handoffs_total{") && !line.ends_with(" 0");
+        let ends: Vec<&str> = text.lines().filter(ended).collect();
+        assert!(ends.len() == 6 && ends.iter().all(|line| line.contains("\"forgone\"")), "{ends:?}");
     }
 }
 
