@@ -13,6 +13,15 @@
 //! linear      attended          +> residual     or -> outcome, and through a norm
 //! linear      input             -> gated        16-bit floats [rows][intermediate]
 //! linear      gated             +> residual     or likewise
+//!
+//!             where a layer has experts, instead of the last two:
+//! linear      input             -> scores       f32 [rows][experts]
+//! choose      scores            -> chosen, weights [rows][chosen]; a pair is a row and one of its choices
+//! group       chosen            -> pairs, tiles expert after expert
+//! linear      input, tiles      -> gated        16-bit floats [pairs][intermediate]
+//! linear      gated, tiles      -> outcomes     f32 [pairs][hidden]
+//! mix         outcomes          +> residual     choice after choice
+//!
 //! gather      residual, qkv     -> kept         after the last pages are written only sampled rows go on
 //! linear      input             -> logits       f32 [rows][vocab]; capped, and the largest found
 //! ```
@@ -46,11 +55,11 @@ pub(crate) use {emulated::Emulated, emulator::Order};
 use crate::{
     Error, Model,
     cpu::{packed::PANEL, pool::Pool},
-    model::decoder::Decoder,
+    model::{decoder::Decoder, experts::Mixture},
 };
 use device::{Memory, Region};
 use graphs::Graphs;
-use kernels::{Element, Kernel, Linear};
+use kernels::{Cut, Element, Kernel, Linear};
 use kv_cache::{KvDtype, PageLayout, TokenId};
 use pages::Pool as Pages;
 use rows::{Capacity, Parts, Rows};
@@ -90,6 +99,18 @@ pub(crate) struct Sizes {
     attended: usize,
     gated: usize,
     logits: usize,
+    /// `None` where no layer has experts.
+    experts: Option<ExpertSizes>,
+}
+
+/// The same of layers with experts.
+#[derive(Clone, Copy, Debug)]
+struct ExpertSizes {
+    experts: usize,
+    chosen: usize,
+    /// Elements from row to row.
+    scores: usize,
+    gated: usize,
 }
 
 impl Sizes {
@@ -104,6 +125,7 @@ impl Sizes {
     ) -> Self {
         let decoder = &model.decoder;
         let whole = |width: usize| width.next_multiple_of(PANEL);
+        let mixture = decoder.mixture.as_ref();
         Self {
             capacity: Capacity { rows: tokens, sequences, entries: sequences * context.div_ceil(page_tokens) },
             logits_rows,
@@ -111,8 +133,14 @@ impl Sizes {
             residual: whole(decoder.hidden),
             qkv: whole(decoder.query_dim() + 2 * decoder.kv_dim()),
             attended: whole(decoder.query_dim()),
-            gated: whole(decoder.intermediate),
+            gated: whole(decoder.intermediate.max(mixture.map_or(0, |mixture| mixture.shared))),
             logits: whole(decoder.vocab_size),
+            experts: mixture.map(|Mixture { routing, intermediate, .. }| ExpertSizes {
+                experts: routing.experts,
+                chosen: routing.chosen,
+                scores: whole(routing.experts),
+                gated: whole(*intermediate),
+            }),
         }
     }
 }
@@ -143,6 +171,22 @@ struct Buffers {
     counters: Region,
     /// What parts of long sequences leave to each other in attention.
     states: Region,
+    /// Of no length where no layer has experts.
+    experts: ExpertBuffers,
+}
+
+/// What layers with experts work in besides.
+#[derive(Clone, Copy, Debug, Default)]
+struct ExpertBuffers {
+    scores: Region,
+    /// Of each pair: its expert, and what that weighs.
+    chosen: Region,
+    weights: Region,
+    /// Pairs, expert after expert, and the tiles that they make.
+    pairs: Region,
+    tiles: Region,
+    gated: Region,
+    outcomes: Region,
 }
 
 /// A model's weights, buffers and pages on a device.
@@ -275,6 +319,30 @@ impl Buffers {
             partial: alloc(partial as usize)?,
             counters: alloc(Linear::most_counters() as usize * 4)?,
             states: alloc((sizes.capacity.sequences * each).min(STATES).max(each))?,
+            experts: match &sizes.experts {
+                Some(experts) => ExpertBuffers::reserve(&mut alloc, sizes, experts)?,
+                None => ExpertBuffers::default(),
+            },
+        })
+    }
+}
+
+impl ExpertBuffers {
+    fn reserve(
+        alloc: &mut dyn FnMut(usize) -> Result<Region, Error>,
+        sizes: &Sizes,
+        experts: &ExpertSizes,
+    ) -> Result<Self, Error> {
+        let rows = sizes.capacity.rows;
+        let pairs = rows * experts.chosen;
+        Ok(Self {
+            scores: alloc(rows * experts.scores * 4)?,
+            chosen: alloc(pairs * 4)?,
+            weights: alloc(pairs * 4)?,
+            pairs: alloc(pairs * 4)?,
+            tiles: alloc(Cut::most_count(pairs, experts.experts) * 12)?,
+            gated: alloc(pairs * experts.gated * 2)?,
+            outcomes: alloc(pairs * sizes.residual * 4)?,
         })
     }
 }

@@ -124,6 +124,6 @@ pub(crate) trait Home: Debug + Send + Sync {
     /// Takes what others wrote to `pages` of `memory`.
     fn import(&mut self, memory: &KvMemory, pages: &[PageId]) -> Result<(), Error>;
 
-    /// Returns the bytes of experts that tokens chose so far, and those that were read for it.
+    /// Returns the bytes of experts that tokens chose so far, and those that were read for it; nothing where a home does not learn what they choose.
     fn expert_bytes(&self) -> (u64, u64);
 }

@@ -1,15 +1,15 @@
 //! The decoder on a card: call by call, layer by layer.
 
 use super::{
-    Buffers, Cuda,
+    Buffers, Cuda, ExpertBuffers,
     device::Region,
     graphs::Bucket,
     kernels::{
-        self, Attention, Call, Cap, Element, Embed, Finish, Gather, HeadNorms, Largest, Norm, NormTo, Pages, Reorder,
-        Rotary, Share,
+        self, Attention, Call, Cap, Choose, Cut, Element, Embed, Finish, Gather, Group, HeadNorms, Largest, Mix, Norm,
+        NormTo, Pages, Pairs, Reorder, Rotary, Share,
     },
     rows::Capacity,
-    weights::{Inner, Linear, NormWeights},
+    weights::{Dense, Experts, Inner, Linear, Mlp, NormWeights},
 };
 use crate::{
     Error, KvMemory, Model,
@@ -142,6 +142,7 @@ impl Home for Cuda {
         self.import_pages(memory, pages)
     }
 
+    /// Nothing: what tokens choose stays on the card, and to ask for it would be to wait for it.
     fn expert_bytes(&self) -> (u64, u64) {
         (0, 0)
     }
@@ -214,8 +215,8 @@ impl Cuda {
                 self.launch_decode(decoder, Bucket { rows, longest })?;
             }
         }
-        // Kernels of linears change with the number of rows, those of attention with that of a sequence's.
-        for tokens in [2, 17, 33, 65, most].into_iter().filter(|tokens| *tokens <= most) {
+        // Kernels of linears change with the number of rows or pairs, those of attention with that of a sequence's rows; none at less than its double.
+        for tokens in (1..).map(|power| 1 << power).take_while(|tokens| *tokens < most).chain([most]) {
             let span = Span { first: 0, tokens, start: 0, pages: &[], adapter: None, leaves: false };
             let kept = Span { tokens: 1, start: tokens - 1, ..span };
             let places = [Place { row: 0, token: tokens - 1 }];
@@ -295,7 +296,7 @@ impl Cuda {
     /// Attends, and computes the rest of a block.
     fn finish_block(&mut self, decoder: &Decoder, at: &At, layer: usize) -> Result<(), Error> {
         let block = self.weights.blocks[layer];
-        let Buffers { input, attended, gated, .. } = self.buffers;
+        let attended = self.buffers.attended;
         self.attend(decoder, at, layer)?;
         if decoder.parallel {
             // The MLP reads the residual as attention did.
@@ -306,12 +307,82 @@ impl Cuda {
         if !decoder.parallel {
             self.norm(decoder, at, block.mlp_norm)?;
         }
-        let (inner, finish) = match &block.inner {
+        match &block.mlp {
+            Mlp::Dense(dense) => self.dense(decoder, dense, at, block.mlp_post_norm),
+            Mlp::Experts(experts) => {
+                self.experts(decoder, experts, at)?;
+                experts.shared.map_or(Ok(()), |shared| self.dense(decoder, &shared, at, None))
+            }
+        }
+    }
+
+    /// Adds to the residual what every row goes through.
+    fn dense(&mut self, decoder: &Decoder, dense: &Dense, at: &At, norm: Option<NormWeights>) -> Result<(), Error> {
+        let (input, gated) = (self.buffers.input, self.buffers.gated);
+        let (inner, finish) = match &dense.inner {
             Inner::Gated(gate_up) => (gate_up, Finish::Gate(decoder.activation)),
             Inner::Plain(up) => (up, Finish::Activate(decoder.activation)),
         };
         self.linear(inner, at.rows, (input, self.sizes.residual), (gated, self.sizes.gated), finish)?;
-        self.add(decoder, &block.down, at, (gated, self.sizes.gated), block.mlp_post_norm)
+        self.add(decoder, &dense.down, at, (gated, self.sizes.gated), norm)
+    }
+
+    /// Adds to the residual what the experts that each row chooses make of it.
+    fn experts(&mut self, decoder: &Decoder, experts: &Experts, at: &At) -> Result<(), Error> {
+        let routing = &decoder.mixture.as_ref().expect("a decoder with experts says how they are chosen").routing;
+        let sizes = self.sizes.experts.expect("a decoder with experts has sizes of them");
+        let ExpertBuffers { scores, chosen, weights, pairs, tiles, gated, outcomes } = self.buffers.experts;
+        let (input, residual, used) = (self.buffers.input, self.sizes.residual, self.parts.used.address);
+        self.linear(&experts.router, at.rows, (input, residual), (scores, sizes.scores), Finish::Store)?;
+        let choose = Choose {
+            routing,
+            rows: at.rows as u32,
+            logits: scores.address,
+            stride: sizes.scores as u32,
+            correction: experts.correction.address,
+            experts: chosen.address,
+            weights: weights.address,
+            used,
+        };
+        self.call(&choose.call())?;
+        let count = at.rows * sizes.chosen;
+        // Codes are widened for up to 32 rows at a time.
+        let most = if experts.gate_up.codes.or(experts.down.codes).is_some() { 32 } else { 128 };
+        let cut = Cut::new(count, sizes.experts, most);
+        let (list, tiles, expert_count) = (pairs.address, tiles.address, sizes.experts as u32);
+        self.call(&Group { experts: chosen.address, pairs: count as u32, expert_count, cut, list, tiles }.call())?;
+        let by_row = Pairs { cut, list, tiles, expert_bytes: 0, sharers: sizes.chosen as u32 };
+        let finish = Finish::Gate(decoder.activation);
+        self.linear_of_pairs(&experts.gate_up, by_row, count, (input, residual), (gated, sizes.gated), finish)?;
+        let by_pair = Pairs { sharers: 1, ..by_row };
+        let (from, to) = ((gated, sizes.gated), (outcomes, residual));
+        self.linear_of_pairs(&experts.down, by_pair, count, from, to, Finish::Store)?;
+        let mix = Mix {
+            rows: at.rows as u32,
+            chosen: sizes.chosen as u32,
+            outcomes: outcomes.address,
+            weights: weights.address,
+            to: at.residual.address,
+            used,
+            stride: residual as u32,
+        };
+        self.call(&mix.call())
+    }
+
+    fn linear_of_pairs(
+        &mut self,
+        linear: &Linear,
+        pairs: Pairs,
+        count: usize,
+        (from, from_stride): (Region, usize),
+        (to, to_stride): (Region, usize),
+        finish: Finish,
+    ) -> Result<(), Error> {
+        assert!(linear.order.bytes == 0, "experts whose inputs have an order are widened when they are packed");
+        let call = linear.call(self.element, self.device.most_shared(), count, from, from_stride);
+        let pairs = Some(Pairs { expert_bytes: linear.expert_bytes, ..pairs });
+        let (to, to_stride) = (to.address, to_stride as u32);
+        self.call(&kernels::Linear { to, to_stride, finish, pairs, ..call }.call())
     }
 
     fn embed(&mut self, decoder: &Decoder, at: &At) -> Result<(), Error> {

@@ -10,11 +10,13 @@
 //! Buffers begin at multiples of 256 bytes, and rows of 16-bit floats at multiples of 16. Strides count elements.
 
 mod codes;
+mod experts;
 mod linear;
 mod pages;
 mod rows;
 
 pub(crate) use codes::Codes;
+pub(crate) use experts::{Choose, Cut, Group, Mix, Pairs};
 pub(crate) use linear::{Finish, Linear, LinearShape};
 pub(crate) use pages::{Attention, HeadNorms, Pages, Rotary, Share};
 pub(crate) use rows::{Cap, Embed, Gather, Largest, Norm, NormTo, Reorder, Table};
@@ -25,6 +27,7 @@ pub(crate) enum Source {
     Rows,
     Linear,
     Codes,
+    Experts,
     Rotary,
     Attention,
 }
@@ -38,6 +41,7 @@ impl Source {
             Source::Rows => &[("rows.cu", include_str!("kernels/rows.cu"))],
             Source::Linear => &[LINEAR],
             Source::Codes => &[LINEAR, ("codes.cu", include_str!("kernels/codes.cu"))],
+            Source::Experts => &[("experts.cu", include_str!("kernels/experts.cu"))],
             Source::Rotary => &[PAGES, ("rotary.cu", include_str!("kernels/rotary.cu"))],
             Source::Attention => &[PAGES, ("attention.cu", include_str!("kernels/attention.cu"))],
         }
@@ -62,19 +66,26 @@ pub(crate) struct Kernel {
     pub(crate) defines: Defines,
 }
 
-/// Names and values of defines, up to four.
+/// Names and values of defines, up to five.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub(crate) struct Defines([(&'static str, u32); 4]);
+pub(crate) struct Defines([(&'static str, u32); 5]);
 
 impl Defines {
-    /// Returns `defines`, which are at most four.
+    /// Returns `defines`, which are at most five.
     pub(crate) const fn of(defines: &[(&'static str, u32)]) -> Self {
-        let (mut all, mut at) = ([("", 0); 4], 0);
+        let (mut all, mut at) = ([("", 0); 5], 0);
         while at < defines.len() {
             all[at] = defines[at];
             at += 1;
         }
         Self(all)
+    }
+
+    /// Returns those of a linear, with that which says whether its rows are [`Pairs`].
+    fn grouped(mut self, grouped: bool) -> Self {
+        let free = self.0.iter_mut().find(|(name, _)| name.is_empty());
+        *free.expect("linears have up to four") = ("GROUPED", u32::from(grouped));
+        self
     }
 
     fn iter(&self) -> impl Iterator<Item = &(&'static str, u32)> {

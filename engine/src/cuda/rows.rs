@@ -1,6 +1,7 @@
 //! What kernels are told of a step's rows: one run of 32-bit words, written on the host and copied once.
 //!
 //! ```text
+//! used            [1]               rows that are no padding
 //! tokens          [rows]            which embedding
 //! positions       [rows]            which angles
 //! slots           [rows][2]         page, and token within it, where keys and values go
@@ -28,6 +29,7 @@ pub(crate) struct Capacity {
 /// Where the parts are on the device.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Parts {
+    pub(crate) used: Region,
     pub(crate) tokens: Region,
     pub(crate) positions: Region,
     pub(crate) slots: Region,
@@ -50,11 +52,11 @@ pub(crate) struct Rows {
 
 impl Capacity {
     /// Words of each part.
-    fn words(&self) -> [usize; 7] {
+    fn words(&self) -> [usize; 8] {
         let Self { rows, sequences, entries } = *self;
         // Each part starts at a multiple of sixteen bytes.
         let rows = rows.next_multiple_of(4);
-        [rows, rows, 2 * rows, rows, 4 * sequences, 8 * sequences, entries + 1]
+        [4, rows, rows, 2 * rows, rows, 4 * sequences, 8 * sequences, entries + 1]
     }
 
     /// Returns the bytes of all parts.
@@ -65,11 +67,11 @@ impl Capacity {
     /// Returns where the parts are in `whole`.
     pub(crate) fn parts(&self, whole: Region) -> Parts {
         let mut at = 0;
-        let [tokens, positions, slots, kept, sequences, kept_sequences, tables] = self.words().map(|words| {
+        let [used, tokens, positions, slots, kept, sequences, kept_sequences, tables] = self.words().map(|words| {
             at += words * 4;
             whole.part(at - words * 4, words * 4)
         });
-        Parts { tokens, positions, slots, kept, sequences, kept_sequences, tables, whole }
+        Parts { used, tokens, positions, slots, kept, sequences, kept_sequences, tables, whole }
     }
 }
 
@@ -84,11 +86,13 @@ impl Rows {
     /// When it is more than there is room for: the engine checks steps before.
     pub(crate) fn write(&mut self, pass: &Pass<'_>, padded: usize, page_tokens: usize, nowhere: u32) {
         let mut rest = &mut self.words[..];
-        let [tokens, positions, slots, kept, sequences, kept_sequences, tables] = self.capacity.words().map(|words| {
+        let parts = self.capacity.words().map(|words| {
             let (part, after) = std::mem::take(&mut rest).split_at_mut(words);
             rest = after;
             part
         });
+        let [used, tokens, positions, slots, kept, sequences, kept_sequences, tables] = parts;
+        used[0] = pass.tokens.len() as u32;
         tokens[..pass.tokens.len()].copy_from_slice(pass.tokens);
         let mut entries = 0;
         let mut kept_spans = pass.kept.iter().zip(kept_sequences.as_chunks_mut::<4>().0).peekable();
@@ -120,8 +124,8 @@ impl Rows {
 
     /// Writes which rows are kept after all, and returns what is to be copied there.
     pub(crate) fn keep(&mut self, rows: &mut dyn Iterator<Item = usize>) -> &[u8] {
-        let [tokens, positions, slots, room, ..] = self.capacity.words();
-        let kept = &mut self.words[tokens + positions + slots..][..room];
+        let [used, tokens, positions, slots, room, ..] = self.capacity.words();
+        let kept = &mut self.words[used + tokens + positions + slots..][..room];
         let count = kept.iter_mut().zip(rows).map(|(to, row)| *to = row as u32).count();
         bytes_of(&kept[..count])
     }
@@ -165,6 +169,7 @@ mod tests {
         let words: Vec<u32> =
             rows.bytes().chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().expect("four"))).collect();
         let part = |part: Region, length: usize| words[part.address as usize / 4..][..length].to_vec();
+        assert_eq!(part(parts.used, 1), [4]);
         assert_eq!(part(parts.tokens, 5), [10, 11, 12, 13, 0]);
         assert_eq!(part(parts.positions, 5), [3, 4, 5, 0, 0]);
         assert_eq!(part(parts.slots, 10), [7, 3, 3, 0, 3, 1, 5, 0, 100, 0]);

@@ -2,11 +2,12 @@
 //!
 //! Matrices are 16-bit floats there, in the panels of [`crate::cpu::packed`]: `[panels][depth / 2][64][2]`. A word of a panel, two neighbours
 //! along the depth of one output, is what a lane of a tensor core takes. They are f16 where all of a model's are, else bf16: f32 is rounded.
-//! What is quantised lies there as in the host's panels, which are codes and scales. Norms, biases and angles are f32.
+//! What is quantised lies there as in the host's panels, which are codes and scales. The panels of a layer's experts follow each other. Norms, biases and
+//! angles are f32.
 
 use super::{
     device::{Device, Region},
-    kernels::{self, Codes, Element, Finish, LinearShape, Table},
+    kernels::{self, Choose, Codes, Element, Finish, LinearShape, Table},
 };
 use crate::{
     Config, Error, Model,
@@ -15,7 +16,9 @@ use crate::{
         Opened,
         checkpoint::ElementType,
         decoder::Decoder,
-        weights::{Attention, Dense, Embedding, Layer, Mlp, Norm, Plain, Weights},
+        experts::Mixture,
+        routing::Routing,
+        weights::{self, Attention, Embedding, Layer, Norm, Plain, Weights},
     },
 };
 use half::bf16;
@@ -32,7 +35,10 @@ pub(crate) struct Linear {
     pub(crate) order: Region,
     /// `[panels][64]` f32; of no length where there is none.
     pub(crate) bias: Region,
+    /// Of one expert's part, where there are several.
     pub(crate) shape: LinearShape,
+    /// Bytes of that part.
+    pub(crate) expert_bytes: u64,
 }
 
 impl Linear {
@@ -60,6 +66,7 @@ impl Linear {
             counters: 0,
             codes: self.codes,
             most_shared,
+            pairs: None,
         }
     }
 }
@@ -74,10 +81,45 @@ pub(crate) struct NormWeights {
 
 /// What follows attention.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::large_enum_variant, reason = "one for each layer, made once")]
+pub(crate) enum Mlp {
+    Dense(Dense),
+    Experts(Experts),
+}
+
+/// What every token goes through.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Dense {
+    pub(crate) inner: Inner,
+    pub(crate) down: Linear,
+}
+
+impl Dense {
+    fn linears(&self) -> [&Linear; 2] {
+        let (Inner::Gated(inner) | Inner::Plain(inner)) = &self.inner;
+        [inner, &self.down]
+    }
+}
+
+/// What leads into the middle.
+#[derive(Clone, Copy, Debug)]
 pub(crate) enum Inner {
     /// Panels of 32 gate columns and the 32 up columns that belong to them.
     Gated(Linear),
     Plain(Linear),
+}
+
+/// Gated pairs of which every token uses a few.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Experts {
+    pub(crate) router: Linear,
+    /// f32 `[experts]`; of no length where there is none.
+    pub(crate) correction: Region,
+    /// One expert's panels after the other's, gates and ups as in [`Inner::Gated`].
+    pub(crate) gate_up: Linear,
+    pub(crate) down: Linear,
+    /// What every token goes through as well.
+    pub(crate) shared: Option<Dense>,
 }
 
 /// One block.
@@ -90,8 +132,7 @@ pub(crate) struct Block {
     pub(crate) output: Linear,
     pub(crate) attention_post_norm: Option<NormWeights>,
     pub(crate) mlp_norm: Option<NormWeights>,
-    pub(crate) inner: Inner,
-    pub(crate) down: Linear,
+    pub(crate) mlp: Mlp,
     pub(crate) mlp_post_norm: Option<NormWeights>,
 }
 
@@ -153,8 +194,11 @@ fn check_decoder(decoder: &Decoder, element: Element, config: &Config) -> Result
     if decoder.latent.is_some() {
         return refused(format!("latent attention ({architecture}) does not run on a card yet"));
     }
-    if decoder.mixture.is_some() {
-        return refused(format!("a mixture of experts ({architecture}) does not run on a card yet"));
+    if let Some(Mixture { routing, .. }) = &decoder.mixture
+        && routing.experts > Choose::MOST
+    {
+        let (experts, most) = (routing.experts, Choose::MOST);
+        return refused(format!("{experts} experts of a layer ({architecture}) do not run on a card: up to {most} do"));
     }
     if !head_dim.is_multiple_of(4) || *head_dim > 256 {
         return refused(format!(
@@ -209,10 +253,15 @@ impl Uploaded {
         let mut to = Uploader { device, element, rounded: false, words: Vec::new() };
         let mut block = |layer: &Layer| {
             let Attention::Heads(heads) = &layer.attention else { unreachable!("`check` refuses latent attention") };
-            let (inner, down) = match &layer.mlp {
-                Mlp::Dense(Dense { gate_up, down }) => (Inner::Gated(to.linear(gate_up, true)?), down),
-                Mlp::Plain(Plain { up, down }) => (Inner::Plain(to.linear(up, false)?), down),
-                Mlp::Experts(_) => unreachable!("`check` refuses experts"),
+            let mlp = match &layer.mlp {
+                weights::Mlp::Dense(dense) => Mlp::Dense(to.dense(dense)?),
+                weights::Mlp::Plain(Plain { up, down }) => {
+                    Mlp::Dense(Dense { inner: Inner::Plain(to.linear(up, false)?), down: to.linear(down, false)? })
+                }
+                weights::Mlp::Experts(experts) => {
+                    let mixture = decoder.mixture.as_ref().expect("a decoder with experts says how they are chosen");
+                    Mlp::Experts(to.experts(experts, &mixture.routing)?)
+                }
             };
             let head_norms = match &heads.head_norms {
                 Some((q, k)) => Some((to.floats("norms of heads", q)?, to.floats("norms of heads", k)?)),
@@ -225,8 +274,7 @@ impl Uploaded {
                 output: to.linear(&heads.output, false)?,
                 attention_post_norm: to.norm(layer.attention_post_norm.as_ref())?,
                 mlp_norm: to.norm(layer.mlp_norm.as_ref())?,
-                inner,
-                down: to.linear(down, false)?,
+                mlp,
                 mlp_post_norm: to.norm(layer.mlp_post_norm.as_ref())?,
             })
         };
@@ -254,11 +302,14 @@ impl Uploaded {
         Ok(Self { table, embedding_scale: weights.embedding_scale, blocks, final_norm, head, angles, rounded })
     }
 
-    /// Returns all linears.
+    /// Returns all linears but those of experts.
     pub(crate) fn linears(&self) -> impl Iterator<Item = &Linear> {
-        fn of_block(block: &Block) -> [&Linear; 4] {
-            let (Inner::Gated(inner) | Inner::Plain(inner)) = &block.inner;
-            [&block.qkv, &block.output, inner, &block.down]
+        fn of_block(block: &Block) -> impl Iterator<Item = &Linear> {
+            let (router, dense) = match &block.mlp {
+                Mlp::Dense(dense) => (None, Some(dense)),
+                Mlp::Experts(Experts { router, shared, .. }) => (Some(router), shared.as_ref()),
+            };
+            [&block.qkv, &block.output].into_iter().chain(router).chain(dense.into_iter().flat_map(Dense::linears))
         }
         self.blocks.iter().flat_map(of_block).chain([&self.head])
     }
@@ -273,16 +324,44 @@ struct Uploader<'a> {
 }
 
 impl Uploader<'_> {
-    fn linear(&mut self, linear: &crate::model::weights::Linear, gated: bool) -> Result<Linear, Error> {
+    fn dense(&mut self, weights::Dense { gate_up, down }: &weights::Dense) -> Result<Dense, Error> {
+        Ok(Dense { inner: Inner::Gated(self.linear(gate_up, true)?), down: self.linear(down, false)? })
+    }
+
+    fn experts(&mut self, experts: &weights::Experts, routing: &Routing) -> Result<Experts, Error> {
+        let all = (routing.experts, routing.chosen);
+        Ok(Experts {
+            router: self.linear(&experts.router, false)?,
+            correction: match &experts.correction {
+                Some(correction) => self.floats("biases", correction)?,
+                None => Region::default(),
+            },
+            gate_up: self.linear_of(&experts.gate_up, true, all)?,
+            down: self.linear_of(&experts.down, false, all)?,
+            shared: experts.shared.as_ref().map(|dense| self.dense(dense)).transpose()?,
+        })
+    }
+
+    fn linear(&mut self, linear: &weights::Linear, gated: bool) -> Result<Linear, Error> {
+        self.linear_of(linear, gated, (1, 1))
+    }
+
+    /// Uploads the linear of `experts` experts, of which a row chooses `chosen`.
+    fn linear_of(
+        &mut self,
+        linear: &weights::Linear,
+        gated: bool,
+        (experts, chosen): (usize, usize),
+    ) -> Result<Linear, Error> {
         let packed = &linear.packed;
         let bias = match &linear.bias {
             Some(bias) => self.floats("biases", bias.as_flattened())?,
             None => Region::default(),
         };
         if let WeightType::Quantized(_) = packed.weights() {
-            return self.codes(packed, bias, gated);
+            return self.codes(packed, bias, gated, (experts, chosen));
         }
-        let shape = LinearShape::new(packed.panels() * PANEL, packed.depth(), gated);
+        let shape = LinearShape::new(packed.panels() / experts * PANEL, packed.depth(), gated, chosen);
         let panel_bytes = packed.depth().next_multiple_of(32) * PANEL * 2;
         let panels = self.device.alloc("weights", packed.panels() * panel_bytes)?;
         for panel in 0..packed.panels() {
@@ -308,11 +387,18 @@ impl Uploader<'_> {
                 WeightType::Quantized(_) => unreachable!("codes go up as they are"),
             }
         }
-        Ok(Linear { panels, codes: None, order: Region::default(), bias, shape })
+        let expert_bytes = (packed.panels() / experts * panel_bytes) as u64;
+        Ok(Linear { panels, codes: None, order: Region::default(), bias, shape, expert_bytes })
     }
 
     /// Uploads weights that are codes.
-    fn codes(&mut self, packed: &Packed, bias: Region, gated: bool) -> Result<Linear, Error> {
+    fn codes(
+        &mut self,
+        packed: &Packed,
+        bias: Region,
+        gated: bool,
+        (experts, chosen): (usize, usize),
+    ) -> Result<Linear, Error> {
         let codes = Codes::new(packed).expect("`check` refuses what kernels do not read");
         let panels = self.device.alloc("weights", packed.bytes())?;
         for panel in 0..packed.panels() {
@@ -329,7 +415,9 @@ impl Uploader<'_> {
             }
             None => Region::default(),
         };
-        Ok(Linear { panels, codes: Some(codes), order, bias, shape: codes.shape(packed.panels(), gated) })
+        let expert_bytes = (packed.panels() / experts * packed.panel_bytes()) as u64;
+        let shape = codes.shape(packed.panels() / experts, gated, chosen);
+        Ok(Linear { panels, codes: Some(codes), order, bias, shape, expert_bytes })
     }
 
     /// Uploads the rows of an embedding that is quantised, widened.

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 #[derive(Deserialize)]
 pub(super) struct Prompt {
-    name: String,
+    pub(super) name: String,
     pub(super) ids: Vec<TokenId>,
     logit_absmax: f32,
     pub(super) greedy: Vec<TokenId>,

@@ -8,7 +8,8 @@
 //
 // Bytes: what comes from memory is what lies there, 512 bytes of codes of four bits for a step of half a panel, four to six steps ahead of
 // use, 16 warps on a processor: 32 KiB on their way, and 4.3 TB/s want 25. Widening costs a code about half an instruction (four bits) to
-// two (eight) for all rows of a tile; blocks along y take further rows and find the codes in the second-level cache.
+// two (eight) for all rows of a tile; blocks along y take further rows and find the codes in the second-level cache. Grouped, they take further
+// experts too.
 
 typedef struct {
     FIELD(LinearArguments, linear);  // its weights are bytes here
@@ -34,16 +35,15 @@ DEVICE const u8 *group_at(const CodesArguments *args, const u8 *panel, u32 input
 
 DEVICE u32 header_bytes(const CodesArguments *args) { return PANEL * (args->narrow ? 2 : 4) + OFFSETS * PANEL * 4; }
 
-DEVICE void codes_load(const CodesArguments *args, CodesStage *stage, const u8 *panel, u32 column, const u16 *input, u32 rows, u32 step, u32 end) {
-    u32 g = THREAD % WARP / 4, q = THREAD % WARP % 4, first = step * 32 + 8 * q;
+DEVICE void codes_load(const CodesArguments *args, CodesStage *stage, const u8 *panel, u32 column, const LaneInputs *inputs, u32 step, u32 end) {
+    u32 q = THREAD % WARP % 4, first = step * 32 + 8 * q;
     quad none = {{0, 0, 0, 0}};
     int at;
     if (step >= end) return;
     const u8 *words = group_at(args, panel, first) + header_bytes(args) + (u64)(first % args->group_inputs / CODES_OF_WORD * PANEL + column) * 4;
     UNROLL for (at = 0; at < CODE_QUADS; at++)
         stage->codes[at] = first + at * CODES_OF_WORD < args->inputs ? load_once(words + at * PANEL * 4) : none;
-    UNROLL for (at = 0; at < 2 * STREAM_TILES; at++)
-        stage->a[at] = g + 8 * at < rows ? *(const quad *)(input + (u64)(8 * at) * args->linear.input_stride + step * 32) : none;
+    UNROLL for (at = 0; at < 2 * STREAM_TILES; at++) stage->a[at] = load_inputs(inputs, at, step);
 }
 
 DEVICE void scales_load(const CodesArguments *args, SegmentScales *to, const u8 *panel, u32 column, u32 step) {
@@ -110,22 +110,22 @@ KERNEL(linear_codes, CodesArguments, STREAM_WARPS * WARP, STREAM_BLOCKS) {
     SHARED(room);
     u32 lane = THREAD % WARP, warp = THREAD / WARP, g = lane / 4, q = lane % 4, splits = args.linear.splits;
     u32 halves = STREAM_WARPS / splits, run = warp % splits, half = BLOCK_X * halves + warp / splits;
-    u32 first_row = BLOCK_Y * STREAM_ROWS, rows = args.linear.rows - first_row;
+    Tile rows = tile_at(&args.linear, BLOCK_Y, STREAM_ROWS);
     float totals[STREAM_TILES][16], sums[STREAM_TILES][16], inputs[STREAM_TILES][2];
     int at, tile, stage, i, j, e;
-    rows = rows < STREAM_ROWS ? rows : STREAM_ROWS;
+    if (GROUPED && rows.rows == 0) return;
     UNROLL for (tile = 0; tile < STREAM_TILES; tile++) {
         UNROLL for (at = 0; at < 16; at++) totals[tile][at] = sums[tile][at] = 0.0f;
         inputs[tile][0] = inputs[tile][1] = 0.0f;
     }
     if (half < 2 * args.linear.panels) {
-        const u8 *panel = (const u8 *)args.linear.weights + (u64)(half / 2) * args.panel_bytes;
-        const u16 *input = args.linear.input + (u64)(first_row + g) * args.linear.input_stride + 8 * q;
+        const u8 *panel = (const u8 *)rows.weights + (u64)(half / 2) * args.panel_bytes;
+        LaneInputs lane = lane_inputs(&args.linear, &rows);
         u32 column = half % 2 * 32 + 4 * g, outputs = half % 2 * 32 + 8 * q;
         u32 step = codes_run_start(&args, run), end = codes_run_start(&args, run + 1), left = args.segment_steps;
         CodesStage stages[STREAM_STAGES];
         SegmentScales scales;
-        UNROLL for (stage = 0; stage < STREAM_STAGES; stage++) codes_load(&args, &stages[stage], panel, column, input, rows, step + stage, end);
+        UNROLL for (stage = 0; stage < STREAM_STAGES; stage++) codes_load(&args, &stages[stage], panel, column, &lane, step + stage, end);
         for (; step < end; step += STREAM_STAGES) {
             UNROLL for (stage = 0; stage < STREAM_STAGES; stage++) {
                 if (step + stage >= end) break;
@@ -142,7 +142,7 @@ KERNEL(linear_codes, CodesArguments, STREAM_WARPS * WARP, STREAM_BLOCKS) {
                     }
                     multiply_step(sums[tile], a, b);
                 }
-                codes_load(&args, &stages[stage], panel, column, input, rows, step + STREAM_STAGES + stage, end);
+                codes_load(&args, &stages[stage], panel, column, &lane, step + STREAM_STAGES + stage, end);
                 if (--left && step + stage + 1 < end) continue;
                 // A segment has ended.
                 left = args.segment_steps;
@@ -166,5 +166,5 @@ KERNEL(linear_codes, CodesArguments, STREAM_WARPS * WARP, STREAM_BLOCKS) {
         }
     }
     leave_sums(room, totals);
-    join_runs(&args.linear, room, BLOCK_X * halves, halves, first_row, rows);
+    join_runs(&args.linear, room, BLOCK_X * halves, halves, &rows);
 }

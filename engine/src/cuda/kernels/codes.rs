@@ -56,9 +56,9 @@ impl Codes {
         })
     }
 
-    /// Returns the shape of the linear with these weights in `panels` panels; `gated` as in [`LinearShape::new`].
-    pub(crate) fn shape(&self, panels: usize, gated: bool) -> LinearShape {
-        LinearShape::in_segments(panels * PANEL, self.inputs as usize, gated, self.segment_steps as usize)
+    /// Returns the shape of the linear with these weights in `panels` panels; `gated` and `chosen` as in [`LinearShape::new`].
+    pub(crate) fn shape(&self, panels: usize, gated: bool, chosen: usize) -> LinearShape {
+        LinearShape::in_segments(panels * PANEL, self.inputs as usize, gated, chosen, self.segment_steps as usize)
     }
 
     /// Returns what the kernel is compiled with for tiles of `tiles` times 16 rows.
@@ -89,8 +89,9 @@ impl Codes {
         };
         let of = move |(code, offsets), tiles| Self { code, offsets, ..any }.defines(tiles);
         let both = kinds.into_iter().flat_map(move |kind| [of(kind, 1), of(kind, 2)]);
+        let all = both.flat_map(|defines| [false, true].map(|grouped| defines.grouped(grouped)));
         let (name, source, element) = ("linear_codes", super::Source::Codes, super::Element::Bf16);
-        both.map(move |defines| super::Kernel { name, source, element, defines })
+        all.map(move |defines| super::Kernel { name, source, element, defines })
     }
 
     /// Appends what stands behind the arguments of a linear.

@@ -20,6 +20,11 @@
 // 64 KiB of a step, 512 cycles at 128 bytes a cycle, and multiplies for 512 cycles at most (2048 a cycle; `mma.sync` reaches about 62 % of
 // that on sm_90), and from the second-level cache 24 KiB, 29 bytes a cycle at that rate. Runs follow each other in one block and their sums wait in shared
 // memory, or, where that would leave processors idle, lie in blocks of their own, of which the last to end adds all.
+//
+// **Experts.** Where `GROUPED` is 1 rows are pairs of a row and one of the experts that it chose, `row * chosen + choice`, and weights those of all
+// experts, one after the other. A block takes a *tile* of pairs of one expert, which `experts.cu` lists, and finds inputs and outputs through their
+// numbers: nothing is copied side by side, and an expert's weights are read once for a tile. All else is as above, so a pair's bits do not
+// depend on who shares its expert.
 
 enum { STORE, ADD, GATE, ACTIVATE };
 enum { SILU, GELU, GELU_TANH };
@@ -39,6 +44,12 @@ typedef struct {
     FIELD(u32, to_stride);        // elements
     FIELD(u32, what);             // STORE ..
     FIELD(u32, activation);       // SILU ..
+#if GROUPED
+    FIELD(const u32 *, pairs);    // [rows], expert after expert
+    FIELD(const u32 *, tiles);    // [tiles][3]: an expert, where its pairs begin, how many there are; none in those that are left over
+    FIELD(u64, expert_bytes);     // of weights
+    FIELD(u32, sharers);          // pairs that follow each other and have the same inputs
+#endif
 } LinearArguments;
 
 DEVICE float activate(float x, u32 activation) {
@@ -85,6 +96,40 @@ DEVICE void finish_gated(const LinearArguments *args, u32 row, u32 panel, u32 co
     write_narrow((u16 *)args->to + (u64)row * args->to_stride + panel * 32 + column, gates);
 }
 
+// What a block multiplies: rows from `first` on with `weights`. Grouped, rows are places in the list of pairs.
+typedef struct { u32 first, rows; const u32 *weights; } Tile;
+
+// The tile of number `index`: of up to `most` rows.
+DEVICE Tile tile_at(const LinearArguments *args, u32 index, u32 most) {
+#if GROUPED
+    const u32 *listed = args->tiles + 3 * (u64)index;
+    Tile tile = {listed[1], listed[2], args->weights + listed[0] * (args->expert_bytes / 4)};
+    (void)most;
+#else
+    u32 first = index * most, left = args->rows - first;
+    Tile tile = {first, left < most ? left : most, args->weights};
+#endif
+    return tile;
+}
+
+DEVICE u32 input_row(const LinearArguments *args, u32 row) {
+#if GROUPED
+    return args->pairs[row] / args->sharers;
+#else
+    (void)args;
+    return row;
+#endif
+}
+
+DEVICE u32 output_row(const LinearArguments *args, u32 row) {
+#if GROUPED
+    return args->pairs[row];
+#else
+    (void)args;
+    return row;
+#endif
+}
+
 // First step of a run.
 DEVICE u32 run_start(const LinearArguments *args, u32 run) { return (u32)((u64)args->steps * run / args->splits); }
 
@@ -104,6 +149,23 @@ DEVICE void multiply_step(float *sums, const quad *a, const quad *b) {
 // Two blocks on a processor where registers allow.
 enum { STREAM_WARPS = 8, STREAM_ROWS = 16 * STREAM_TILES, STREAM_BLOCKS = STREAM_TILES == 1 ? 2 : 1 };
 
+// Where a lane's inputs begin: of rows g + 8 * at of a tile, null where there is no such row.
+typedef struct { const u16 *from[2 * STREAM_TILES]; } LaneInputs;
+
+DEVICE LaneInputs lane_inputs(const LinearArguments *args, const Tile *tile) {
+    u32 row = THREAD % WARP / 4, q = THREAD % WARP % 4;
+    LaneInputs inputs;
+    int at;
+    UNROLL for (at = 0; at < 2 * STREAM_TILES; at++, row += 8)
+        inputs.from[at] = row < tile->rows ? args->input + (u64)input_row(args, tile->first + row) * args->input_stride + 8 * q : 0;
+    return inputs;
+}
+
+DEVICE quad load_inputs(const LaneInputs *inputs, int at, u32 step) {
+    quad none = {{0, 0, 0, 0}};
+    return inputs->from[at] ? *(const quad *)(inputs->from[at] + step * 32) : none;
+}
+
 // Leaves a warp's sums where `join_runs` finds them: `[warps][rows][32]`.
 DEVICE void leave_sums(u8 *room, float (*sums)[16]) {
     u32 lane = THREAD % WARP, g = lane / 4, q = lane % 4;
@@ -116,10 +178,10 @@ DEVICE void leave_sums(u8 *room, float (*sums)[16]) {
                     partial[(tile * 16 + at * 8 + g) * 32 + 8 * q + 4 * e + j] = sums[tile][4 * j + 2 * at + e];
 }
 
-// Adds runs from first to last and ends the outputs of `halves` halves of panels, from `first_half` on, for `rows` rows from `first_row` on. A
-// thread takes eight outputs of a row, or as many gates.
-DEVICE void join_runs(const LinearArguments *args, const u8 *room, u32 first_half, u32 halves, u32 first_row, u32 rows) {
-    u32 gated = args->what == GATE, units = (gated ? halves / 2 : halves) * rows * 4, unit;
+// Adds runs from first to last and ends the outputs of `halves` halves of panels, from `first_half` on, for a tile. A thread takes eight outputs of
+// a row, or as many gates.
+DEVICE void join_runs(const LinearArguments *args, const u8 *room, u32 first_half, u32 halves, const Tile *tile) {
+    u32 gated = args->what == GATE, rows = tile->rows, units = (gated ? halves / 2 : halves) * rows * 4, unit;
     int at, e;
     barrier();
     ROLLED for (unit = THREAD; unit < units; unit += STREAM_WARPS * WARP) {
@@ -134,53 +196,52 @@ DEVICE void join_runs(const LinearArguments *args, const u8 *room, u32 first_hal
                 UNROLL for (at = 0; at < 8; at++) totals[e][at] += first[split * (STREAM_ROWS * 32) + at];
             first += args->splits * (STREAM_ROWS * 32);
         }
-        if (gated) finish_gated(args, first_row + row, half / 2, column, totals[0], totals[1]);
-        else finish(args, first_row + row, half * 32 + column, totals[0]);
+        row = output_row(args, tile->first + row);
+        if (gated) finish_gated(args, row, half / 2, column, totals[0], totals[1]);
+        else finish(args, row, half * 32 + column, totals[0]);
     }
 }
 
 #ifndef CODE
 typedef struct { quad a[2 * STREAM_TILES], b[4]; } StreamStage;
 
-DEVICE void stream_load(const LinearArguments *args, StreamStage *stage, const u32 *weights, const u16 *input, u32 step, u32 end) {
-    u32 g = THREAD % WARP / 4;
+DEVICE void stream_load(StreamStage *stage, const u32 *weights, const LaneInputs *inputs, u32 step, u32 end) {
     int at;
     if (step >= end) return;
     UNROLL for (at = 0; at < 4; at++) stage->b[at] = load_once(weights + ((u64)step * 16 + at) * PANEL);
-    UNROLL for (at = 0; at < 2 * STREAM_TILES; at++) {
-        quad none = {{0, 0, 0, 0}};
-        stage->a[at] = g + 8 * at < args->rows ? *(const quad *)(input + (u64)(8 * at) * args->input_stride + step * 32) : none;
-    }
+    UNROLL for (at = 0; at < 2 * STREAM_TILES; at++) stage->a[at] = load_inputs(inputs, at, step);
 }
 
-// Up to 16 * STREAM_TILES rows. A block takes 8 / splits halves of panels, from BLOCK_X on.
+// Blocks along y take 16 * STREAM_TILES rows each, along x 8 / splits halves of panels.
 KERNEL(linear_stream, LinearArguments, STREAM_WARPS * WARP, STREAM_BLOCKS) {
     SHARED(room);
     u32 lane = THREAD % WARP, warp = THREAD / WARP, g = lane / 4, q = lane % 4;
     u32 halves = STREAM_WARPS / args.splits, run = warp % args.splits;
     u32 half = BLOCK_X * halves + warp / args.splits;
+    Tile rows = tile_at(&args, BLOCK_Y, STREAM_ROWS);
     float sums[STREAM_TILES][16];
     int at, tile, stage;
+    if (GROUPED && rows.rows == 0) return;
     UNROLL for (tile = 0; tile < STREAM_TILES; tile++)
         UNROLL for (at = 0; at < 16; at++) sums[tile][at] = 0.0f;
     if (half < 2 * args.panels) {
-        const u32 *weights = args.weights + ((u64)(half / 2) * args.steps * 16 + 4 * q) * PANEL + half % 2 * 32 + 4 * g;
-        const u16 *input = args.input + (u64)g * args.input_stride + 8 * q;
+        const u32 *weights = rows.weights + ((u64)(half / 2) * args.steps * 16 + 4 * q) * PANEL + half % 2 * 32 + 4 * g;
+        LaneInputs inputs = lane_inputs(&args, &rows);
         u32 step = run_start(&args, run), end = run_start(&args, run + 1);
         StreamStage stages[STREAM_STAGES];
-        UNROLL for (stage = 0; stage < STREAM_STAGES; stage++) stream_load(&args, &stages[stage], weights, input, step + stage, end);
+        UNROLL for (stage = 0; stage < STREAM_STAGES; stage++) stream_load(&stages[stage], weights, &inputs, step + stage, end);
         for (; step < end; step += STREAM_STAGES) {
             UNROLL for (stage = 0; stage < STREAM_STAGES; stage++) {
                 if (step + stage < end) {
                     UNROLL for (tile = 0; tile < STREAM_TILES; tile++)
                         multiply_step(sums[tile], stages[stage].a + 2 * tile, stages[stage].b);
-                    stream_load(&args, &stages[stage], weights, input, step + STREAM_STAGES + stage, end);
+                    stream_load(&stages[stage], weights, &inputs, step + STREAM_STAGES + stage, end);
                 }
             }
         }
     }
     leave_sums(room, sums);
-    join_runs(&args, room, BLOCK_X * halves, halves, 0, args.rows);
+    join_runs(&args, room, BLOCK_X * halves, halves, &rows);
 }
 #endif
 #endif
@@ -191,25 +252,27 @@ enum {
     TILE_WARPS = TILE_ROW_WARPS * TILE_PANELS,
     TILE_ROWS = TILE_ROW_WARPS * TILE_MT * 16,
     TILE_INPUT_BYTES = TILE_ROWS * 64,
+    // Sixteen bytes of inputs that a thread copies in a step.
+    TILE_COPIES = TILE_ROWS * 4 / (TILE_WARPS * WARP),
     TILE_STAGE_BYTES = TILE_INPUT_BYTES + TILE_PANELS * 4096,
     // Sixteen rows of a panel, f32, with a quad between rows so that they fall into different banks.
     TILE_FINISH_STRIDE = PANEL + 4,
     TILE_FINISH_BYTES = 16 * TILE_FINISH_STRIDE * 4
 };
 
-// Copies a step of both operands. A row is 64 bytes, so that eight lanes read 128 in a row; of a panel's pair, 256 bytes, the quads
-// are exchanged so that pairs 4 q and quads g of eight lanes lie in different banks.
-DEVICE void tile_load(const LinearArguments *args, u8 *stage, u32 first_row, u32 first_panel, u32 step) {
+// Copies a step of both operands: of inputs what begins at `inputs`, nothing where that is null. A row is 64 bytes, so that eight lanes read 128 in a
+// row; of a panel's pair, 256 bytes, the quads are exchanged so that pairs 4 q and quads g of eight lanes lie in different banks.
+DEVICE void tile_load(const LinearArguments *args, const u32 *weights, const u16 *const *inputs, u8 *stage, u32 first_panel, u32 step) {
     u32 at;
-    for (at = THREAD; at < TILE_ROWS * 4; at += TILE_WARPS * WARP) {
-        u32 row = first_row + at / 4;
-        int valid = row < args->rows;
-        copy_async(stage + at * 16, args->input + (u64)(valid ? row : 0) * args->input_stride + step * 32 + at % 4 * 8, valid);
+    int copy;
+    UNROLL for (copy = 0; copy < TILE_COPIES; copy++) {
+        const u16 *from = inputs[copy] ? inputs[copy] + step * 32 : args->input;
+        copy_async(stage + (THREAD + copy * (TILE_WARPS * WARP)) * 16, from, inputs[copy] != 0);
     }
     for (at = THREAD; at < TILE_PANELS * 256; at += TILE_WARPS * WARP) {
         u32 panel = first_panel + at / 256, pair = at / 16 % 16, chunk = at % 16;
         int valid = panel < args->panels;
-        const u32 *from = args->weights + (((u64)(valid ? panel : 0) * args->steps + step) * 16 + pair) * PANEL + chunk * 4;
+        const u32 *from = weights + (((u64)(valid ? panel : 0) * args->steps + step) * 16 + pair) * PANEL + chunk * 4;
         copy_async(stage + TILE_INPUT_BYTES + at / 16 * 256 + (chunk ^ pair / 4 * 2) * 16, from, valid);
     }
 }
@@ -219,16 +282,23 @@ KERNEL(linear_tiled, LinearArguments, TILE_WARPS * WARP, 1) {
     SHARED(room);
     u32 lane = THREAD % WARP, warp = THREAD / WARP, g = lane / 4, q = lane % 4;
     u32 row_warp = warp % TILE_ROW_WARPS, panel_warp = warp / TILE_ROW_WARPS;
-    u32 first_row = BLOCK_X * TILE_ROWS, first_panel = BLOCK_Y * TILE_PANELS;
+    u32 first_panel = BLOCK_Y * TILE_PANELS;
+    Tile rows = tile_at(&args, BLOCK_X, TILE_ROWS);
     u32 apart = args.partial != 0, run = apart ? BLOCK_Z : 0, last_run = apart ? run : args.splits - 1;
     u32 start = run_start(&args, run), end = run_start(&args, last_run + 1), next_run = run_start(&args, run + 1), step;
     float sums[TILE_MT][2][16], *totals = (float *)(room + TILE_STAGES * TILE_STAGE_BYTES) + THREAD;
     // Warps behind the last row or panel only copy.
-    int tile, half, at, i, busy = first_panel + panel_warp < args.panels && first_row + row_warp * TILE_MT * 16 < args.rows;
+    int tile, half, at, i, busy = first_panel + panel_warp < args.panels && row_warp * TILE_MT * 16 < rows.rows;
+    const u16 *inputs[TILE_COPIES];
+    if (GROUPED && rows.rows == 0) return;
+    UNROLL for (at = 0; at < TILE_COPIES; at++) {
+        u32 place = THREAD + at * (TILE_WARPS * WARP), row = place / 4;
+        inputs[at] = row < rows.rows ? args.input + (u64)input_row(&args, rows.first + row) * args.input_stride + place % 4 * 8 : 0;
+    }
     UNROLL for (tile = 0; tile < TILE_MT; tile++)
         UNROLL for (at = 0; at < 32; at++) sums[tile][at / 16][at % 16] = 0.0f;
     UNROLL for (at = 0; at < TILE_STAGES - 1; at++) {
-        if (start + at < end) tile_load(&args, room + at * TILE_STAGE_BYTES, first_row, first_panel, start + at);
+        if (start + at < end) tile_load(&args, rows.weights, inputs, room + at * TILE_STAGE_BYTES, first_panel, start + at);
         copy_commit();
     }
     ROLLED for (step = start; step < end; step++) {
@@ -248,7 +318,7 @@ KERNEL(linear_tiled, LinearArguments, TILE_WARPS * WARP, 1) {
         }
         copy_wait(TILE_STAGES - 2);
         barrier();
-        if (ahead < end) tile_load(&args, room + (ahead - start) % TILE_STAGES * TILE_STAGE_BYTES, first_row, first_panel, ahead);
+        if (ahead < end) tile_load(&args, rows.weights, inputs, room + (ahead - start) % TILE_STAGES * TILE_STAGE_BYTES, first_panel, ahead);
         copy_commit();
         if (!busy) continue;
         quad a[TILE_MT][2];
@@ -292,17 +362,18 @@ KERNEL(linear_tiled, LinearArguments, TILE_WARPS * WARP, 1) {
     }
     // Sixteen rows at a time go through shared memory, so that what follows the sums is there once and not for each of them.
     u32 panel = first_panel + panel_warp, gated = args.what == GATE, width = gated ? 4 : 8, unit;
-    float *rows = (float *)(room + warp * TILE_FINISH_BYTES);
+    float *ended = (float *)(room + warp * TILE_FINISH_BYTES);
     barrier();
     ROLLED for (tile = 0; tile < TILE_MT; tile++) {
         UNROLL for (i = 0; i < TILE_MT; i++)
             if (i == tile) UNROLL for (at = 0; at < 32; at++)
-                rows[(at / 2 % 2 * 8 + g) * TILE_FINISH_STRIDE + at / 16 * 32 + 8 * q + at % 2 * 4 + at / 4 % 4] = sums[i][at / 16][at % 16];
+                ended[(at / 2 % 2 * 8 + g) * TILE_FINISH_STRIDE + at / 16 * 32 + 8 * q + at % 2 * 4 + at / 4 % 4] = sums[i][at / 16][at % 16];
         warp_barrier();
         ROLLED for (unit = lane; unit < 16 * width; unit += WARP) {
-            u32 row = first_row + (row_warp * TILE_MT + tile) * 16 + unit / width, column = unit % width * 8;
-            float *own = rows + unit / width * TILE_FINISH_STRIDE + column, ends[2][8];
-            if (row >= args.rows || panel >= args.panels) continue;
+            u32 row = (row_warp * TILE_MT + tile) * 16 + unit / width, column = unit % width * 8;
+            float *own = ended + unit / width * TILE_FINISH_STRIDE + column, ends[2][8];
+            if (row >= rows.rows || panel >= args.panels) continue;
+            row = output_row(&args, rows.first + row);
             UNROLL for (at = 0; at < 8; at++) ends[0][at] = own[at];
             if (gated) UNROLL for (at = 0; at < 8; at++) ends[1][at] = own[32 + at];
             if (gated) finish_gated(&args, row, panel, column, ends[0], ends[1]);

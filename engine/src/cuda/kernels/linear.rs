@@ -1,6 +1,6 @@
 //! Kernels of `linear.cu`: which of them computes a linear, and over which grid.
 
-use super::{Args, Call, Codes, Defines, Element, Kernel, Source};
+use super::{Args, Call, Codes, Defines, Element, Kernel, Pairs, Source};
 use crate::model::decoder::Activation;
 
 /// Inputs of a step: what packed weights are padded to.
@@ -21,18 +21,19 @@ pub(crate) struct LinearShape {
 }
 
 impl LinearShape {
-    /// Returns the shape of `outputs` by `inputs` weights; `gated` where panels hold gates and what they let through.
-    pub(crate) fn new(outputs: usize, inputs: usize, gated: bool) -> Self {
-        Self::in_segments(outputs, inputs, gated, 1)
+    /// Returns the shape of `outputs` by `inputs` weights; `gated` where panels hold gates and what they let through. They are those of one of `chosen`
+    /// linears that a row goes through side by side.
+    pub(crate) fn new(outputs: usize, inputs: usize, gated: bool, chosen: usize) -> Self {
+        Self::in_segments(outputs, inputs, gated, chosen, 1)
     }
 
     /// As [`LinearShape::new`], for runs of whole segments of `segment` steps.
-    pub(super) fn in_segments(outputs: usize, inputs: usize, gated: bool, segment: usize) -> Self {
+    pub(super) fn in_segments(outputs: usize, inputs: usize, gated: bool, chosen: usize, segment: usize) -> Self {
         let (panels, steps) = (outputs.div_ceil(PANEL), inputs.div_ceil(STEP));
         // A pair of half panels stays in one block of eight warps.
         let most = if gated { 4 } else { 8 };
         let mut splits = 1;
-        while splits < most && 2 * panels * splits < WARPS && 2 * splits <= steps.div_ceil(segment) {
+        while splits < most && 2 * panels * chosen * splits < WARPS && 2 * splits <= steps.div_ceil(segment) {
             splits *= 2;
         }
         Self { panels: panels as u32, steps: steps as u32, splits: splits as u32 }
@@ -79,6 +80,8 @@ pub(crate) struct Linear {
     pub(crate) codes: Option<Codes>,
     /// Bytes of shared memory that a block of the device may have, opted in: 163 KiB on sm_80, 227 KiB from sm_90 on.
     pub(crate) most_shared: u32,
+    /// Present where rows are pairs of a row and an expert, and the weights those of all experts; `shape` is that of one, and there is no bias.
+    pub(crate) pairs: Option<Pairs>,
 }
 
 /// A way to compile `linear_tiled`.
@@ -141,15 +144,24 @@ impl Linear {
     pub(crate) fn variants(element: Element) -> impl Iterator<Item = Kernel> {
         let stream = [STREAM_16, STREAM_32].map(|defines| ("linear_stream", defines));
         let tiled = [FEW, MANY, MANY_NARROW].map(|tiling| ("linear_tiled", tiling.defines));
-        let kernel = move |(name, defines)| Kernel { name, source: Source::Linear, element, defines };
-        stream.into_iter().chain(tiled).map(kernel)
+        let kernel = move |(name, defines): (_, Defines)| {
+            [false, true].map(|grouped| Kernel {
+                name,
+                source: Source::Linear,
+                element,
+                defines: defines.grouped(grouped),
+            })
+        };
+        stream.into_iter().chain(tiled).flat_map(kernel)
     }
 
     fn way(&self) -> Way {
+        // A tile of pairs is as high as those of the list.
+        let rows = self.pairs.map_or(self.rows, |pairs| pairs.cut.rows);
         if let Some(codes) = self.codes {
-            return Way::Codes { codes, tiles: if self.rows <= 16 { 1 } else { 2 } };
+            return Way::Codes { codes, tiles: if rows <= 16 { 1 } else { 2 } };
         }
-        match self.rows {
+        match rows {
             0..=16 => Way::Stream { tiles: 1 },
             17..=32 => Way::Stream { tiles: 2 },
             33..=64 => self.tiled(FEW),
@@ -159,8 +171,9 @@ impl Linear {
     }
 
     fn tiled(&self, tiling: Tiling) -> Way {
-        let blocks = self.rows.div_ceil(tiling.rows) * self.shape.panels.div_ceil(tiling.panels);
-        Way::Tiled { tiling, apart: self.shape.splits > 1 && blocks < Self::BLOCKS }
+        // Experts are enough blocks.
+        let idle = self.pairs.is_none() && self.tiles(tiling) < Self::BLOCKS;
+        Way::Tiled { tiling, apart: self.shape.splits > 1 && idle }
     }
 
     /// Returns the bytes of [`Linear::partial`] that it needs for its rows.
@@ -197,14 +210,16 @@ impl Linear {
             Finish::Activate(activation) => (3, activation as u32),
         };
         assert!(what != 2 || splits <= 4, "{:?} splits a pair of half panels", self.shape);
+        assert!(self.pairs.is_none() || self.bias == 0, "experts have no biases");
+        let row_tiles = |rows: u32| self.pairs.map_or(self.rows.div_ceil(rows), |pairs| pairs.cut.count);
         let (name, defines, grid, threads, shared_bytes, partial) = match way {
             Way::Stream { tiles } => {
                 let (defines, halves) = (if tiles == 1 { STREAM_16 } else { STREAM_32 }, STREAM_WARPS / splits);
-                let grid = [(2 * panels).div_ceil(halves), 1, 1];
+                let grid = [(2 * panels).div_ceil(halves), row_tiles(16 * tiles), 1];
                 ("linear_stream", defines, grid, STREAM_WARPS * 32, STREAM_WARPS * tiles * 16 * 32 * 4, 0)
             }
             Way::Codes { codes, tiles } => {
-                let grid = [(2 * panels).div_ceil(STREAM_WARPS / splits), self.rows.div_ceil(16 * tiles), 1];
+                let grid = [(2 * panels).div_ceil(STREAM_WARPS / splits), row_tiles(16 * tiles), 1];
                 let shared_bytes = STREAM_WARPS * tiles * 16 * 32 * 4;
                 ("linear_codes", codes.defines(tiles), grid, STREAM_WARPS * 32, shared_bytes, 0)
             }
@@ -212,7 +227,7 @@ impl Linear {
                 let stage = tiling.rows * 64 + tiling.panels * 4096;
                 let totals = if splits > 1 && !apart { tiling.rows * tiling.panels * PANEL as u32 * 4 } else { 0 };
                 let layers = if apart { splits } else { 1 };
-                let grid = [self.rows.div_ceil(tiling.rows), panels.div_ceil(tiling.panels), layers];
+                let grid = [row_tiles(tiling.rows), panels.div_ceil(tiling.panels), layers];
                 let partial = if apart { self.partial } else { 0 };
                 ("linear_tiled", tiling.defines, grid, tiling.warps * 32, tiling.stages * stage + totals, partial)
             }
@@ -220,11 +235,12 @@ impl Linear {
         let args = Args::default().word(self.weights).word(self.bias).word(self.input).word(self.to);
         let args = args.word(partial).word(self.counters).number(self.rows).number(panels).number(steps).number(splits);
         let args = args.number(self.input_stride).number(self.to_stride).number(what).number(activation);
+        let args = self.pairs.map_or(args, |pairs| pairs.append(args));
         let (source, args) = match way {
             Way::Codes { codes, .. } => (Source::Codes, codes.append(args)),
             Way::Stream { .. } | Way::Tiled { .. } => (Source::Linear, args),
         };
-        let kernel = Kernel { name, source, element: self.element, defines };
+        let kernel = Kernel { name, source, element: self.element, defines: defines.grouped(self.pairs.is_some()) };
         Call { kernel, grid, threads, shared_bytes, args }
     }
 }

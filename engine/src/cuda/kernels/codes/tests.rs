@@ -58,7 +58,7 @@ impl Case {
 
     fn linear(&self, first: usize, rows: usize) -> Linear {
         let codes = Codes::new(&self.packed).expect("codes that the kernel knows");
-        let shape = codes.shape(self.packed.panels(), false);
+        let shape = codes.shape(self.packed.panels(), false, 1);
         Linear {
             element: self.element,
             shape,
@@ -74,6 +74,7 @@ impl Case {
             counters: 0,
             codes: Some(codes),
             most_shared: 0,
+            pairs: None,
         }
     }
 

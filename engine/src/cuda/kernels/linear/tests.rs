@@ -54,7 +54,7 @@ impl Case {
     }
 
     fn linear(&self, gated: bool) -> Linear {
-        let shape = LinearShape::new(self.outputs, self.inputs, gated);
+        let shape = LinearShape::new(self.outputs, self.inputs, gated, 1);
         Linear {
             element: self.element,
             shape,
@@ -70,6 +70,7 @@ impl Case {
             counters: 0,
             codes: None,
             most_shared: WIDE_SHARED,
+            pairs: None,
         }
     }
 
@@ -251,15 +252,25 @@ fn blocks_fit_their_device() {
 
 #[test]
 fn runs_depend_on_the_shape_of_the_weights() {
-    let check = |outputs, inputs, gated, splits| {
-        assert_eq!(LinearShape::new(outputs, inputs, gated).splits, splits, "{outputs} x {inputs}");
+    let check_experts = |chosen, outputs, inputs, gated, splits| {
+        assert_eq!(
+            LinearShape::new(outputs, inputs, gated, chosen).splits,
+            splits,
+            "{chosen} times {outputs} x {inputs}"
+        );
     };
+    let check = |outputs, inputs, gated, splits| check_experts(1, outputs, inputs, gated, splits);
     // Llama 3.1 8B: output and down, q/k/v, gate and up, head.
     check(4096, 4096, false, 8);
     check(4096, 14336, false, 8);
     check(6144, 4096, false, 8);
     check(28672, 4096, true, 2);
     check(128_256, 4096, false, 1);
+    // Experts of Qwen3 30B and of Mixtral 8x7B.
+    check_experts(8, 1536, 2048, true, 4);
+    check_experts(8, 2048, 768, false, 4);
+    check_experts(2, 28672, 4096, true, 1);
+    check_experts(2, 4096, 14336, false, 8);
     // Runs are not shorter than a step, and pairs of half panels not split.
     check(64, 64, false, 2);
     check(64, 4096, true, 4);
