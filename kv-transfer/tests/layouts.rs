@@ -245,18 +245,23 @@ async fn all_ranks(config: Config, sources: u32, targets: u32) -> (Vec<Worker>, 
     (all_sources, all_targets)
 }
 
+/// Begins the hand-off at every source, and opens it at every target.
+async fn open_all(sources: &[Worker], targets: &mut [Worker]) {
+    let pages: Vec<PageId> = (3..9).map(PageId).collect();
+    for source in sources {
+        begin(source, targets, 96, &pages);
+    }
+    for target in targets {
+        target.begun(H).await;
+        target.transfer.open(H, (20..26).map(PageId).collect(), 0);
+    }
+}
+
 #[tokio::test]
 async fn a_rank_that_gives_up_takes_the_others_with_it() {
     for kind in kinds() {
         let (mut sources, mut targets) = all_ranks(only(kind), 4, 2).await;
-        let pages: Vec<PageId> = (3..9).map(PageId).collect();
-        for source in &sources {
-            begin(source, &targets, 96, &pages);
-        }
-        for target in &mut targets {
-            target.begun(H).await;
-            target.transfer.open(H, (20..26).map(PageId).collect(), 0);
-        }
+        open_all(&sources, &mut targets).await;
         // Rank 1 sends to target 0, together with rank 0.
         sources[0].push(H, 0..6);
         sources[0].commit(H, 5);
@@ -290,14 +295,7 @@ async fn what_is_forgone_is_forgone_by_all_ranks() {
         let local = metrics::set_default_local_recorder(&recorder);
         let (mut sources, mut targets) = all_ranks(only(kind), 4, 2).await;
         drop(local);
-        let pages: Vec<PageId> = (3..9).map(PageId).collect();
-        for source in &sources {
-            begin(source, &targets, 96, &pages);
-        }
-        for target in &mut targets {
-            target.begun(H).await;
-            target.transfer.open(H, (20..26).map(PageId).collect(), 0);
-        }
+        open_all(&sources, &mut targets).await;
         for source in &mut sources {
             source.push(H, 0..3);
             source.transfer.forgo(H);
