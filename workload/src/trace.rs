@@ -69,8 +69,10 @@ impl Trace {
     /// Tokens of a block as it is published; where a format has no blocks, as it is read.
     pub const BLOCK_TOKENS: usize = 512;
 
-    /// Reads a file.
-    pub fn read(path: &Path, format: Format) -> Result<Self, Error> {
+    /// Reads a file; without a `format`, its ending tells it.
+    pub fn read(path: &Path, format: impl Into<Option<Format>>) -> Result<Self, Error> {
+        let format = format.into().or_else(|| Format::of(path));
+        let format = format.ok_or_else(|| Error::UnknownFormat { path: path.to_owned() })?;
         let text =
             std::fs::read_to_string(path).map_err(|source| Error::Unreadable { path: path.to_owned(), source })?;
         let name = path.display().to_string();
@@ -186,7 +188,7 @@ pub enum Format {
 
 impl Format {
     /// Guesses by the ending: `.jsonl` is Mooncake's, `.csv` Azure's, `.json` ShareGPT's.
-    pub fn of(path: &Path) -> Option<Self> {
+    fn of(path: &Path) -> Option<Self> {
         match path.extension()?.to_str()? {
             "jsonl" => Some(Self::Mooncake),
             "csv" => Some(Self::Azure),
@@ -212,6 +214,9 @@ impl FromStr for Format {
 /// Why there is no trace.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// Neither was its format given nor does its ending tell it.
+    #[error("{}: its ending tells no format, say --format mooncake, azure or sharegpt", path.display())]
+    UnknownFormat { path: PathBuf },
     /// The file cannot be read, or is no text.
     #[error("read {}", path.display())]
     Unreadable { path: PathBuf, source: std::io::Error },

@@ -12,9 +12,9 @@ pub(crate) struct Simulate {
     /// Trace to play
     #[arg(value_name = "TRACE")]
     pub(crate) trace: PathBuf,
-    /// How the trace is written: mooncake, azure or sharegpt
-    #[arg(long, value_name = "FORMAT", default_value = "mooncake")]
-    pub(crate) format: Format,
+    /// Format of the trace: mooncake, azure or sharegpt [default: by its ending .jsonl, .csv or .json]
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) format: Option<Format>,
     /// Prefill workers; with 0, which only the policy baton can do, decode workers compute all prompts themselves
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = super::whole::<usize>)]
     pub(crate) prefill: usize,

@@ -98,6 +98,8 @@ fn formats_are_known_by_name_and_ending() {
     assert_eq!(Format::of(Path::new("b.csv")), Some(Format::Azure));
     assert_eq!(Format::of(Path::new("b.json")), Some(Format::ShareGpt));
     assert_eq!(Format::of(Path::new("b")), None);
+    assert_eq!(Trace::read(Path::new(AZURE), None).unwrap(), Trace::read(Path::new(AZURE), Format::Azure).unwrap());
+    assert!(matches!(Trace::read(Path::new("/nowhere/b"), None), Err(Error::UnknownFormat { .. })));
     assert_eq!("azure".parse(), Ok(Format::Azure));
     assert!("burstgpt".parse::<Format>().unwrap_err().contains("mooncake, azure or sharegpt"));
 }

@@ -3,7 +3,7 @@
 use crate::settings::{Load, When};
 use anyhow::{Context, bail};
 use std::time::Duration;
-use workload::{Arrivals, Format, Objectives, Trace};
+use workload::{Arrivals, Objectives, Trace};
 
 /// When requests leave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,13 +27,7 @@ impl Plan {
     pub(super) fn new(load: &Load) -> anyhow::Result<Self> {
         let trace = match &load.trace {
             Some(path) => {
-                let format = load.format.or_else(|| Format::of(path)).with_context(|| {
-                    format!(
-                        "--trace {}: its ending tells no format, say --format mooncake, azure or sharegpt",
-                        path.display()
-                    )
-                })?;
-                let trace = Trace::read(path, format).context("--trace")?;
+                let trace = Trace::read(path, load.format).context("--trace")?;
                 let trace = load.requests.into_iter().fold(trace, Trace::first);
                 load.lengths.into_iter().fold(trace, Trace::scaled)
             }
