@@ -5,8 +5,9 @@ mod support;
 use kv_cache::{KvDtype, PageId, PageLayout};
 use kv_transfer::{Begin, Commit, Config, Event, HandoffId, Identity, Outcome, Rank, TransportKind};
 use metrics_exporter_prometheus::PrometheusBuilder;
-use std::ops::Range;
+use std::{ops::Range, time::Duration};
 use support::{LAYERS, Over, SOON, Worker, assert_same, identity, kinds, only, some_pages};
+use tokio::time::{sleep, timeout};
 
 const H: HandoffId = HandoffId(0xBA70);
 
@@ -296,8 +297,19 @@ async fn what_is_forgone_is_forgone_by_all_ranks() {
         let (mut sources, mut targets) = all_ranks(only(kind), 4, 2).await;
         drop(local);
         open_all(&sources, &mut targets).await;
+        // What moves has begun at its target, which so hears `Forgo` and has nothing to refuse.
+        sources.iter().for_each(|source| source.push(H, 0..3));
+        let moving = |text: &str| {
+            let sent = |line: &&str| line.starts_with("baton_handoff_bytes_total{") && line.contains("\"source\"");
+            text.lines().filter(sent).filter(|line| !line.ends_with(" 0")).count()
+        };
+        let all_move = async {
+            while moving(&recorder.handle().render()) < sources.len() {
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(SOON, all_move).await.expect("every rank sends");
         for source in &mut sources {
-            source.push(H, 0..3);
             source.transfer.forgo(H);
             assert_eq!(source.event().await, Event::SourceDone { handoff: H, outcome: Outcome::Forgone });
         }
@@ -318,7 +330,7 @@ async fn what_is_forgone_is_forgone_by_all_ranks() {
 #[tokio::test]
 async fn a_rank_that_never_begins_is_waited_for_no_longer_than_any() {
     for kind in kinds() {
-        let config = Config { open_timeout_ms: 300, ..only(kind) };
+        let config = Config { open_timeout_ms: 800, ..only(kind) };
         let (mut sources, mut targets) = all_ranks(config, 2, 1).await;
         let pages: Vec<PageId> = (3..9).map(PageId).collect();
         begin(&sources[0], &targets, 96, &pages);
@@ -327,7 +339,7 @@ async fn a_rank_that_never_begins_is_waited_for_no_longer_than_any() {
         sources[0].push(H, 0..6);
         sources[0].commit(H, 5);
         assert_eq!(sources[0].event().await, Event::SourceDone { handoff: H, outcome: Outcome::Landed });
-        let reason = "1 ranks of the source did not begin within 300ms".to_owned();
+        let reason = "1 ranks of the source did not begin within 800ms".to_owned();
         assert_eq!(targets[0].event().await, Event::Lost { handoff: H, reason });
         assert_eq!(targets[0].event().await, Event::Quiet { handoff: H });
         begin(&sources[1], &targets, 96, &pages);
