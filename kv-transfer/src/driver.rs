@@ -105,7 +105,7 @@ pub(crate) struct Driver {
     dialled: HashMap<Address, LinkId>,
     outbox: VecDeque<Event>,
     spans: HashMap<(Side, HandoffId), Span>,
-    /// Committed and not yet answered.
+    /// Committed, and to be answered by the target.
     committed: HashSet<HandoffId>,
     /// Until when not to sleep, for something is due from a peer.
     awake_until: Option<Instant>,
@@ -189,7 +189,7 @@ impl Driver {
                             self.parts.handoffs.legs_mut().moved_at(self.parts.speed.bytes_per_s());
                         }
                         Moved::Landed { bytes, .. } => self.parts.metrics.landed_bytes.increment(bytes),
-                        Moved::Lost | Moved::Sealed | Moved::Stale => {}
+                        Moved::Lost | Moved::Settled | Moved::Sealed | Moved::Stale => {}
                     }
                     self.act_at(at, |handoffs, now, out| handoffs.moved(now, handoff, moved, out));
                 }
@@ -309,6 +309,19 @@ impl Driver {
     fn perform(&mut self, action: Action) {
         match action {
             Action::Send(link, message) => self.send(link, message),
+            Action::Commit { link, handoff, sent, commit, word } => {
+                let transport = self.transport(link);
+                let settled = transport.zip(word).is_some_and(|(transport, page)| transport.settle(handoff, page));
+                if !settled {
+                    self.committed.insert(handoff);
+                    self.awake_until = Some(Instant::now() + AWAKE);
+                    self.parts.speed.started(Instant::now());
+                }
+                self.send(link, Message::Commit { handoff, sent, commit, settled });
+                if settled {
+                    self.act(|handoffs, now, out| handoffs.moved(now, handoff, Moved::Settled, out));
+                }
+            }
             Action::Post(link, frame) => self.post(link, frame),
             Action::Cancel(link, handoff) => {
                 if let Some(transport) = self.transport(link) {
@@ -342,12 +355,7 @@ impl Driver {
         }
     }
 
-    fn send(&mut self, link: LinkId, message: Message) {
-        if let Message::Commit { handoff, .. } = message {
-            self.committed.insert(handoff);
-            self.awake_until = Some(Instant::now() + AWAKE);
-            self.parts.speed.started(Instant::now());
-        }
+    fn send(&self, link: LinkId, message: Message) {
         // A link that is gone has told its hand-offs, or is about to.
         let Some(link) = self.links.get(&link) else { return };
         if let Err(mpsc::error::TrySendError::Full(_)) = link.outgoing.try_send(message) {

@@ -9,7 +9,8 @@
 //! What must hold:
 //! - a block is written only while its page belongs to the hand-off, and read only until `SourceDone`;
 //! - each side ends exactly once, and where nothing more can happen both have ended and every page is back;
-//! - nothing becomes runnable with a wrong byte, and the source says Landed only if the target did.
+//! - nothing becomes runnable with a wrong byte, and the source says Landed only if the target did, or if it has settled: then all is
+//!   written, in a landing that was open.
 
 use crate::{
     Begin, Commit, Event, HandoffId, Outcome, Peer,
@@ -36,6 +37,8 @@ const BLOCK: u64 = 384;
 enum Writer {
     ByPermit,
     OneSided,
+    /// One-sided, without digests, and the source settles in a word of the target's.
+    Settling,
     /// One-sided, and wrong: takes every seal for proven.
     Careless,
 }
@@ -46,6 +49,14 @@ enum Content {
     Poison,
     Right,
     Wrong,
+}
+
+/// The word of a landing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Word {
+    Closed,
+    Open,
+    Settled,
 }
 
 /// One thing that may happen next.
@@ -140,6 +151,7 @@ struct World {
     admitted: Option<[bool; 4]>,
     /// One-sided: a seal that waits for proof.
     held_seal: bool,
+    word: Word,
     /// The landing's pages belong to the hand-off.
     owned: bool,
     contents: [Content; 4],
@@ -188,6 +200,7 @@ impl World {
             asked: false,
             admitted: None,
             held_seal: false,
+            word: Word::Closed,
             owned: false,
             contents: [Content::Poison; 4],
             opened: false,
@@ -231,7 +244,8 @@ impl World {
         }
         for at in 0..self.flights.len() {
             may(true, Write(at));
-            may(true, WriteWrong(at));
+            // Which only a digest would show.
+            may(self.writer != Writer::Settling, WriteWrong(at));
             may(self.source_lost_link || self.target.is_none() || self.closed(), Drop(at));
         }
         may(!self.source_notes.is_empty(), SourceNote);
@@ -419,7 +433,7 @@ impl World {
             check(self.owned, || format!("page {page} is written after it was given back"))?;
             check(!self.landed, || format!("page {page} is written after it landed"))?;
             self.contents[page] = content;
-            let digest = Some(Digest([if content == Content::Right { page as u8 } else { 99 }; 8]));
+            let digest = self.digest(if content == Content::Right { page as u8 } else { 99 });
             let landed = Moved::Landed { sequence: frame.sequence, bytes: BLOCK, digest };
             match self.writer {
                 Writer::ByPermit => self.target_notes.push_back(landed),
@@ -427,9 +441,13 @@ impl World {
                 _ => self.tellings.push(landed),
             }
         }
-        let digest = Some(Digest([page as u8; 8]));
+        let digest = self.digest(page as u8);
         self.source_notes.push_back(Moved::Sent { sequence: frame.sequence, bytes: BLOCK, digest });
         Ok(())
+    }
+
+    fn digest(&self, of: u8) -> Option<Digest> {
+        (self.writer != Writer::Settling).then_some(Digest([of; 8]))
     }
 
     fn ask_source(&mut self, request: Request) -> Checked {
@@ -444,12 +462,19 @@ impl World {
         let mut actions = Vec::new();
         let Some(source) = &mut self.source else { return Ok(()) };
         step(source, Duration::ZERO, &mut actions);
+        self.source_does(actions)
+    }
+
+    fn source_does(&mut self, actions: Vec<Action>) -> Checked {
         for action in actions {
             match action {
-                Action::Send(_, message)
-                    if !self.source_lost_link && self.target.is_some() && !self.target_lost_link =>
-                {
-                    put(&mut self.to_target, message);
+                Action::Send(_, message) => self.say_to_target(message),
+                Action::Commit { handoff, sent, commit, word, .. } => {
+                    let settled = self.settle(word)?;
+                    self.say_to_target(Message::Commit { handoff, sent, commit, settled });
+                    if settled {
+                        self.at_source(|source, now, out| source.moved(now, H, Moved::Settled, out))?;
+                    }
                 }
                 Action::Post(_, frame) if self.source_lost_link => {
                     drop(frame);
@@ -461,7 +486,8 @@ impl World {
                 Action::DropLink(..) => self.dead_link = true,
                 Action::Emit(Event::SourceDone { outcome, .. }) => {
                     check(self.source_done.is_none(), || format!("the source ends twice, as {outcome:?}"))?;
-                    check(outcome != Outcome::Landed || self.landed, || "landed only for the source".into())?;
+                    let landed = self.landed || self.word == Word::Settled;
+                    check(outcome != Outcome::Landed || landed, || "landed only for the source".into())?;
                     check(self.flights.is_empty(), || "the source ends with frames under way".into())?;
                     self.source_done = Some(outcome);
                 }
@@ -469,6 +495,28 @@ impl World {
             }
         }
         Ok(())
+    }
+
+    fn say_to_target(&mut self, message: Message) {
+        if !self.source_lost_link && self.target.is_some() && !self.target_lost_link {
+            put(&mut self.to_target, message);
+        }
+    }
+
+    /// The source settles in the word of page `word`, if the target has left it open.
+    fn settle(&mut self, word: Option<PageId>) -> Result<bool, String> {
+        if self.word != Word::Open || word.is_none() {
+            return Ok(false);
+        }
+        // A dead target's memory is written too, but not kept here.
+        let written = self.target.is_none() || self.is_right() && self.owned;
+        check(written && self.flights.is_empty(), || "settled before all was written".into())?;
+        self.word = Word::Settled;
+        Ok(true)
+    }
+
+    fn is_right(&self) -> bool {
+        self.contents[..self.pages as usize].iter().all(|content| *content == Content::Right)
     }
 
     fn at_target(&mut self, step: impl FnOnce(&mut Handoffs, Duration, &mut Vec<Action>)) -> Checked {
@@ -482,12 +530,19 @@ impl World {
                 {
                     put(&mut self.to_source, message);
                 }
-                Action::Admit { .. } => self.admitted = Some(std::array::from_fn(|page| (page as u32) < self.have)),
+                Action::Admit { .. } => {
+                    self.admitted = Some(std::array::from_fn(|page| (page as u32) < self.have));
+                    if self.writer == Writer::Settling {
+                        self.word = Word::Open;
+                    }
+                }
                 Action::Seal { vouched, .. } => match self.writer {
                     Writer::ByPermit if self.admitted.take().is_some() => self.target_notes.push_back(Moved::Sealed),
                     Writer::ByPermit => {}
-                    Writer::OneSided if !vouched => self.held_seal = true,
-                    Writer::OneSided | Writer::Careless => {
+                    Writer::OneSided | Writer::Settling if !vouched && self.word != Word::Settled => {
+                        (self.held_seal, self.word) = (true, Word::Closed);
+                    }
+                    Writer::OneSided | Writer::Settling | Writer::Careless => {
                         self.held_seal = false;
                         self.target_notes.push_back(Moved::Sealed);
                     }
@@ -508,8 +563,7 @@ impl World {
             }
             Event::Landed { .. } => {
                 check(!self.landed && !self.lost && !self.quiet, || format!("landed after it ended: {self:?}"))?;
-                let right = self.contents[..self.pages as usize].iter().all(|content| *content == Content::Right);
-                check(right, || format!("wrong bytes became runnable: {:?}", self.contents))?;
+                check(self.is_right(), || format!("wrong bytes became runnable: {:?}", self.contents))?;
                 // The sequence is short: its pages are somebody else's at once.
                 (self.landed, self.owned) = (true, false);
             }
@@ -624,6 +678,11 @@ fn every_way_of_a_one_sided_handoff() {
     holds(Writer::OneSided, &CASES);
 }
 
+#[test]
+fn every_way_of_a_handoff_that_the_source_settles() {
+    holds(Writer::Settling, &CASES);
+}
+
 /// The walk finds what it is there to find: a target that believes its pages unwritten before that is proven.
 #[test]
 fn a_seal_without_proof_is_found() {
@@ -637,4 +696,5 @@ fn a_seal_without_proof_is_found() {
 fn every_way_of_three_frames_with_two_faults() {
     holds(Writer::ByPermit, &[(3, 0, 2)]);
     holds(Writer::OneSided, &[(3, 0, 2)]);
+    holds(Writer::Settling, &[(3, 0, 2)]);
 }

@@ -67,7 +67,7 @@ fn greeting(frame: &[u8]) {
     assert_eq!(Greeting::decode(&again[4..]).as_ref(), Ok(&greeting));
     let offer = Offer::new(&Config { lossy_kv: true, ..Config::default() }, identity(), 1, Ok("host".into()), false);
     let terms = match greeting {
-        Greeting::Hello(hello) => offer.answer(&hello, &[]).map(|agreed| agreed.terms),
+        Greeting::Hello(hello) => offer.answer(&hello, false, &[]).map(|agreed| agreed.terms),
         Greeting::Welcome(welcome) => return drop(offer.check(&welcome, &peer())),
         _ => return,
     };
@@ -133,6 +133,9 @@ impl Worker {
             match actions[at].clone() {
                 Action::Post(_, Frame { handoff, sequence, .. }) => {
                     handoffs.moved(now, handoff, Moved::Sent { sequence, bytes: 1, digest: None }, &mut actions);
+                }
+                Action::Commit { handoff, .. } if handoff.0 % 2 == 0 => {
+                    handoffs.moved(now, handoff, Moved::Settled, &mut actions);
                 }
                 Action::Seal { handoff, .. } => handoffs.moved(now, handoff, Moved::Sealed, &mut actions),
                 Action::Emit(Event::Begun { handoff, tokens, .. }) if handoff.0 % 4 == 0 => {
@@ -209,7 +212,8 @@ mod tests {
             process: 1,
             shm: None,
             transports: vec![TransportKind::Tcp],
-            digest: Vec::new(),
+            host: None,
+            verify: crate::Verify::Auto,
             ping_ms: 400,
         };
         let mut frame = Vec::new();
@@ -230,7 +234,7 @@ mod tests {
                     1,
                     &[
                         Message::Begin { handoff: h, tokens: 40 },
-                        Message::Commit { handoff: h, sent, commit: Commit { first_token: 3 } },
+                        Message::Commit { handoff: h, sent, commit: Commit { first_token: 3 }, settled: false },
                         Message::Abort { handoff: h, reason: reason() },
                         Message::Quiet { handoff: h },
                         Message::Forgo { handoff: h },

@@ -8,7 +8,7 @@ use crate::{
     Begin, Commit, Event, Fetch, HandoffId, Outcome, Overlapped, Peer,
     digest::Digest,
     fetches::{self, Fetches},
-    message::Message,
+    message::{Message, Sent},
     plan::Terms,
     source::{self, Frame, Limits, Source, Way},
     target::{self, End, FORGONE, Target},
@@ -80,6 +80,8 @@ pub(crate) enum Moved {
     Sent { sequence: u32, bytes: u64, digest: Option<Digest> },
     /// Source: a frame will not (all) leave; nobody reads its blocks any more.
     Lost,
+    /// Source: it has settled the hand-off.
+    Settled,
     /// Target: a frame's bytes are in the landing.
     Landed { sequence: u32, bytes: u64, digest: Option<Digest> },
     /// Target: the landing is closed and no write is under way.
@@ -93,6 +95,8 @@ pub(crate) enum Moved {
 pub(crate) enum Action {
     /// Say this on the link.
     Send(LinkId, Message),
+    /// Settle a hand-off in the word of that page, if it has one, and send its `Commit`; answered by `Settled` where it is settled.
+    Commit { link: LinkId, handoff: HandoffId, sent: Sent, commit: Commit, word: Option<PageId> },
     /// Move a frame over the link.
     Post(LinkId, Frame),
     /// Drop the frames of this hand-off that have not started.
@@ -316,7 +320,9 @@ impl Handoffs {
     ) -> bool {
         let (handoff, input) = match message {
             Message::Begin { handoff, tokens } => return self.begun(now, (link, from), handoff, tokens, out),
-            Message::Commit { handoff, sent, commit } => (handoff, target::Input::Committed { sent, commit }),
+            Message::Commit { handoff, sent, commit, settled } => {
+                (handoff, target::Input::Committed { sent, commit, settled })
+            }
             Message::Quiet { handoff } => (handoff, target::Input::PeerQuiet),
             Message::Fetch { handoff, incarnation, link: address, pages } => {
                 let by = Peer { worker: from.to_owned(), incarnation, link: address };
@@ -406,6 +412,9 @@ impl Handoffs {
             Moved::Lost => {
                 self.source(now, handoff, None, source::Input::FrameLost, out);
             }
+            Moved::Settled => {
+                self.source(now, handoff, None, source::Input::Acked, out);
+            }
             Moved::Landed { sequence, bytes, digest } => {
                 self.target(now, handoff, None, target::Input::FrameLanded { sequence, bytes, digest }, out);
             }
@@ -494,6 +503,7 @@ impl Handoffs {
         for action in actions {
             let action = match action {
                 source::Action::Send(message) => Action::Send(link, message),
+                source::Action::Commit { sent, commit, word } => Action::Commit { link, handoff, sent, commit, word },
                 source::Action::Post(frame) => Action::Post(link, frame),
                 source::Action::Cancel => Action::Cancel(link, handoff),
                 source::Action::DropLink(reason) => Action::DropLink(link, reason),

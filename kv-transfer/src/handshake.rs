@@ -24,8 +24,8 @@ pub(crate) struct Offer {
     shares: Result<String, String>,
     /// Transports it accepts, most wanted first.
     transports: Vec<TransportKind>,
-    /// Transports over which it wants contents digested.
-    digest: Vec<TransportKind>,
+    /// When it wants contents digested.
+    verify: Verify,
     /// Whether pages may be rounded on their way here.
     lossy: bool,
     /// How often it pings, in milliseconds.
@@ -57,15 +57,13 @@ impl Offer {
             None => *kind != TransportKind::Ucx || with_ucx,
         };
         let transports = TRANSPORTS.into_iter().filter(offered).collect();
-        let digest = match config.verify {
+        let verify = match config.verify {
             // TLS has authenticated what arrives.
-            Verify::Auto if config.tls.is_some() => Vec::new(),
-            Verify::Auto => vec![TransportKind::Tcp],
-            Verify::Full => TRANSPORTS.to_vec(),
-            Verify::Counts => Vec::new(),
+            Verify::Auto if config.tls.is_some() => Verify::Counts,
+            verify => verify,
         };
         let (lossy, ping_ms) = (config.lossy_kv, config.ping_interval_ms.max(1));
-        Self { identity, process, shares, transports, digest, lossy, ping_ms }
+        Self { identity, process, shares, transports, verify, lossy, ping_ms }
     }
 
     /// The same without `kind`, unless that leaves nothing.
@@ -91,14 +89,21 @@ impl Offer {
             process: self.process,
             shm,
             transports: self.transports.clone(),
-            digest: self.digest.clone(),
+            host: self.shares.clone().ok(),
+            verify: self.verify,
             ping_ms: self.ping_ms,
         }
     }
 
     /// Target: chooses the transport and whether contents are digested (when either end wants it), or says why not. The reason
-    /// is worded for the source. `failed`: what was chosen before and then did not work, and why.
-    pub(crate) fn answer(&self, hello: &Hello, failed: &[(TransportKind, String)]) -> Result<Agreed, String> {
+    /// is worded for the source. `looped`: both ends of the connection have one address. `failed`: what was chosen before and then
+    /// did not work, and why.
+    pub(crate) fn answer(
+        &self,
+        hello: &Hello,
+        looped: bool,
+        failed: &[(TransportKind, String)],
+    ) -> Result<Agreed, String> {
         let ours = &self.identity;
         if hello.target != ours.worker {
             return Err(format!("worker: you want `{}`, this is `{}`", hello.target, ours.worker));
@@ -118,7 +123,13 @@ impl Offer {
             match problem {
                 Some(problem) => problems += &format!("; {kind:?}: {problem}"),
                 None => {
-                    let digest = self.digest.contains(kind) || hello.digest.contains(kind);
+                    // Between processes of one kernel a connection is memory: neither it nor TCP's checksum looks at the bytes.
+                    let wired = !looped || hello.host.is_none() || hello.host.as_ref() != self.shares.as_ref().ok();
+                    let digest = [self.verify, hello.verify].into_iter().any(|verify| match verify {
+                        Verify::Auto => *kind == TransportKind::Tcp && wired,
+                        Verify::Full => true,
+                        Verify::Counts => false,
+                    });
                     return Ok(Agreed { transport: *kind, digest, terms });
                 }
             }
@@ -188,7 +199,7 @@ mod tests {
     }
 
     fn answer(source: &Offer, target: &Offer) -> Result<(TransportKind, bool), String> {
-        let agreed = target.answer(&hello(source, target), &[])?;
+        let agreed = target.answer(&hello(source, target), false, &[])?;
         Ok((agreed.transport, agreed.digest))
     }
 
@@ -215,7 +226,7 @@ mod tests {
         );
         check(offer("decode", |_, identity| identity.layout.layers = 9), "page layout: layers: yours 3, ours 9");
         check(offer("someone", same), "worker: you want `decode`, this is `someone`");
-        assert_eq!(foreign(7), "protocol: yours 7, ours 3");
+        assert_eq!(foreign(7), "protocol: yours 7, ours 4");
     }
 
     #[test]
@@ -229,9 +240,9 @@ mod tests {
         let (source, target) = (offer("prefill", same), offer("decode", same));
         let own = target.identity.incarnation;
         let hello = |incarnation| source.hello(&peer(incarnation), ([0; 32], false), None);
-        let refusal = target.answer(&hello(own - 1), &[]).expect_err("older");
+        let refusal = target.answer(&hello(own - 1), false, &[]).expect_err("older");
         assert_eq!(refusal, format!("incarnation: {} is a past life, now it is {own}", own - 1));
-        assert!(target.answer(&hello(own + 1), &[]).is_ok());
+        assert!(target.answer(&hello(own + 1), false, &[]).is_ok());
     }
 
     #[test]
@@ -271,20 +282,45 @@ mod tests {
         assert_eq!(refusal, "transport: yours [Memory], ours [Tcp], in the same process");
     }
 
+    /// Bytes that never leave a kernel are as safe as in shared memory. Equal addresses alone prove nothing (a proxy), nor does one
+    /// kernel alone (a restored snapshot).
+    #[test]
+    fn contents_are_digested_where_there_is_a_wire() {
+        let tcp = |worker, verify| {
+            let offer = offer(worker, |config, _| {
+                (config.require, config.verify) = (Some(TransportKind::Tcp), verify);
+            });
+            Offer { process: 2, ..offer }
+        };
+        let digests = |source: &Offer, target: &Offer, looped| {
+            target.answer(&hello(source, target), looped, &[]).expect("agreed").digest
+        };
+        let (source, target) = (tcp("prefill", Verify::Auto), tcp("decode", Verify::Auto));
+        assert!(!digests(&source, &target, true));
+        assert!(digests(&source, &target, false));
+        let elsewhere = Offer { shares: Ok("there".into()), ..target.clone() };
+        assert!(digests(&source, &elsewhere, true));
+        let unknown = |offer: &Offer| Offer { shares: Err("a plain file".into()), ..offer.clone() };
+        assert!(digests(&source, &unknown(&target), true) && digests(&unknown(&source), &unknown(&target), true));
+        assert!(digests(&source, &tcp("decode", Verify::Full), true));
+        assert!(!digests(&tcp("prefill", Verify::Counts), &tcp("decode", Verify::Counts), false));
+    }
+
     #[test]
     fn what_does_not_work_is_not_chosen_again() {
         let source = offer("prefill", same);
         let target = Offer { process: 2, ..offer("decode", same) };
         let failed = [(TransportKind::Shm, "connection refused".to_owned())];
-        let agreed = target.answer(&hello(&source, &target), &failed).expect("something else");
+        let agreed = target.answer(&hello(&source, &target), false, &failed).expect("something else");
         assert_eq!((agreed.transport, agreed.digest), (TransportKind::Tcp, true));
         let target = Offer { process: 2, ..offer("decode", |config, _| config.require = Some(TransportKind::Shm)) };
-        let refusal = target.answer(&hello(&source, &target), &failed).expect_err("required");
+        let refusal = target.answer(&hello(&source, &target), false, &failed).expect_err("required");
         assert!(refusal.ends_with("ours [Shm], in different processes; Shm: connection refused"), "{refusal}");
         let target = Offer { shares: Err("the pool is a plain file".into()), ..target };
-        let refusal = target.answer(&hello(&source, &target), &[]).expect_err("required");
+        let refusal = target.answer(&hello(&source, &target), false, &[]).expect_err("required");
         assert!(refusal.ends_with("; Shm: the pool is a plain file"), "{refusal}");
-        let refusal = target.answer(&source.hello(&peer(1_000), ([0; 32], false), None), &[]).expect_err("required");
+        let refusal =
+            target.answer(&source.hello(&peer(1_000), ([0; 32], false), None), false, &[]).expect_err("required");
         assert!(refusal.ends_with("; Shm: the pool is a plain file"), "{refusal}");
     }
 

@@ -12,8 +12,9 @@
 //! permit of each of its landings, from the moment they are open: who may write is still who holds a permit, and `Sealed` still
 //! comes with the last one. The source's permit comes back in two ways, and never because time passed:
 //!
-//! - it *vouched* that of this hand-off no write of its own can land any more: `Commit`, which follows the last write, or
-//!   `Quiet`, which follows the last write that was under way when it was called off;
+//! - it *vouched* that of this hand-off no write of its own can land any more: `Commit`, which follows the last write, or a
+//!   [word](crate::words) of ours that it settled then, or `Quiet`, which follows the last write that was under way when it was
+//!   called off;
 //! - it can write nothing at all any more, of which the transport has proof of its own ([`Landings::writer_gone`]). A lost link
 //!   is no such proof, nor is a closed socket: the process behind it may be stopped in the middle of a copy, and go on later.
 //!
@@ -28,6 +29,7 @@ use crate::{
     inbox::{Inbox, Note},
     pages::Pages,
     plan::{self, Piece, Place, Terms},
+    words::Words,
 };
 use kv_cache::PageId;
 use std::{
@@ -78,6 +80,8 @@ pub(crate) struct Landing {
     gate: Gate,
     /// A one-sided source holds a permit.
     afar: AtomicBool,
+    /// Where such a source can settle the hand-off.
+    word: Option<(Arc<Words>, PageId)>,
     admitted: Mutex<Coverage>,
     inbox: Arc<Inbox>,
 }
@@ -133,6 +137,13 @@ impl Landing {
         }
     }
 
+    /// Lets the source settle the hand-off no more. One that has writes nothing more of it.
+    fn close_word(&self) {
+        if self.word.as_ref().is_some_and(|(words, page)| words.close(*page, self.handoff)) {
+            self.vouch();
+        }
+    }
+
     fn leave(&self) {
         if self.gate.leave() {
             self.report(Moved::Sealed);
@@ -154,6 +165,8 @@ impl Landing {
 #[derive(Debug)]
 pub(crate) struct Landings {
     pool: Arc<Pages>,
+    /// Of the pool's pages, where other processes can have them.
+    words: Option<Arc<Words>>,
     inbox: Arc<Inbox>,
     state: Mutex<State>,
 }
@@ -168,7 +181,12 @@ struct State {
 impl Landings {
     /// Starts with none in `pool`, reporting to `inbox`.
     pub(crate) fn new(pool: Arc<Pages>, inbox: Arc<Inbox>) -> Self {
-        Self { pool, inbox, state: Mutex::default() }
+        Self { pool, words: None, inbox, state: Mutex::default() }
+    }
+
+    /// Lets sources that have them settle hand-offs in `words`.
+    pub(crate) fn with_words(self, words: Option<Arc<Words>>) -> Self {
+        Self { words, ..self }
     }
 
     /// Opens `pages` for the travel pages `travel` of `handoff` that come over `link`, whose terms are `terms`.
@@ -188,6 +206,12 @@ impl Landings {
         // In one step with `writer_gone`: a permit that comes too late to be given back is not given out.
         let mut state = self.lock();
         let afar = state.writers.contains(&link);
+        // Pages that are there already may be others' too.
+        let last = pages.last().filter(|_| afar && !travel.is_empty());
+        let word = self.words.clone().zip(last.copied());
+        if let Some((words, page)) = &word {
+            words.open(*page, handoff);
+        }
         let landing = Landing {
             handoff,
             link,
@@ -196,6 +220,7 @@ impl Landings {
             pool: self.pool.clone(),
             gate: Gate(AtomicUsize::new(usize::from(afar))),
             afar: AtomicBool::new(afar),
+            word,
             admitted: Mutex::new(admitted),
             inbox: self.inbox.clone(),
         };
@@ -209,7 +234,11 @@ impl Landings {
 
     /// Closes a landing. `Sealed` is reported once, as soon as it is true.
     pub(crate) fn seal(&self, handoff: HandoffId) {
-        if self.lock().open.get(&handoff).is_some_and(|landing| landing.gate.close()) {
+        let closed = |landing: &Arc<Landing>| {
+            landing.close_word();
+            landing.gate.close()
+        };
+        if self.lock().open.get(&handoff).is_some_and(closed) {
             self.inbox.put(Note::Moved(handoff, Moved::Sealed));
         }
     }
@@ -241,6 +270,7 @@ impl Landings {
     /// Closes all landings, when nobody is left to be told.
     pub(crate) fn close(&self) {
         self.lock().open.drain().for_each(|(_, landing)| {
+            landing.close_word();
             landing.gate.close();
         });
     }
@@ -372,6 +402,32 @@ mod tests {
             }
             assert!(matches!(reports(&inbox).await[..], [Moved::Sealed]), "{order}");
         }
+    }
+
+    /// A source that settled has written everything. One that comes too late is told so.
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn a_settled_landing_needs_no_other_word() {
+        use rustix::fs::SealFlags;
+        let file = crate::testing::pool_with_seals(Words::bytes(6), SealFlags::SHRINK | SealFlags::GROW);
+        let [ours, theirs] = [(); 2].map(|()| Words::map(&file, 6).expect("map"));
+        let (inbox, landings) = landings();
+        let landings = landings.with_words(Some(Arc::new(ours)));
+        let last = PageId(5);
+        opened(&landings);
+        assert!(!theirs.settle(last, HANDOFF), "over this link nobody writes by itself");
+        landings.writer_joined(1);
+        opened(&landings);
+        assert!(theirs.settle(last, HANDOFF));
+        landings.seal(HANDOFF);
+        assert!(matches!(reports(&inbox).await[..], [Moved::Sealed]));
+
+        opened(&landings);
+        landings.seal(HANDOFF);
+        assert!(!theirs.settle(last, HANDOFF), "closed before");
+        assert!(reports(&inbox).await.is_empty(), "it may still write");
+        landings.writer_gone(1);
+        assert!(matches!(reports(&inbox).await[..], [Moved::Sealed]));
     }
 
     #[test]

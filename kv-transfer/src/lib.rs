@@ -12,7 +12,8 @@
 //! Memory of a link: its socket buffers, one header and system calls of 256 KiB straight from and
 //! into pages per data connection, at most one control frame (4 MiB) being read, and descriptors of the blocks still to go. A
 //! link over `shm` has no data connections; at its source, the map of the target's pool has page tables of a 512th of the
-//! pool's size (the pages themselves are the target's, and counted once). With TLS each connection holds up to 64 KiB that are
+//! pool's size (the pages themselves are the target's, and counted once). A target that shares its pool has eight bytes more for each of
+//! its pages. With TLS each connection holds up to 64 KiB that are
 //! encrypted and have not left, and up to two records (2 x 18 KiB) that came and were not read. A link over `ucx` takes what UCX takes for
 //! a worker at either end: below 1 MiB of its own and 4 MiB of shared memory over its `posix` and `tcp`; over RDMA, where it posts
 //! receive buffers, more.
@@ -52,6 +53,7 @@ mod testing;
 mod tls;
 mod transfer;
 mod transport;
+mod words;
 
 #[cfg(fuzzing)]
 pub use fuzz::frames as fuzz_frames;
@@ -231,7 +233,8 @@ pub struct TlsConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verify {
-    /// `Full` over tcp in clear text; `Counts` in memory, shared or not, and where TLS authenticates every byte.
+    /// `Full` over tcp in clear text between two machines; `Counts` in memory, shared or not, over the loopback of one, and where TLS
+    /// authenticates every byte.
     Auto,
     /// Page count, bytes and a digest of the contents.
     Full,

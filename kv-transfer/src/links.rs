@@ -263,7 +263,7 @@ impl Links {
                 let remote = remote.filter(same).ok_or_else(|| NoLink { reason: problem(), refused: false })?;
                 let (pool, terms, digest) = (self.pool.clone(), terms.clone(), welcome.digest);
                 let path = shm::Path { pool, terms, digest, say };
-                Arc::new(shm::start(remote, &path, &self.movers, stop))
+                shm::start_passed(remote, &path, &self.movers, stop)
             }
             TransportKind::Ucx => {
                 let reason = format!("{}: chose ucx and says nothing of its pool", peer.worker);
@@ -388,7 +388,9 @@ impl Links {
     async fn answer(&self, mut stream: Socket, hello: Hello, key: LinkKey, places: &Arc<Semaphore>) {
         let token = rand::random();
         let answer = match places.clone().try_acquire_owned() {
-            Ok(place) => self.choose(&hello, (token, &key)).await.map(|chosen| (Arc::new(place), chosen)),
+            Ok(place) => {
+                self.choose(&hello, stream.is_looped(), (token, &key)).await.map(|chosen| (Arc::new(place), chosen))
+            }
             Err(_) => Err(format!("{MOST_LINKS} links are open")),
         };
         let (place, (Agreed { transport, digest, terms }, writer, window)) = match answer {
@@ -434,10 +436,10 @@ impl Links {
     }
 
     /// Chooses how bytes will move over the link with `token`, and makes sure that they can.
-    async fn choose(&self, hello: &Hello, (token, key): (u64, &LinkKey)) -> Result<Chosen, String> {
+    async fn choose(&self, hello: &Hello, looped: bool, (token, key): (u64, &LinkKey)) -> Result<Chosen, String> {
         let mut failed = Vec::new();
         loop {
-            let agreed = self.offer.answer(hello, &failed)?;
+            let agreed = self.offer.answer(hello, looped, &failed)?;
             let kind = agreed.transport;
             let (error, fallbacks) = match (kind, &self.shared, &self.ucx, &hello.shm) {
                 (TransportKind::Shm, Some(shared), _, Some(invitation)) => match shared.pass(invitation, key).await {
@@ -564,11 +566,11 @@ mod tests {
     #[tokio::test]
     async fn a_pool_that_cannot_be_passed_is_not_waited_for() {
         let (links, hello) = target(&Config::default());
-        let (agreed, writer, _) = links.choose(&hello, (1, key())).await.expect("something else");
+        let (agreed, writer, _) = links.choose(&hello, false, (1, key())).await.expect("something else");
         assert_eq!((agreed.transport, agreed.digest, writer.is_none()), (TransportKind::Tcp, true, true));
 
         let (links, hello) = target(&Config { require: Some(TransportKind::Shm), ..Config::default() });
-        let refusal = links.choose(&hello, (1, key())).await.expect_err("nothing else will do");
+        let refusal = links.choose(&hello, false, (1, key())).await.expect_err("nothing else will do");
         let expected = "transport: yours [Memory, Shm, Tcp], ours [Shm], in different processes; Shm: Connection refused (os error 111)";
         assert_eq!(refusal, expected);
     }
@@ -609,7 +611,7 @@ mod tests {
         let (links, mut hello) = target(&Config::default());
         let door = Door::open().expect("door");
         hello.shm = Some(door.invitation());
-        let (chosen, _remote) = tokio::join!(links.choose(&hello, (1, key())), door.receive(key()));
+        let (chosen, _remote) = tokio::join!(links.choose(&hello, false, (1, key())), door.receive(key()));
         let (agreed, writer, _) = chosen.expect("shared");
         assert_eq!((agreed.transport, agreed.digest, writer.is_some()), (TransportKind::Shm, false, true));
     }

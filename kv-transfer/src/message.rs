@@ -5,7 +5,7 @@
 //! link and should survive fields being added. Everything read is checked for length before memory is taken for it.
 
 use crate::{
-    Commit, HandoffId, Identity, TransportKind,
+    Commit, HandoffId, Identity, TransportKind, Verify,
     auth::{Nonce, Proof},
     digest::Digest,
     plan::Piece,
@@ -15,7 +15,7 @@ use kv_cache::{PageHash, PageId};
 use serde::{Deserialize, Serialize};
 
 /// Version of everything in this file. Both ends must speak the same one.
-pub(crate) const PROTOCOL: u32 = 3;
+pub(crate) const PROTOCOL: u32 = 4;
 /// Longest frame, without its length. `Open` of a sequence of a million pages fits.
 pub(crate) const LONGEST_FRAME: usize = 4 << 20;
 /// Longest reason that travels; the rest is cut.
@@ -34,8 +34,8 @@ pub(crate) enum Message {
     /// Source. On a data connection: the blocks that follow, laid end to end. On the control connection of a link whose source
     /// writes by itself: blocks that it wrote.
     Pages { handoff: HandoffId, sequence: u32, pieces: Vec<Piece> },
-    /// Source: every block has left.
-    Commit { handoff: HandoffId, sent: Sent, commit: Commit },
+    /// Source: every block has left. `settled`: it knows that the target owns the sequence, and waits for no `Ack`.
+    Commit { handoff: HandoffId, sent: Sent, commit: Commit, settled: bool },
     /// Target: it owns the sequence.
     Ack { handoff: HandoffId },
     /// Either: called off.
@@ -112,8 +112,10 @@ pub(crate) struct Hello {
     pub(crate) shm: Option<Invitation>,
     /// Ways it can move bytes.
     pub(crate) transports: Vec<TransportKind>,
-    /// Transports over which it wants contents digested.
-    pub(crate) digest: Vec<TransportKind>,
+    /// Names the boot of its host, where processes of that can share its pool.
+    pub(crate) host: Option<String>,
+    /// When it wants contents digested.
+    pub(crate) verify: Verify,
     /// How often it pings, in milliseconds.
     pub(crate) ping_ms: u64,
 }
@@ -212,8 +214,9 @@ impl Message {
                     [piece.layer, piece.pages.start, piece.pages.end].into_iter().for_each(|field| put_u32(out, field));
                 }
             }
-            Message::Commit { handoff, sent, commit } => {
+            Message::Commit { handoff, sent, commit, settled } => {
                 tagged(out, 5, *handoff);
+                out.push(u8::from(*settled));
                 put_u32(out, sent.pages);
                 out.extend(sent.bytes.to_le_bytes());
                 put_u32(out, sent.frames);
@@ -260,10 +263,11 @@ impl Message {
             3 => Message::Refuse { handoff, reason: fields.reason() },
             4 => Message::Pages { handoff, sequence: fields.u32()?, pieces: fields.rest_as(Fields::piece)? },
             5 => {
+                let settled = fields.u8()? != 0;
                 let (pages, bytes, frames) = (fields.u32()?, fields.u64()?, fields.u32()?);
                 let commit = Commit { first_token: fields.u32()? };
                 let digest = if fields.0.is_empty() { None } else { Some(Digest(fields.array()?)) };
-                Message::Commit { handoff, sent: Sent { pages, bytes, frames, digest }, commit }
+                Message::Commit { handoff, sent: Sent { pages, bytes, frames, digest }, commit, settled }
             }
             6 => Message::Ack { handoff },
             7 => Message::Abort { handoff, reason: fields.reason() },
@@ -448,6 +452,7 @@ mod tests {
                     handoff,
                     sent: Sent { pages: a, bytes: u64::from(b) << 20, frames: c, digest },
                     commit: Commit { first_token: d },
+                    settled: a % 2 == 0,
                 },
                 5 => Message::Ack { handoff },
                 6 => Message::Abort { handoff, reason },
@@ -519,7 +524,8 @@ mod tests {
             process: 7,
             shm: Some(Invitation { host: "boot".into(), socket: "door".into() }),
             transports: vec![TransportKind::Memory, TransportKind::Tcp],
-            digest: vec![TransportKind::Tcp],
+            host: Some("boot".into()),
+            verify: Verify::Auto,
             ping_ms: 400,
         };
         let welcome = Welcome {

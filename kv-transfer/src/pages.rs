@@ -208,7 +208,8 @@ impl Pages {
         }
     }
 
-    /// Copies blocks of `source` into landing blocks here, one copy after the other.
+    /// Copies blocks of `source` into landing blocks here, one copy after the other. When this returns, the bytes are as visible to others
+    /// as those of any store.
     ///
     /// # Safety
     /// As [`Pages::bytes`] for the source's bytes and [`Pages::bytes_mut`] for ours.
@@ -222,6 +223,7 @@ impl Pages {
             // same file, since no page is a source and a landing at once (caller).
             unsafe { streaming::copy(from, to, copy.bytes, next) };
         }
+        streaming::fence();
     }
 }
 

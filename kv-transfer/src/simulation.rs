@@ -8,12 +8,12 @@
 //! What must always hold:
 //! - a block is written only into a page that is, at that moment, in the landing of its own hand-off;
 //! - the source's pages are read only between `begin` and `SourceDone`;
-//! - what lands is what was pushed, and the source says Landed only if the target did;
+//! - what lands is what was pushed, and the source says Landed only if the target did, or if it has settled the hand-off;
 //! - every hand-off ends exactly once per side, and all pages come back.
 //!
 //! Both ways of writing are simulated: by the target's permit (`memory`, `tcp`), through the real [`Landings`], and by the
-//! source from outside (shared memory, RDMA), where only `Quiet`, `Commit` or the source's proven death count as sealing. The bytes
-//! are real: both pools are mapped, the target's by the source as well, and free pages are poisoned.
+//! source from outside (shared memory, RDMA), where only `Quiet`, `Commit`, a settled word or the source's proven death count as
+//! sealing. The bytes are real: both pools are mapped, the target's by the source as well, and free pages are poisoned.
 
 mod pools;
 
@@ -55,7 +55,11 @@ const END: Duration = Duration::from_secs(60);
 enum Writer {
     ByPermit,
     OneSided,
+    /// One-sided, without digests, and the source settles in words of the target's.
+    Settling,
 }
+
+const WRITERS: [Writer; 3] = [Writer::ByPermit, Writer::OneSided, Writer::Settling];
 
 /// How often things go wrong, in percent.
 #[derive(Clone, Copy, Debug)]
@@ -132,6 +136,8 @@ struct World {
     flights: BTreeMap<u64, Flight>,
     /// One-sided: seals that wait for the source's word or its end.
     held_seals: BTreeMap<HandoffId, LinkId>,
+    /// Words of landings that are open, or settled.
+    words: BTreeMap<HandoffId, bool>,
     /// Target pages by owner; absent = free.
     owners: BTreeMap<PageId, HandoffId>,
     records: BTreeMap<HandoffId, Record>,
@@ -165,6 +171,7 @@ impl World {
             dead_links: BTreeSet::new(),
             flights: BTreeMap::new(),
             held_seals: BTreeMap::new(),
+            words: BTreeMap::new(),
             owners: BTreeMap::new(),
             records: BTreeMap::new(),
             stale: 0,
@@ -360,6 +367,14 @@ impl World {
     fn act(&mut self, from: Side, action: Action) {
         match action {
             Action::Send(link, message) => self.send(from, link, &message),
+            Action::Commit { link, handoff, sent, commit, word } => {
+                let settled =
+                    word.is_some() && self.words.get_mut(&handoff).is_some_and(|word| !std::mem::replace(word, true));
+                self.send(from, link, &Message::Commit { handoff, sent, commit, settled });
+                if settled {
+                    self.inbox_source(handoff, Moved::Settled);
+                }
+            }
             Action::Post(link, frame) => self.post(link, frame),
             // Only frames that have not written anything; the others go on.
             Action::Cancel(_, handoff) => {
@@ -370,14 +385,18 @@ impl World {
             }
             Action::Admit { link, handoff, landing, travel } => {
                 self.landings.open(handoff, (link.0, self.pools.terms().clone()), landing, travel);
+                if self.writer == Writer::Settling {
+                    self.words.insert(handoff, false);
+                }
             }
             Action::Seal { link, handoff, vouched } => match self.writer {
                 Writer::ByPermit => self.landings.seal(handoff),
-                Writer::OneSided if vouched => {
+                _ if vouched || self.is_settled(handoff) => {
                     self.held_seals.remove(&handoff);
                     self.landings.seal(handoff);
                 }
-                Writer::OneSided => {
+                Writer::OneSided | Writer::Settling => {
+                    self.words.remove(&handoff);
                     self.held_seals.insert(handoff, link);
                     if self.dead_links.contains(&link) {
                         self.prove(link);
@@ -395,6 +414,10 @@ impl World {
             }
             Action::Stale(_) => self.stale += 1,
         }
+    }
+
+    fn is_settled(&self, handoff: HandoffId) -> bool {
+        self.words.get(&handoff) == Some(&true)
     }
 
     fn send(&mut self, from: Side, link: LinkId, message: &Message) {
@@ -461,7 +484,8 @@ impl World {
 
     /// Writes the next block of a flight. The invariant of invariants: the page must be in this hand-off's landing.
     fn write(&mut self, key: u64, into: Option<&Landing>) {
-        let corrupt = self.now < CALM && self.percent(self.faults.corrupt);
+        // Which only a digest shows.
+        let corrupt = self.writer != Writer::Settling && self.now < CALM && self.percent(self.faults.corrupt);
         let flight = self.flights.get_mut(&key).expect("in flight");
         let (layer, page) = flight.blocks[flight.written];
         flight.written += 1;
@@ -481,7 +505,7 @@ impl World {
             let mut hasher = FrameHasher::new(handoff, sequence, &frame.pieces);
             let block = |(layer, at): &(u32, u32)| self.pools.block(end, *layer, pages[*at as usize]);
             flight.blocks.iter().for_each(|at| hasher.update(block(at)));
-            Some(hasher.finish())
+            (self.writer != Writer::Settling).then(|| hasher.finish())
         };
         let (sent, landed) = (of(Place::Source, &frame.pages), of(Place::Target, &frame.landing));
         let bytes = (self.pools.terms().block_bytes() * flight.blocks.len()) as u64;
@@ -518,7 +542,7 @@ impl World {
         while self.inbox.take(&mut notes).now_or_never().is_some() {
             for (_, note) in notes.drain(..) {
                 match note {
-                    Note::Moved(handoff, moved @ (Moved::Sent { .. } | Moved::Lost)) => {
+                    Note::Moved(handoff, moved @ (Moved::Sent { .. } | Moved::Lost | Moved::Settled)) => {
                         self.step_source(|source, now, out| source.moved(now, handoff, moved, out));
                     }
                     Note::Moved(handoff, moved) => {
@@ -569,11 +593,12 @@ impl World {
             }
             Event::Asked { handoff, .. } => panic!("nobody fetched {handoff}"),
             Event::SourceDone { handoff, outcome } => {
+                let settled = self.is_settled(handoff);
                 let record = self.records.get_mut(&handoff).expect("planned");
                 assert!(record.begun);
                 assert_eq!(record.source_done, None, "{handoff} ended twice at the source");
                 if outcome == Outcome::Landed {
-                    assert!(record.landed, "{handoff} landed only for the source");
+                    assert!(record.landed || settled, "{handoff} landed only for the source");
                 }
                 record.source_done = Some(outcome);
                 self.pools.poison(Place::Source, &record.pages);
@@ -588,7 +613,7 @@ impl World {
 
     /// No page is reusable while a write to it is under way: asked of every flight at every step, not only when it writes.
     fn check_pages(&self) {
-        if self.writer == Writer::OneSided {
+        if self.writer != Writer::ByPermit {
             for flight in self.flights.values() {
                 let handoff = flight.frame.handoff;
                 for (_, page) in &flight.blocks[flight.written..] {
@@ -635,7 +660,7 @@ fn simulate(seed: u64, writer: Writer, faults: Faults, handoffs: u64) -> World {
 
 #[test]
 fn without_faults_everything_with_room_lands() {
-    for writer in [Writer::ByPermit, Writer::OneSided] {
+    for writer in WRITERS {
         for seed in 0..20 {
             let world = simulate(seed, writer, NONE, 12);
             let refused = world.records.values().filter(|record| record.target_gave_up).count();
@@ -648,7 +673,7 @@ fn without_faults_everything_with_room_lands() {
 #[test]
 fn with_all_faults_nothing_is_corrupted_or_stranded() {
     let (mut landed, mut stale, mut ends) = (0, 0, BTreeMap::<String, usize>::new());
-    for writer in [Writer::ByPermit, Writer::OneSided] {
+    for writer in WRITERS {
         for seed in 0..2000 {
             let world = simulate(seed, writer, ALL, 20);
             landed += world.landed();
@@ -682,13 +707,12 @@ proptest! {
     #[test]
     fn any_mixture_of_faults(
         seed: u64,
-        one_sided: bool,
+        writer in 0..WRITERS.len(),
         (lose, repeat, corrupt) in (0u32..60, 0u32..60, 0u32..20),
         (kill_links, workers) in (0u32..100, 0u32..60),
         handoffs in 1u64..30,
     ) {
-        let writer = if one_sided { Writer::OneSided } else { Writer::ByPermit };
-        simulate(seed, writer, Faults { lose, repeat, corrupt, kill_links, workers }, handoffs);
+        simulate(seed, WRITERS[writer], Faults { lose, repeat, corrupt, kill_links, workers }, handoffs);
     }
 }
 

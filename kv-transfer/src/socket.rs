@@ -81,6 +81,16 @@ pub(crate) enum Socket {
 }
 
 impl Socket {
+    /// Says whether both ends have the same address: then nothing of it leaves this machine, unless somebody else carries it on.
+    pub(crate) fn is_looped(&self) -> bool {
+        let stream = match self {
+            Socket::Clear(stream) => stream,
+            Socket::Tls(stream) => stream.get_ref().0,
+        };
+        let [ours, theirs] = [stream.local_addr(), stream.peer_addr()].map(|address| address.ok().map(|at| at.ip()));
+        ours.is_some() && ours == theirs
+    }
+
     /// Splits it into what is read and what is written. Dropping the latter tells the other end that nothing follows.
     pub(crate) fn into_split(self) -> (Box<dyn AsyncRead + Send + Unpin>, Box<dyn AsyncWrite + Send + Unpin>) {
         match self {

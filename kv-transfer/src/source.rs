@@ -1,8 +1,8 @@
 //! The source's half of a hand-off: a pure state machine.
 //!
 //! ```text
-//!            Opened             commit, all frames out        Acked
-//! Offered ───────────► Moving ─────────────────────► Committed ─────► done: Landed
+//!            Opened             commit, all frames out        Acked or settled
+//! Offered ───────────► Moving ─────────────────────► Committed ───────────────► done: Landed
 //!    │                   │                               │
 //!    └─── refused, called off, link lost, deadline ──────┘
 //!                        ▼
@@ -18,6 +18,9 @@
 //!
 //! Frames in flight read the source's pages, so a hand-off is not done before the last of them has come back, whatever
 //! happened. After that, and only then, `Quiet` tells the target that nothing more of it can land.
+//!
+//! Over shared memory a source settles the hand-off by itself, in a [word](crate::words) of the target's, and is done: all is written, in
+//! a landing that was open. Whether the sequence then runs, the target's worker knows; as after an `Ack`. With digests it waits to be told.
 //!
 //! A link lost after `Commit` leaves the source without knowledge: the target may own the sequence. It ends as Aborted here;
 //! the pages are free either way, because the target has its own copy.
@@ -85,7 +88,7 @@ pub(crate) enum Input {
     Opened { landing: Vec<PageId>, have: u32, way: Way },
     /// The target will not take it.
     Refused(String),
-    /// The target owns the sequence.
+    /// The target owns the sequence: it says so, or the hand-off is settled.
     Acked,
     /// The target called it off.
     PeerAborted(String),
@@ -113,6 +116,9 @@ pub(crate) struct Way {
 pub(crate) enum Action {
     /// Say this to the target.
     Send(Message),
+    /// Settle this in the word of that page of the target, if there is one, and tell the target that all frames left; answered by `Acked` where it
+    /// is settled.
+    Commit { sent: Sent, commit: Commit, word: Option<PageId> },
     /// Move these blocks; answered by `FrameSent` or `FrameLost`.
     Post(Frame),
     /// Drop frames that have not started; each is answered by `FrameLost`.
@@ -382,11 +388,18 @@ impl Source {
             && self.queue.is_empty()
             && let Some((_, commit)) = self.committed.clone()
         {
-            self.say_commit(now, have, &terms, commit, out);
+            self.say_commit(now, (&landing, have), &terms, commit, out);
         }
     }
 
-    fn say_commit(&mut self, now: Duration, have: u32, terms: &Terms, commit: Commit, out: &mut Vec<Action>) {
+    fn say_commit(
+        &mut self,
+        now: Duration,
+        (landing, have): (&[PageId], u32),
+        terms: &Terms,
+        commit: Commit,
+        out: &mut Vec<Action>,
+    ) {
         let pages = terms.travel_pages(self.tokens) - have;
         let blocks = u64::from(pages) * u64::from(self.layout.layers);
         let missing = if pages == 0 { 0 } else { self.pushed.missing_from(terms.source.page_of(have)) };
@@ -402,7 +415,9 @@ impl Source {
         };
         self.state = State::Committed;
         self.deadline = now + self.limits.progress;
-        out.push(Action::Send(Message::Commit { handoff: self.handoff, sent, commit }));
+        // A digest is for the target to compare.
+        let word = landing.last().copied().filter(|_| pages > 0 && sent.digest.is_none());
+        out.push(Action::Commit { sent, commit, word });
     }
 
     /// Ends it on our own account: the target hears `Abort` or `Forgo` first, and `Quiet` once that is true.

@@ -19,8 +19,8 @@ const AHEAD_BYTES: usize = 16 << 10;
 #[cfg(target_arch = "x86_64")]
 const LINE_BYTES: usize = 64;
 
-/// Copies `bytes` bytes. `next` is where the copy after this one will read, as a hint, or null. When this returns, the bytes are
-/// as visible to others as those of any store.
+/// Copies `bytes` bytes. `next` is where the copy after this one will read, as a hint, or null. Others see the bytes in no order before
+/// [`fence`].
 ///
 /// # Safety
 /// As [`ptr::copy_nonoverlapping`]. `next` may be any address: nothing is read there.
@@ -39,7 +39,7 @@ pub(crate) unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize, next: *con
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx")]
 unsafe fn stream(from: *const u8, to: *mut u8, bytes: usize, next: *const u8) {
-    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch, _mm_sfence, _mm256_loadu_si256, _mm256_stream_si256};
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm256_stream_si256};
     const STEP: usize = 2 * LINE_BYTES;
     // Whole lines at the target: stores that pass the cache want them.
     let head = to.align_offset(LINE_BYTES).min(bytes);
@@ -65,9 +65,18 @@ unsafe fn stream(from: *const u8, to: *mut u8, bytes: usize, next: *const u8) {
         }
         at += STEP;
     }
-    // SAFETY: a part of what the caller vouches for. The fence orders streamed stores with whatever tells others of them.
+    // SAFETY: a part of what the caller vouches for.
     unsafe { ptr::copy_nonoverlapping(from.add(at), to.add(at), bytes - at) };
-    _mm_sfence();
+}
+
+/// Orders what this thread copied before whatever tells others of it. Waits until all of it has left the processor's buffers, so it
+/// is for several copies.
+pub(crate) fn fence() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: part of every x86-64.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
 }
 
 #[cfg(test)]
@@ -83,6 +92,7 @@ mod tests {
             let mut target = vec![0xEE; to + bytes + 300];
             // SAFETY: both ranges lie inside their vectors, which differ.
             unsafe { copy(source.as_ptr().add(from), target.as_mut_ptr().add(to), bytes, source.as_ptr()) };
+            fence();
             prop_assert!(target[to..to + bytes] == source[from..]);
             prop_assert!(target[..to].iter().chain(&target[to + bytes..]).all(|byte| *byte == 0xEE));
         }

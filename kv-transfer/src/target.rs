@@ -19,8 +19,8 @@
 //!
 //! *Sealed* is the proof that no write can land in these pages any more. Where the target does the writing itself (tcp) or
 //! admits each write (memory), closing the landing is that proof. A transport whose source writes by itself (shared memory,
-//! RDMA) may say `Sealed` only once the source has vouched for it (`Quiet`, or `Commit`, which follows the last write) or is
-//! provably gone. No state leaves quarantine because time passed.
+//! RDMA) may say `Sealed` only once the source has vouched for it (`Quiet`, or `Commit`, which follows the last write, or a
+//! [word](crate::words) of shared memory) or is provably gone. No state leaves quarantine because time passed.
 
 use crate::{
     Commit, Event, HandoffId,
@@ -43,8 +43,8 @@ pub(crate) enum Input {
     Abort(String),
     /// All bytes of a frame are in the landing.
     FrameLanded { sequence: u32, bytes: u64, digest: Option<Digest> },
-    /// The source says that all frames left.
-    Committed { sent: Sent, commit: Commit },
+    /// The source says that all frames left, and whether it has settled.
+    Committed { sent: Sent, commit: Commit, settled: bool },
     /// The source called it off.
     PeerAborted(String),
     /// The source has no more need of it.
@@ -120,6 +120,8 @@ pub(crate) struct Target {
     /// By frame number.
     digests: BTreeMap<u32, Option<Digest>>,
     committed: Option<(Sent, Commit)>,
+    /// The source waits for no answer to its commit.
+    settled: bool,
 }
 
 impl Target {
@@ -142,6 +144,7 @@ impl Target {
             landed: 0,
             digests: BTreeMap::new(),
             committed: None,
+            settled: false,
             terms,
         };
         let pool = target.terms.target.pool.pages;
@@ -177,7 +180,9 @@ impl Target {
             Input::Refuse(reason) => self.refuse(reason, out),
             Input::Abort(reason) => self.abort(now, reason, out),
             Input::FrameLanded { sequence, bytes, digest } => self.frame_landed(now, sequence, bytes, digest, out),
-            Input::Committed { sent, commit } => return self.source_committed(now, sent, commit, out),
+            Input::Committed { sent, commit, settled } => {
+                return self.source_committed(now, (sent, commit), settled, out);
+            }
             Input::PeerAborted(reason) => return self.peer_ended(now, End::Aborted, reason, out),
             Input::PeerForwent => return self.peer_ended(now, End::Forgone, FORGONE.into(), out),
             Input::PeerQuiet => return self.peer_quiet(now, out),
@@ -252,10 +257,16 @@ impl Target {
         }
     }
 
-    fn source_committed(&mut self, now: Duration, sent: Sent, commit: Commit, out: &mut Vec<Action>) -> bool {
+    fn source_committed(
+        &mut self,
+        now: Duration,
+        committed: (Sent, Commit),
+        settled: bool,
+        out: &mut Vec<Action>,
+    ) -> bool {
         let expected = matches!(self.state, State::Landing) && self.committed.is_none();
         if expected {
-            self.committed = Some((sent, commit));
+            (self.committed, self.settled) = (Some(committed), settled);
             self.deadline = now + self.limits.progress;
             self.verify(now, out);
         }
@@ -315,7 +326,9 @@ impl Target {
         match &self.state {
             State::Sealing(commit) => {
                 let landed = Event::Landed { handoff, commit: commit.clone() };
-                out.push(Action::Send(Message::Ack { handoff }));
+                if !self.settled {
+                    out.push(Action::Send(Message::Ack { handoff }));
+                }
                 out.push(Action::Emit(landed));
                 self.done(End::Landed, out);
             }

@@ -90,9 +90,10 @@ impl Transfer {
         };
 
         let inbox = Arc::new(Inbox::default());
-        let landings = Arc::new(Landings::new(pool.clone(), inbox.clone()));
         let (arrivals, arrived) = mpsc::channel(MOST_ARRIVALS);
         let shared = Shared::of(pages, &identity.layout);
+        let words = shared.as_ref().ok().map(|shared| shared.words().clone());
+        let landings = Arc::new(Landings::new(pool.clone(), inbox.clone()).with_words(words));
         let shares = shared.as_ref().map(|shared| shared.host().to_owned()).map_err(ToString::to_string);
         let ucx = start_ucx(&config, &pool, pages).await?;
         let with_ucx = ucx.as_ref().is_some_and(Ucx::is_worthwhile);

@@ -4,12 +4,12 @@
 //! nothing: what may be sent is decided by the source's state machine, what may be written by the target's landings. Control
 //! messages never pass through it; they have the link's own socket, whose closing is seen at once.
 //!
-//! | transport | who writes the target's pages | proof that no write can land                                |
-//! |-----------|-------------------------------|-------------------------------------------------------------|
-//! | `memory`  | the source's mover, by permit | the landing is closed                                       |
-//! | `shm`     | the source, from outside      | its `Quiet` or `Commit`; the map is gone; its process is    |
-//! | `ucx`     | the source, from outside      | as `shm`, and its UCX worker at the target is destroyed     |
-//! | `tcp`     | the target's mover, by permit | the landing is closed                                       |
+//! | transport | who writes the target's pages | proof that no write can land                                  |
+//! |-----------|-------------------------------|---------------------------------------------------------------|
+//! | `memory`  | the source's mover, by permit | the landing is closed                                         |
+//! | `shm`     | the source, from outside      | its `Quiet`, `Commit` or word; the map or its process is gone |
+//! | `ucx`     | the source, from outside      | as `shm`, and its UCX worker at the target is destroyed       |
+//! | `tcp`     | the target's mover, by permit | the landing is closed                                         |
 //!
 //! A one-sided transport (`shm`, `ucx`) has everything it needs in a [`Frame`]: the pages on both sides. It tells the target of each
 //! frame by a `Pages` message on the control connection.
@@ -30,6 +30,7 @@ use crate::{
     source::Frame,
     speed::Speed,
 };
+use kv_cache::PageId;
 use std::{
     collections::VecDeque,
     fmt,
@@ -72,6 +73,12 @@ pub(crate) trait Transport: fmt::Debug + Send + Sync {
 
     /// Drops the frames of `handoff` that have not started.
     fn cancel(&self, handoff: HandoffId);
+
+    /// Settles `handoff`, whose frames have all been reported and whose landing ends with the target's page `page`. Returns whether it is
+    /// settled; otherwise the target has called it off, or has to be asked.
+    fn settle(&self, _handoff: HandoffId, _page: PageId) -> bool {
+        false
+    }
 
     /// Stops. Every frame that has not left is dropped, as soon as nobody reads its blocks.
     fn close(&self);

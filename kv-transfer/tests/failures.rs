@@ -246,7 +246,7 @@ async fn another_protocol_version_is_refused_with_both_values() {
     let mut answer = Vec::new();
     timeout(SOON, stream.read_to_end(&mut answer)).await.expect("an answer").expect("read");
     assert_eq!(&answer[4..9], b"\x12BTKV");
-    assert_eq!(String::from_utf8_lossy(&answer[13..]), "protocol: yours 9, ours 3");
+    assert_eq!(String::from_utf8_lossy(&answer[13..]), "protocol: yours 9, ours 4");
 }
 
 #[tokio::test]
@@ -258,7 +258,7 @@ async fn strangers_do_no_harm() {
     }
     // Joins a link that does not exist.
     let mut stream = TcpStream::connect(target.transfer.address()).await.expect("connect");
-    let version = 3u32.to_le_bytes();
+    let version = 4u32.to_le_bytes();
     let join = [&53u32.to_le_bytes()[..], &[19], b"BTKV", &version, &7u64.to_le_bytes(), &[0; 4 + 32]].concat();
     stream.write_all(&join).await.expect("write");
     assert_eq!(timeout(SOON, stream.read(&mut [0])).await.expect("closed").expect("read"), 0);
@@ -377,7 +377,7 @@ async fn stopping_a_worker_ends_its_handoffs_and_tells_it() {
 /// One bit of the pages turns on the way: it is noticed, and the same link goes on.
 #[tokio::test]
 async fn a_flipped_bit_is_refused() {
-    let (mut source, mut target) = pair(only(TransportKind::Tcp)).await;
+    let (mut source, mut target) = pair(Config { verify: Verify::Full, ..only(TransportKind::Tcp) }).await;
     // Beyond every greeting and header: within the blocks of each data connection. The control connection says less.
     let proxy = Proxy::start(target.transfer.address(), 64 << 10, Some(20_000)).await;
     let before = target.contents();

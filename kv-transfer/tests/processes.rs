@@ -148,15 +148,21 @@ impl Target {
 }
 
 impl Target {
-    /// Stops the source in the middle of a hand-off.
-    async fn stop(&mut self, source: &Child, rng: &mut StdRng) {
+    /// Stops the source in the middle of a hand-off, until that is lost. `holds`: pages stay open for want of a proof; which they do not where
+    /// the source had settled and not yet said so.
+    async fn stop(&mut self, source: &Child, holds: bool, rng: &mut StdRng) {
         loop {
             self.serve_to_the_middle(rng).await;
             source.signal(Signal::STOP);
             // What was over but for its last messages lands now.
             self.serve_for(Duration::from_millis(50)).await;
             if !self.open.is_empty() {
-                return;
+                let lost = self.lost;
+                self.serve_until("what was under way is lost", |target| target.lost > lost).await;
+                self.serve_for(Duration::from_millis(200)).await;
+                if !self.open.is_empty() || !holds {
+                    return;
+                }
             }
             source.signal(Signal::CONT);
         }
@@ -187,6 +193,12 @@ impl Source {
     }
 
     fn begin(&mut self) {
+        let handoff = self.ask();
+        self.finish(handoff);
+    }
+
+    /// Asks for a landing.
+    fn ask(&mut self) -> HandoffId {
         let handoff = HandoffId(self.next);
         self.next += 1;
         self.live += 1;
@@ -195,6 +207,11 @@ impl Source {
             fill(&self.worker, *page, |layer| byte(handoff, index, layer));
         }
         self.worker.begin(handoff, self.target.clone(), &pages);
+        handoff
+    }
+
+    /// Has computed all of it.
+    fn finish(&self, handoff: HandoffId) {
         self.worker.push(handoff, 0..COUNT as u32);
         self.worker.commit(handoff, 1);
     }
@@ -357,10 +374,8 @@ async fn a_stopped_source_writes_into_no_page_that_was_given_back() {
         let mut target = Target::start(kind).await;
         let child = Child::start("source", kind, &target.worker.transfer.address());
         let mut rng = StdRng::seed_from_u64(7);
-        target.stop(&child, &mut rng).await;
-        let lost = target.lost;
+        target.stop(&child, kind != Over::Tcp, &mut rng).await;
         target.serve_for(STOP).await;
-        assert!(target.lost > lost, "{kind:?}: what was under way is lost");
         assert_eq!(!target.open.is_empty(), kind != Over::Tcp, "{kind:?}: quarantined while there is no proof");
         target.check_poison();
         let quarantined: Vec<HandoffId> = target.open.keys().copied().collect();
@@ -382,11 +397,7 @@ async fn a_stopped_source_that_is_killed_gives_everything_back() {
     let mut target = Target::start(Over::Shm).await;
     let child = Child::start("source", Over::Shm, &target.worker.transfer.address());
     let mut rng = StdRng::seed_from_u64(8);
-    target.stop(&child, &mut rng).await;
-    let lost = target.lost;
-    target.serve_until("what was under way is lost", |target| target.lost > lost).await;
-    target.serve_for(Duration::from_millis(200)).await;
-    assert!(!target.open.is_empty(), "a lost link is no proof");
+    target.stop(&child, true, &mut rng).await;
     let died = child.kill();
     target.serve_until("its landings come back", |target| target.open.is_empty()).await;
     assert!(died.elapsed() < DEATH, "{:?}", died.elapsed());
@@ -410,6 +421,27 @@ async fn a_stopped_target_holds_no_source_up() {
         child.signal(Signal::CONT);
         source.run_to_the_middle(3, &mut rng).await;
     }
+}
+
+/// Over shared memory a source is done once it has written everything and settled: nobody has to be awake for that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_that_settles_waits_for_nobody() {
+    let mut child = Child::start("target", Over::Shm, "");
+    let mut source = Source::start(Over::Shm, child.says("listens at ")).await;
+    source.begin();
+    source.ended().await;
+    assert_eq!(source.landed, 1);
+    let handoff = source.ask();
+    // By then the landing is open.
+    sleep(Duration::from_secs(1)).await;
+    child.signal(Signal::STOP);
+    source.finish(handoff);
+    source.ended().await;
+    assert_eq!(source.landed, 2, "the target was stopped when it landed");
+    child.signal(Signal::CONT);
+    source.begin();
+    source.ended().await;
+    assert_eq!(source.landed, 3);
 }
 
 /// Pools are no files of `/dev/shm`, of which containers have little.

@@ -5,12 +5,12 @@
 //! | `copy`    | 24 MiB in 1,536 blocks of 16 KiB, scattered over both pools            | moved plainly                        |
 //! | `merged`  | the same bytes in neighbouring pages: runs of 512 KiB                  | moved plainly                        |
 //! | `busy`    | `copy` while every core runs other work at the same priority           | `copy` on idle cores                 |
-//! | `overhead`| 512 tokens of Llama-3.2-1B (16 MiB), finished layer by layer: the time from the last layer until the commit is acknowledged | the last group, moved plainly, and three wake-ups |
+//! | `overhead`| 512 tokens of Llama-3.2-1B (16 MiB), finished layer by layer: the time from the last layer until the commit is acknowledged, or settled | the last layer, moved plainly as long after the one before, and the wake-ups |
 //! | `hidden`  | the same in four chunks: the share of its transfer that compute hides  | all of it                            |
 //!
 //! *Plainly* is `memcpy` on one thread where both ends share memory, and blocking sockets, as many as a link has connections, where
-//! they do not: without protocol, digest or acknowledgement per group. The *wake-ups* are those of a thread that sleeps, and of a message
-//! there and back between two that do: no hand-off starts and ends with less, unless somebody polls. Limit and hand-off take turns in one run, five times; a row is
+//! they do not: without protocol, digest or acknowledgement per group. The *wake-ups* are that of a thread that sleeps, and,
+//! but over `shm`, where the source settles by itself, those of a message there and back between two that do: no hand-off starts and ends with less, unless somebody polls. Limit and hand-off take turns in one run, five times; a row is
 //! the median of the five. The target is a process of its own, but where the transport is for one process.
 
 mod case;
@@ -130,10 +130,12 @@ async fn runs(report: &mut Report, kind: Kind, pair: &mut Pair) -> anyhow::Resul
 }
 
 async fn prompt(report: &mut Report, kind: Kind, pair: &mut Pair) -> anyhow::Result<()> {
-    let limit = Plain::start(kind, pair.case()).context("move the same plainly")?.measure(TURNS * EACH)?;
     // A layer is more than the smallest group, and at this pace none waits for the next.
-    let last_group = limit.median() / f64::from(Case::Prompt.layout().layers);
-    let wakes = plain::wakes(TURNS * EACH, LAYER).context("wake threads")?.median();
+    let layers = Case::Prompt.layout().layers;
+    let mut plain = Plain::start(kind, pair.case(), layers - 1..layers).context("move the same plainly")?;
+    let last_group = plain.measure(TURNS * EACH, LAYER)?.median();
+    let asks = kind.transport != TransportKind::Shm;
+    let wakes = plain::wakes(TURNS * EACH, LAYER, asks).context("wake threads")?.median();
     let bound = format!("the last group's {last_group:.1} us and {wakes:.1} us of waking");
     let paced = pair.measure(2 * TURNS * EACH, Pushes::Layers(LAYER)).await?.acked;
     for (name, share) in [("p50", 0.5), ("p99", 0.99)] {
@@ -148,10 +150,11 @@ async fn prompt(report: &mut Report, kind: Kind, pair: &mut Pair) -> anyhow::Res
 
 /// Returns microseconds of hand-offs and of the same moved plainly, a median of each turn.
 async fn beside(kind: Kind, pair: &mut Pair, pushes: Pushes) -> anyhow::Result<[Samples; 2]> {
-    let mut plain = Plain::start(kind, pair.case()).context("move the same plainly")?;
+    let layers = 0..pair.case().layout().layers;
+    let mut plain = Plain::start(kind, pair.case(), layers).context("move the same plainly")?;
     let mut medians = [Samples::default(), Samples::default()];
     for _ in 0..TURNS {
-        medians[1].extend([plain.measure(EACH)?.median()]);
+        medians[1].extend([plain.measure(EACH, Duration::ZERO)?.median()]);
         medians[0].extend([pair.measure(EACH, pushes).await?.told.median()]);
     }
     Ok(medians)

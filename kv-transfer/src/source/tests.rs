@@ -65,7 +65,7 @@ impl Run {
         let mut run = Self::moving();
         run.step(Input::Commit(Commit { first_token: 7 }));
         (0..3).for_each(|sequence| _ = run.step(Input::FrameSent { sequence, digest: None }));
-        assert!(matches!(run.said()[..], [Action::Send(Message::Commit { .. })]));
+        assert!(matches!(run.said()[..], [Action::Commit { word: Some(_), .. }]));
         run
     }
 
@@ -123,7 +123,7 @@ fn commit_says_what_was_sent() {
     let sent = Sent { pages: 0, bytes: 0, frames: 0, digest: Some(Digest::of_frames([])) };
     let commit = Commit { first_token: 7 };
     // Nothing was pushed, and nothing had to be.
-    assert_eq!(run.said(), [Action::Send(Message::Commit { handoff: H, sent, commit })]);
+    assert_eq!(run.said(), [Action::Commit { sent, commit, word: None }]);
 
     let mut run = Run::moving();
     run.step(Input::Commit(Commit { first_token: 8 }));
@@ -135,7 +135,7 @@ fn commit_says_what_was_sent() {
     let bytes = u64::from(PAGES * LAYERS) * BLOCK as u64;
     let sent = Sent { pages: PAGES, bytes, frames: 3, digest: Some(Digest::of_frames(digests)) };
     let commit = Commit { first_token: 8 };
-    assert_eq!(run.said(), [Action::Send(Message::Commit { handoff: H, sent, commit })]);
+    assert_eq!(run.said(), [Action::Commit { sent, commit, word: None }]);
 }
 
 #[test]

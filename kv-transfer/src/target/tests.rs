@@ -45,7 +45,7 @@ impl Run {
     fn sealing() -> Self {
         let mut run = Self::landing();
         run.frame(0, 9);
-        run.step(Input::Committed { sent: sent(), commit: commit() });
+        run.step(Input::Committed { sent: sent(), commit: commit(), settled: false });
         assert_eq!(run.said(), [Action::Seal { vouched: true }]);
         run
     }
@@ -106,17 +106,21 @@ fn seal() -> Action {
 
 #[test]
 fn lands_when_everything_is_here_whatever_came_first() {
-    let mut run = Run::landing();
-    run.step(Input::Committed { sent: Sent { frames: 2, digest: None, ..sent() }, commit: commit() });
-    run.step(Input::FrameLanded { sequence: 1, bytes: 4 * 384, digest: None });
-    assert_eq!(run.said(), [], "five blocks are missing");
-    run.step(Input::FrameLanded { sequence: 0, bytes: 5 * 384, digest: None });
-    assert_eq!(run.said(), [Action::Seal { vouched: true }]);
-    run.step(Input::Sealed);
-    let landed = Event::Landed { handoff: H, commit: commit() };
-    let ack = Action::Send(Message::Ack { handoff: H });
-    assert_eq!(run.said(), [ack, Action::Emit(landed), Action::Done(End::Landed)]);
-    assert!(run.target.is_done());
+    for settled in [false, true] {
+        let mut run = Run::landing();
+        let sent = Sent { frames: 2, digest: None, ..sent() };
+        run.step(Input::Committed { sent, commit: commit(), settled });
+        run.step(Input::FrameLanded { sequence: 1, bytes: 4 * 384, digest: None });
+        assert_eq!(run.said(), [], "five blocks are missing");
+        run.step(Input::FrameLanded { sequence: 0, bytes: 5 * 384, digest: None });
+        assert_eq!(run.said(), [Action::Seal { vouched: true }]);
+        run.step(Input::Sealed);
+        let ack = (!settled).then_some(Action::Send(Message::Ack { handoff: H }));
+        let landed = Action::Emit(Event::Landed { handoff: H, commit: commit() });
+        let expected: Vec<_> = ack.into_iter().chain([landed, Action::Done(End::Landed)]).collect();
+        assert_eq!(run.said(), expected, "a source that has settled waits for nothing");
+        assert!(run.target.is_done());
+    }
 }
 
 #[test]
@@ -124,7 +128,7 @@ fn nothing_unverified_becomes_runnable() {
     let check = |sent: Sent, expected: &str| {
         let mut run = Run::landing();
         run.frame(0, 9);
-        run.step(Input::Committed { sent, commit: commit() });
+        run.step(Input::Committed { sent, commit: commit(), settled: false });
         let refuse = Action::Send(Message::Refuse { handoff: H, reason: expected.into() });
         assert_eq!(run.said(), [refuse, lost(expected), seal()]);
         run.step(Input::Sealed);
@@ -218,7 +222,7 @@ fn blocks_move_the_deadline() {
 #[test]
 fn what_does_not_belong_is_ignored() {
     let mut run = Run::new();
-    assert!(!run.step(Input::Committed { sent: sent(), commit: commit() }), "before Open");
+    assert!(!run.step(Input::Committed { sent: sent(), commit: commit(), settled: true }), "before Open");
     run.frame(0, 9);
     run.step(Input::Sealed);
     assert_eq!(run.said(), []);
@@ -228,7 +232,7 @@ fn what_does_not_belong_is_ignored() {
     run.step(Input::Sealed);
     assert_eq!(run.said(), []);
     let mut run = Run::sealing();
-    assert!(!run.step(Input::Committed { sent: sent(), commit: commit() }), "a second Commit");
+    assert!(!run.step(Input::Committed { sent: sent(), commit: commit(), settled: false }), "a second Commit");
     run.step(Input::Sealed);
     run.said();
     assert!(!run.step(Input::Open { landing: vec![], have: 0 }), "the caller owes a Quiet");

@@ -2,22 +2,23 @@
 //!
 //! **How a source gets its map.** Its `Hello` invites: it names the host and a Unix socket (abstract, so that it leaves nothing
 //! behind and belongs to a network namespace) on which it listens for this one handshake. A target on that host connects and
-//! passes the descriptor of its pool, with a proof that it is the target whom the source dialled. The source maps it if its size
-//! can no longer change and fits the layout, and says so;
+//! passes the descriptors of its pool and of the [words](crate::words) of its pages, with a proof that it is the target whom the
+//! source dialled. The source maps both if their sizes can no longer change and fit the layout, and says so;
 //! only then does `Welcome` say `shm`. So what is chosen has been seen to work, and when it does not work both ends still have
 //! a connection on which to agree on something else. Each end checks that the other runs as the same user (or root).
 //!
 //! **Who may write.** The target cannot let writes in one by one, nor check where they go: a source that was let in could write
 //! the whole pool, which is why only processes of the same user are let in, and links authenticate before that. It holds a
-//! *permit* of each landing instead (see [`landing`](crate::landing)), given back with `Quiet` or `Commit`, and all of them
-//! once it can write no more. Of that there are two proofs, and nothing else counts:
+//! *permit* of each landing instead (see [`landing`](crate::landing)), given back with `Quiet`, `Commit` or a word that it settles,
+//! and all of them once it can write no more. Of that there are two proofs, and nothing else counts:
 //!
 //! - the source's word on the socket that passed the descriptor, which it gives after it has unmapped the pool;
 //! - its process is gone, which the pidfd says. That a socket closed says nothing: the process may live and write.
 //!
 //! **What came** is known from the source: after each frame it sends the frame's `Pages`, without blocks, on the control
 //! connection; they are held against what was asked for exactly like those of a frame over tcp. With digests, the target
-//! reads its own pages then.
+//! reads its own pages then, and its acknowledgement is a message. Without, it is a word of the landing, in which the source settles the
+//! hand-off after its last write: to be woken, look and answer takes the other end as long as copying a megabyte.
 //!
 //! **Memory.** The map takes address space and 8 bytes of page table for every 4 KiB of the target's pool, in the source. The
 //! first link of this kind makes the target take all of its pool from the system, in the background, so that pages are not
@@ -25,7 +26,7 @@
 
 mod system;
 
-use super::{BURST_BYTES, Job, JobQueue, Queued, bursts};
+use super::{BURST_BYTES, Job, JobQueue, Queued, Transport, bursts};
 use crate::{
     HandoffId,
     auth::{Claim, LinkKey, Proof},
@@ -37,8 +38,9 @@ use crate::{
     pages::Pages,
     plan::{self, Place, Terms},
     source::Frame,
+    words::Words,
 };
-use kv_cache::PageLayout;
+use kv_cache::{PageId, PageLayout};
 use std::{
     fs::File,
     io::{self, ErrorKind, Write},
@@ -106,6 +108,7 @@ impl Door {
 #[derive(Debug)]
 pub(crate) struct Remote {
     pages: Option<Pages>,
+    words: Option<Arc<Words>>,
     socket: std::os::unix::net::UnixStream,
 }
 
@@ -113,22 +116,24 @@ impl Remote {
     async fn receive(mut stream: UnixStream, key: &LinkKey) -> io::Result<Self> {
         check_user(&stream)?;
         let mut bytes = [0; 4096];
-        let received = stream.async_io(Interest::READABLE, || system::receive_file(stream.as_fd(), &mut bytes)).await;
-        let checked = received.and_then(|(length, file)| match bytes[..length].split_first_chunk() {
-            Some((proof, layout)) if key.check(Claim::Pool, &Proof(*proof)) => Ok((layout, file)),
+        let received = stream.async_io(Interest::READABLE, || system::receive_files(stream.as_fd(), &mut bytes)).await;
+        let checked = received.and_then(|(length, files)| match bytes[..length].split_first_chunk() {
+            Some((proof, layout)) if key.check(Claim::Pool, &Proof(*proof)) => Ok((layout, files)),
             _ => Err(io::Error::new(ErrorKind::PermissionDenied, "it is not from the worker that was dialled")),
         });
-        let mapped = checked.and_then(|(layout, file)| {
-            let Some(layout): Option<PageLayout> = serde_json::from_slice(layout)? else { return Ok(None) };
-            if !system::is_sealed(&file) {
+        let mapped = checked.and_then(|(layout, files)| {
+            let Some(layout): Option<PageLayout> = serde_json::from_slice(layout)? else { return Ok((None, None)) };
+            if !files.iter().all(system::is_sealed) {
                 return Err(io::Error::other("its size could change"));
             }
-            Pages::map_foreign(&file, layout).map(Some).map_err(io::Error::other)
+            let [pool, words] = files;
+            let words = Arc::new(Words::map(&words, layout.pages)?);
+            Ok((Some(Pages::map_foreign(&pool, layout).map_err(io::Error::other)?), Some(words)))
         });
         match mapped {
-            Ok(pages) => {
+            Ok((pages, words)) => {
                 stream.write_all(&[MAPPED]).await?;
-                Ok(Self { pages, socket: stream.into_std()? })
+                Ok(Self { pages, words, socket: stream.into_std()? })
             }
             Err(error) => {
                 stream.write_all(error.to_string().as_bytes()).await?;
@@ -163,6 +168,7 @@ impl Drop for Remote {
 #[derive(Debug)]
 pub(crate) struct Shared {
     file: File,
+    words: (Arc<Words>, File),
     layout: PageLayout,
     host: String,
     settled: Once,
@@ -175,7 +181,14 @@ impl Shared {
         if !system::is_sealed(file) {
             return Err(io::Error::other("the page pool is no sealed memory file"));
         }
-        Ok(Arc::new(Self { file: file.try_clone()?, layout: layout.clone(), host, settled: Once::new() }))
+        let words = system::sealed_file("kv-words", Words::bytes(layout.pages))?;
+        let words = (Arc::new(Words::map(&words, layout.pages)?), words);
+        Ok(Arc::new(Self { file: file.try_clone()?, words, layout: layout.clone(), host, settled: Once::new() }))
+    }
+
+    /// Returns the words of the pool's pages.
+    pub(crate) fn words(&self) -> &Arc<Words> {
+        &self.words.0
     }
 
     /// Returns the host whose processes it can be passed to.
@@ -185,7 +198,7 @@ impl Shared {
 
     /// Passes the pool to the source that invites. From here on it may write.
     pub(crate) async fn pass(self: &Arc<Self>, invitation: &Invitation, key: &LinkKey) -> io::Result<Writer> {
-        let writer = pass((invitation, key), Some(&self.layout), &self.file).await?;
+        let writer = pass((invitation, key), Some(&self.layout), [&self.file, &self.words.1]).await?;
         self.settle();
         Ok(writer)
     }
@@ -218,18 +231,19 @@ pub(crate) fn is_here(invitation: &Invitation) -> bool {
 
 /// Target: watches a source of this host that maps the pool by other means, and will say when it no longer does.
 pub(crate) async fn watch(invitation: &Invitation, key: &LinkKey) -> io::Result<Writer> {
-    pass((invitation, key), None, &File::open("/dev/null")?).await
+    let nothing = File::open("/dev/null")?;
+    pass((invitation, key), None, [&nothing; 2]).await
 }
 
-async fn pass(to: (&Invitation, &LinkKey), layout: Option<&PageLayout>, file: &File) -> io::Result<Writer> {
+async fn pass(to: (&Invitation, &LinkKey), layout: Option<&PageLayout>, files: [&File; 2]) -> io::Result<Writer> {
     let late = |_| io::Error::new(ErrorKind::TimedOut, format!("the source did not answer within {SHARE_LIMIT:?}"));
-    timeout(SHARE_LIMIT, pass_slowly(to, layout, file)).await.map_err(late)?
+    timeout(SHARE_LIMIT, pass_slowly(to, layout, files)).await.map_err(late)?
 }
 
 async fn pass_slowly(
     (invitation, key): (&Invitation, &LinkKey),
     layout: Option<&PageLayout>,
-    file: &File,
+    files: [&File; 2],
 ) -> io::Result<Writer> {
     let mut stream = UnixStream::connect(format!("\0{}", invitation.socket)).await?;
     check_user(&stream)?;
@@ -239,7 +253,7 @@ async fn pass_slowly(
     let process = unsafe { AsyncFd::register_with_interest(process, Interest::READABLE) }?;
     let mut bytes = key.prove(Claim::Pool).0.to_vec();
     serde_json::to_writer(&mut bytes, &layout)?;
-    stream.async_io(Interest::WRITABLE, || system::send_file(stream.as_fd(), &bytes, file)).await?;
+    stream.async_io(Interest::WRITABLE, || system::send_files(stream.as_fd(), &bytes, files)).await?;
     let mut answer = [0; 256];
     match stream.read(&mut answer).await? {
         0 => Err(ErrorKind::UnexpectedEof.into()),
@@ -298,6 +312,41 @@ pub(crate) struct Path {
     pub(crate) digest: bool,
     /// The link's control connection.
     pub(crate) say: mpsc::Sender<Message>,
+}
+
+/// The source's end of a link over shared memory.
+#[derive(Debug)]
+struct Link {
+    copiers: Queued,
+    words: Arc<Words>,
+}
+
+impl Transport for Link {
+    fn post(&self, job: Job) {
+        self.copiers.post(job);
+    }
+
+    fn cancel(&self, handoff: HandoffId) {
+        self.copiers.cancel(handoff);
+    }
+
+    fn settle(&self, handoff: HandoffId, page: PageId) -> bool {
+        self.words.settle(page, handoff)
+    }
+
+    fn close(&self) {
+        self.copiers.close();
+    }
+}
+
+/// Starts writing into the pool that a target has passed.
+pub(crate) fn start_passed(remote: Remote, path: &Path, movers: &Movers, link: &LinkStop) -> Arc<dyn Transport> {
+    let words = remote.words.clone();
+    let copiers = start(remote, path, movers, link);
+    match words {
+        Some(words) => Arc::new(Link { copiers, words }),
+        None => Arc::new(copiers),
+    }
 }
 
 /// Starts copiers on `movers` into the target's pool, as `remote` has it mapped. That is dropped with the last of them.
@@ -518,12 +567,12 @@ mod tests {
         let source = async {
             let (mut stream, _) = listener.accept().await.expect("accept");
             let mut bytes = [0; 4096];
-            let received = stream.async_io(Interest::READABLE, || system::receive_file(stream.as_fd(), &mut bytes));
-            let (_, file) = received.await.expect("received");
+            let received = stream.async_io(Interest::READABLE, || system::receive_files(stream.as_fd(), &mut bytes));
+            let (_, files) = received.await.expect("received");
             stream.write_all(&[MAPPED]).await.expect("answer");
-            file
+            files
         };
-        let (writer, _file) = tokio::join!(shared.pass(&invitation, key()), source);
+        let (writer, _files) = tokio::join!(shared.pass(&invitation, key()), source);
         timeout(Duration::from_millis(100), writer.expect("passed").gone()).await.expect_err("this process lives");
     }
 
@@ -563,7 +612,9 @@ mod tests {
         let target = async {
             for (file, reason) in cases {
                 let host = system::host().expect("a host");
-                let shared = Shared { file, layout: layout.clone(), host, settled: Once::new() };
+                let words = system::sealed_file("words", Words::bytes(2)).expect("memory");
+                let words = (Arc::new(Words::map(&words, 2).expect("map")), words);
+                let shared = Shared { file, words, layout: layout.clone(), host, settled: Once::new() };
                 let error = Arc::new(shared).pass(&invitation, key()).await.expect_err(reason).to_string();
                 assert!(error.contains(reason), "{error}");
             }

@@ -12,6 +12,7 @@ use kv_transfer::{
     Begin, Commit, Config, Event, HandoffId, Identity, Outcome, Peer, Transfer, TransportKind, UcxMemory,
 };
 use std::{
+    collections::HashMap,
     fs::File,
     os::unix::fs::FileExt,
     path::Path,
@@ -272,18 +273,22 @@ impl End {
     async fn take_all(mut self, case: Case) -> anyhow::Result<()> {
         let (mut from, mut to) = (Deal::source(case), Deal::target(case));
         let mut unchecked = to.round();
-        let mut landing = Vec::new();
+        // A source that settles by itself begins the next before this end has heard of it.
+        let mut open = HashMap::new();
         while let Some(event) = self.events.recv().await {
             match event {
                 Event::Begun { handoff, .. } => {
-                    landing = to.next();
+                    let landing = to.next();
                     self.transfer.open(handoff, landing.clone(), 0);
+                    open.insert(handoff, landing);
                 }
-                Event::Landed { .. } if unchecked > 0 => {
-                    unchecked -= 1;
-                    self.check(&from.next(), &landing)?;
+                Event::Landed { handoff, .. } => {
+                    let landing = open.remove(&handoff).context("what lands has a landing")?;
+                    if unchecked > 0 {
+                        unchecked -= 1;
+                        self.check(&from.next(), &landing)?;
+                    }
                 }
-                Event::Landed { .. } => {}
                 other => bail!("expected a hand-off to begin or land, got {other:?}"),
             }
         }

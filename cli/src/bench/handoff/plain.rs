@@ -21,28 +21,32 @@ use std::{
 /// Bytes of one system call.
 const CALL_BYTES: usize = 256 << 10;
 
-/// Moves hand-offs plainly, as a link of a kind would at best.
+/// Moves hand-offs, or some layers of each, plainly, as a link of a kind would at best.
 pub(super) enum Plain {
     Memcpy(Memcpy),
     Sockets(Sockets),
 }
 
 impl Plain {
-    pub(super) fn start(kind: Kind, case: Case) -> anyhow::Result<Self> {
+    pub(super) fn start(kind: Kind, case: Case, layers: Range<u32>) -> anyhow::Result<Self> {
+        let moved = Moved { case, layers };
         let mut plain = if kind.shares_memory {
-            Self::Memcpy(Memcpy::new(case))
+            Self::Memcpy(Memcpy::new(moved))
         } else {
-            Self::Sockets(Sockets::start(case, Config::default().tcp_streams).context("connect over loopback")?)
+            Self::Sockets(Sockets::start(moved, Config::default().tcp_streams).context("connect over loopback")?)
         };
         // Faults every page in.
-        plain.measure(Deal::source(case).round())?;
+        plain.measure(Deal::source(case).round(), Duration::ZERO)?;
         Ok(plain)
     }
 
-    /// Returns the microseconds of each of `count` hand-offs.
-    pub(super) fn measure(&mut self, count: usize) -> anyhow::Result<Samples> {
+    /// Returns the microseconds of each of `count` hand-offs, `pace` apart.
+    pub(super) fn measure(&mut self, count: usize, pace: Duration) -> anyhow::Result<Samples> {
         let mut samples = Samples::default();
         for _ in 0..count {
+            if !pace.is_zero() {
+                compute(pace);
+            }
             let took = match self {
                 Self::Memcpy(memcpy) => memcpy.move_one(),
                 Self::Sockets(sockets) => sockets.move_one()?,
@@ -53,9 +57,9 @@ impl Plain {
     }
 }
 
-/// Returns the microseconds of each of `count` rounds, `pace` apart, in which a thread wakes a second, which asks a third over loopback
-/// and has its answer. All sleep meanwhile.
-pub(super) fn wakes(count: usize, pace: Duration) -> anyhow::Result<Samples> {
+/// Returns the microseconds of each of `count` rounds, `pace` apart, in which a thread wakes a second, which, if it `asks`, asks a third over
+/// loopback and has its answer. All sleep meanwhile.
+pub(super) fn wakes(count: usize, pace: Duration, asks: bool) -> anyhow::Result<Samples> {
     let (mut ask, mut answer) = loopback_pair().context("connect over loopback")?;
     thread::spawn(move || {
         let mut word = [0];
@@ -65,7 +69,7 @@ pub(super) fn wakes(count: usize, pace: Duration) -> anyhow::Result<Samples> {
     let (ends, ended) = mpsc::channel();
     thread::spawn(move || {
         for began in started {
-            let answered = ask.write_all(&[1]).and_then(|()| ask.read_exact(&mut [0]));
+            let answered = if asks { ask.write_all(&[1]).and_then(|()| ask.read_exact(&mut [0])) } else { Ok(()) };
             if ends.send(answered.map(|()| began.elapsed())).is_err() {
                 return;
             }
@@ -80,38 +84,47 @@ pub(super) fn wakes(count: usize, pace: Duration) -> anyhow::Result<Samples> {
     Ok(samples)
 }
 
-/// Returns the pieces of the next hand-off in a pool, in the order of layers and pages; neighbours are merged where both pools
-/// have them.
-fn pieces(case: Case, deal: &mut Deal) -> Vec<Range<usize>> {
-    let (layout, pages) = (case.layout(), deal.next());
-    let mut pieces: Vec<Range<usize>> = Vec::new();
-    for layer in 0..layout.layers {
-        for page in &pages {
-            let start = layout.block_offset(layer, *page);
-            match pieces.last_mut() {
-                Some(last) if last.end == start && case == Case::Runs => last.end += layout.block_bytes(),
-                _ => pieces.push(start..start + layout.block_bytes()),
+/// What is moved of each hand-off.
+#[derive(Clone)]
+struct Moved {
+    case: Case,
+    layers: Range<u32>,
+}
+
+impl Moved {
+    /// Returns the pieces of the next hand-off in a pool, in the order of layers and pages; neighbours are merged where both pools
+    /// have them.
+    fn pieces(&self, deal: &mut Deal) -> Vec<Range<usize>> {
+        let (layout, pages) = (self.case.layout(), deal.next());
+        let mut pieces: Vec<Range<usize>> = Vec::new();
+        for layer in self.layers.clone() {
+            for page in &pages {
+                let start = layout.block_offset(layer, *page);
+                match pieces.last_mut() {
+                    Some(last) if last.end == start && self.case == Case::Runs => last.end += layout.block_bytes(),
+                    _ => pieces.push(start..start + layout.block_bytes()),
+                }
             }
         }
+        pieces
     }
-    pieces
 }
 
 /// `memcpy` on one thread.
 pub(super) struct Memcpy {
-    case: Case,
+    moved: Moved,
     source: (Vec<u8>, Deal),
     target: (Vec<u8>, Deal),
 }
 
 impl Memcpy {
-    fn new(case: Case) -> Self {
-        let bytes = case.layout().pool_bytes();
-        Self { case, source: (vec![1; bytes], Deal::source(case)), target: (vec![0; bytes], Deal::target(case)) }
+    fn new(moved: Moved) -> Self {
+        let (case, bytes) = (moved.case, moved.case.layout().pool_bytes());
+        Self { moved, source: (vec![1; bytes], Deal::source(case)), target: (vec![0; bytes], Deal::target(case)) }
     }
 
     fn move_one(&mut self) -> f64 {
-        let (from, to) = (pieces(self.case, &mut self.source.1), pieces(self.case, &mut self.target.1));
+        let (from, to) = (self.moved.pieces(&mut self.source.1), self.moved.pieces(&mut self.target.1));
         let began = Instant::now();
         for (from, to) in from.into_iter().zip(to) {
             self.target.0[to].copy_from_slice(&self.source.0[from]);
@@ -123,31 +136,32 @@ impl Memcpy {
 
 /// Blocking sockets over loopback, each with its share of the pieces, a thread at either end.
 pub(super) struct Sockets {
-    case: Case,
+    moved: Moved,
     deal: Deal,
     senders: Vec<mpsc::Sender<Vec<Range<usize>>>>,
     done: mpsc::Receiver<io::Result<()>>,
 }
 
 impl Sockets {
-    fn start(case: Case, streams: usize) -> io::Result<Self> {
-        let source: Arc<Vec<u8>> = Arc::new(vec![1; case.layout().pool_bytes()]);
+    fn start(moved: Moved, streams: usize) -> io::Result<Self> {
+        let source: Arc<Vec<u8>> = Arc::new(vec![1; moved.case.layout().pool_bytes()]);
         let (finished, done) = mpsc::channel();
         let mut senders = Vec::new();
         for number in 0..streams {
             let (sender, receiver) = loopback_pair()?;
-            thread::spawn(move || receive(receiver, case, number..streams));
+            let theirs = moved.clone();
+            thread::spawn(move || receive(receiver, &theirs, number..streams));
             let (pieces, wanted) = mpsc::channel();
             let (source, finished) = (source.clone(), finished.clone());
             thread::spawn(move || send(sender, &source, &wanted, &finished));
             senders.push(pieces);
         }
-        Ok(Self { case, deal: Deal::source(case), senders, done })
+        Ok(Self { deal: Deal::source(moved.case), moved, senders, done })
     }
 
     fn move_one(&mut self) -> anyhow::Result<f64> {
         let streams = self.senders.len();
-        let pieces = pieces(self.case, &mut self.deal);
+        let pieces = self.moved.pieces(&mut self.deal);
         let shares: Vec<_> = (0..streams).map(|number| share(&pieces, number..streams).to_vec()).collect();
         let began = Instant::now();
         for (sender, share) in self.senders.iter().zip(shares) {
@@ -190,11 +204,11 @@ fn send(
 }
 
 /// Reads its share of one hand-off after another and says so after each, until the sender is gone.
-fn receive(mut stream: TcpStream, case: Case, part: Range<usize>) {
-    let mut pool = vec![0; case.layout().pool_bytes()];
-    let mut deal = Deal::target(case);
+fn receive(mut stream: TcpStream, moved: &Moved, part: Range<usize>) {
+    let mut pool = vec![0; moved.case.layout().pool_bytes()];
+    let mut deal = Deal::target(moved.case);
     let mut receive_one = || -> io::Result<()> {
-        let pieces = pieces(case, &mut deal);
+        let pieces = moved.pieces(&mut deal);
         for call in calls(share(&pieces, part.clone())) {
             let bytes: usize = call.iter().map(ExactSizeIterator::len).sum();
             let mut read = 0;

@@ -7,6 +7,9 @@ use std::{
     os::fd::{AsFd, OwnedFd},
 };
 
+/// Files that travel together: a pool, and the words of its pages.
+const FILES: usize = 2;
+
 /// Names this boot of this machine: equal for all processes that could share memory.
 pub(super) fn host() -> Option<String> {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(|id| id.trim().to_owned())
@@ -19,7 +22,7 @@ pub(super) use linux::*;
 mod linux {
     use super::*;
     use rustix::{
-        fs::{FallocateFlags, SealFlags, fallocate, fcntl_get_seals},
+        fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, fcntl_get_seals, memfd_create},
         io::Errno,
         net::{
             RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
@@ -30,13 +33,21 @@ mod linux {
     use std::{
         io::{ErrorKind, IoSlice, IoSliceMut},
         mem::MaybeUninit,
-        os::fd::{AsRawFd, FromRawFd},
+        os::fd::{AsRawFd, BorrowedFd, FromRawFd},
     };
 
     /// Says whether nobody can change the size of `file` any more: then a map of it cannot lose its memory under its user.
     pub(in super::super) fn is_sealed(file: &File) -> bool {
         let needed = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW;
         fcntl_get_seals(file).is_ok_and(|seals| seals.contains(needed) && !seals.contains(SealFlags::WRITE))
+    }
+
+    /// Makes a file of `bytes` zeros in memory, whose size nobody can change.
+    pub(in super::super) fn sealed_file(name: &str, bytes: usize) -> io::Result<File> {
+        let file = File::from(memfd_create(name, MemfdFlags::ALLOW_SEALING | MemfdFlags::CLOEXEC)?);
+        file.set_len(bytes as u64)?;
+        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        Ok(file)
     }
 
     /// Gives `bytes` of `file` from `at` on their memory, keeping what is there.
@@ -64,10 +75,10 @@ mod linux {
         Ok(pidfd_open(pid, PidfdFlags::empty())?)
     }
 
-    /// Sends `bytes` and with them `file`, on a socket whose buffer is empty.
-    pub(in super::super) fn send_file(socket: impl AsFd, bytes: &[u8], file: &File) -> io::Result<()> {
-        let files = [file.as_fd()];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    /// Sends `bytes` and with them `files`, on a socket whose buffer is empty.
+    pub(in super::super) fn send_files(socket: impl AsFd, bytes: &[u8], files: [&File; FILES]) -> io::Result<()> {
+        let files: [BorrowedFd<'_>; FILES] = files.map(AsFd::as_fd);
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         control.push(SendAncillaryMessage::ScmRights(&files));
         match sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)? {
@@ -76,9 +87,9 @@ mod linux {
         }
     }
 
-    /// Receives bytes and the one file that came with them.
-    pub(in super::super) fn receive_file(socket: impl AsFd, bytes: &mut [u8]) -> io::Result<(usize, File)> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    /// Receives bytes and the files that came with them.
+    pub(in super::super) fn receive_files(socket: impl AsFd, bytes: &mut [u8]) -> io::Result<(usize, [File; FILES])> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let message = match recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut control, RecvFlags::CMSG_CLOEXEC) {
             Err(Errno::AGAIN) => return Err(ErrorKind::WouldBlock.into()),
@@ -91,10 +102,9 @@ mod linux {
                 files.extend(received);
             }
         }
-        match files.pop() {
-            Some(file) if files.is_empty() => Ok((message.bytes, file.into())),
-            _ => Err(io::Error::other("not one file was passed")),
-        }
+        let passed = |files: Vec<_>| io::Error::other(format!("{FILES} files are wanted, {} were passed", files.len()));
+        let files: [OwnedFd; FILES] = files.try_into().map_err(passed)?;
+        Ok((message.bytes, files.map(File::from)))
     }
 }
 
@@ -117,11 +127,15 @@ mod elsewhere {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    pub(in super::super) fn send_file(_: impl AsFd, _: &[u8], _: &File) -> io::Result<()> {
+    pub(in super::super) fn sealed_file(_: &str, _: usize) -> io::Result<File> {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    pub(in super::super) fn receive_file(_: impl AsFd, _: &mut [u8]) -> io::Result<(usize, File)> {
+    pub(in super::super) fn send_files(_: impl AsFd, _: &[u8], _: [&File; FILES]) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    pub(in super::super) fn receive_files(_: impl AsFd, _: &mut [u8]) -> io::Result<(usize, [File; FILES])> {
         Err(io::ErrorKind::Unsupported.into())
     }
 }
