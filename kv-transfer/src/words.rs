@@ -1,6 +1,7 @@
 //! Words of shared memory in which a source that writes by itself settles a hand-off, without waiting for the target to look.
 //!
-//! A target has one for each page of its pool. The landing of a hand-off uses that of its last page, which no other has while it is open:
+//! A target has one for each page of its pool. The landing of a hand-off uses that of its last page, which no other hand-off has while it is
+//! open. Legs from several ranks land in the same pages: the word is the last one's, and the others wait for their `Ack`.
 //!
 //! ```text
 //!                 the source, after its last write

@@ -137,36 +137,36 @@ impl Session {
 
     /// Asks the worker for a change of its adapters; `None` when the stream ends before its answer.
     pub(super) async fn change_adapters(&self, change: &Change) -> Option<Result<(), Refusal>> {
-        let answer = {
-            let mut inner = self.lock();
-            if inner.closed {
-                return None;
-            }
-            inner.next_command += 1;
-            let (number, (sender, answer)) = (inner.next_command, oneshot::channel());
+        let command = |inner: &mut Inner, number, sender| {
             inner.answers.retain(|_, waiting| !waiting.is_closed());
             inner.answers.insert(number, sender);
             inner.adapter_commands.push(wire::adapter_command(number, change));
-            answer
         };
-        self.wake.notify_one();
-        answer.await.ok()
+        self.ask(command).await
     }
 
     /// Asks the worker to forget all prefixes. Says whether it did, or `None` when the stream ends before its answer.
     pub(super) async fn reset(&self) -> Option<bool> {
-        let answer = {
+        let command = |inner: &mut Inner, number, sender| {
+            inner.resets.retain(|(_, waiting)| !waiting.is_closed());
+            inner.resets.push((number, sender));
+            inner.reset = Some(number);
+        };
+        self.ask(command).await
+    }
+
+    /// Gives a command the next number and waits for its answer; `None` when the stream ends before that.
+    async fn ask<T>(&self, command: impl FnOnce(&mut Inner, u64, oneshot::Sender<T>)) -> Option<T> {
+        let (sender, answer) = oneshot::channel();
+        {
             let mut inner = self.lock();
             if inner.closed {
                 return None;
             }
             inner.next_command += 1;
-            let (number, (sender, answer)) = (inner.next_command, oneshot::channel());
-            inner.resets.retain(|(_, waiting)| !waiting.is_closed());
-            inner.resets.push((number, sender));
-            inner.reset = Some(number);
-            answer
-        };
+            let number = inner.next_command;
+            command(&mut inner, number, sender);
+        }
         self.wake.notify_one();
         answer.await.ok()
     }

@@ -179,11 +179,13 @@ fn post_processor_allows(part: &Value) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
     use crate::text::tokenizer::{
         Tokenizer,
         tests::{self, CUT as MODELS},
     };
     use proptest::prelude::*;
+    use serde_json::json;
     use std::sync::LazyLock;
 
     fn load(model: &str, budget_bytes: usize) -> Tokenizer {
@@ -195,6 +197,33 @@ mod tests {
     /// Tokenizers of every kind that allows cuts, as they are and with almost no room to remember anything.
     static CUT: LazyLock<Vec<[Tokenizer; 3]>> =
         LazyLock::new(|| MODELS.map(|model| [0, 64 << 10, 1 << 20].map(|budget| load(model, budget))).into());
+
+    /// A splitter that looks across a cut, or that nobody has looked at, allows none.
+    #[test]
+    fn splitters_are_known_or_allow_no_cut() {
+        let bytes =
+            |prefix: bool, regex: bool| json!({"type": "ByteLevel", "add_prefix_space": prefix, "use_regex": regex});
+        let split = |regex: &str, behavior: &str, invert: bool| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": invert});
+        let both = |first: Value, last: Value| json!({"type": "Sequence", "pretokenizers": [first, last]});
+        let digits = json!({"type": "Digits", "individual_digits": true});
+        for (splitter, allows) in [
+            (bytes(false, true), true),
+            (bytes(true, true), false),
+            (bytes(false, false), false),
+            (both(split(SPLITS[0], "Isolated", false), bytes(false, false)), true),
+            (both(split(SPLITS[0], "Isolated", false), bytes(true, false)), false),
+            (both(split(SPLITS[0], "Removed", false), bytes(false, false)), false),
+            (both(split(SPLITS[0], "Isolated", true), bytes(false, false)), false),
+            (both(split(r"\w+", "Isolated", false), bytes(false, false)), false),
+            (both(digits.clone(), bytes(false, true)), true),
+            (both(digits.clone(), bytes(false, false)), false),
+            (both(digits, json!({"type": "Whitespace"})), false),
+            (json!({"type": "Metaspace"}), false),
+            (Value::Null, false),
+        ] {
+            assert_eq!(splitter_allows(&splitter), allows, "{splitter}");
+        }
+    }
 
     fn check(text: &str) -> Result<(), TestCaseError> {
         for tokenizer in CUT.iter().flatten() {
