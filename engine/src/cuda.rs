@@ -24,6 +24,8 @@
 //!
 //! gather      residual, qkv     -> kept         after the last pages are written only sampled rows go on
 //! linear      input             -> logits       f32 [rows][vocab]; capped, and the largest found
+//! rank        logits            -> edges        where top-k and top-p cut; only where a row races
+//! race        logits, edges     -> tokens       in place of the largest of rows that race
 //! ```
 //!
 //! Memory is taken when the engine is made, and none by a step. A step's rows are described in words that are copied once ([`rows`]);
@@ -59,7 +61,7 @@ use crate::{
 };
 use device::{Memory, Region};
 use graphs::Graphs;
-use kernels::{Cut, Element, Kernel, Linear};
+use kernels::{Cut, Draw, Element, Kernel, Linear};
 use kv_cache::{KvDtype, PageLayout, TokenId};
 use pages::Pool as Pages;
 use rows::{Capacity, Parts, Rows};
@@ -89,8 +91,6 @@ pub(crate) fn open(
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sizes {
     capacity: Capacity,
-    /// Rows of logits that are computed at a time.
-    logits_rows: usize,
     /// Longest sequence.
     context: usize,
     /// Elements from row to row.
@@ -127,8 +127,12 @@ impl Sizes {
         let whole = |width: usize| width.next_multiple_of(PANEL);
         let mixture = decoder.mixture.as_ref();
         Self {
-            capacity: Capacity { rows: tokens, sequences, entries: sequences * context.div_ceil(page_tokens) },
-            logits_rows,
+            capacity: Capacity {
+                rows: tokens,
+                sequences,
+                entries: sequences * context.div_ceil(page_tokens),
+                logits_rows,
+            },
             context,
             residual: whole(decoder.hidden),
             qkv: whole(decoder.query_dim() + 2 * decoder.kv_dim()),
@@ -162,8 +166,12 @@ struct Buffers {
     /// What half a block gives, where it is normed before it is added.
     outcome: Region,
     logits: Region,
-    /// The token of the largest logit of each row.
-    largest: Region,
+    /// The token that was found for each row, that of its largest logit at first.
+    tokens: Region,
+    /// What draws leave between their kernels and blocks.
+    edges: Region,
+    leads: Region,
+    lead_counters: Region,
     /// Sums that blocks leave to each other, and how many have.
     /// A linear's inputs in the order of its weights, where they have one.
     ordered: Region,
@@ -205,13 +213,15 @@ pub(crate) struct Cuda {
     /// Rows at hand, and where the head's inputs are.
     rows: usize,
     hidden: Region,
-    /// Rows whose logits were computed with the pass.
-    drawn: usize,
+    /// Rows whose logits are there, and what was found for them.
+    computed: Range<usize>,
+    /// Whether tokens are drawn on the device.
+    races: bool,
     /// Layers of the pass that nobody was told of.
     untold: Range<usize>,
     /// What was downloaded last.
     logits: Vec<f32>,
-    likely: Vec<TokenId>,
+    found: Vec<TokenId>,
     pool: Pool,
     /// Present while calls are made only to learn which kernels they are of.
     listed: Option<HashSet<Kernel>>,
@@ -236,10 +246,11 @@ impl Cuda {
             pages: None,
             graphs: Graphs::new(),
             rows: 0,
-            drawn: 0,
+            computed: 0..0,
+            races: model.decoder.vocab_size < Draw::MOST_COLUMNS,
             untold: 0..0,
-            logits: vec![0.0; sizes.logits_rows * sizes.logits],
-            likely: vec![0; sizes.logits_rows],
+            logits: vec![0.0; sizes.capacity.logits_rows * sizes.logits],
+            found: vec![0; sizes.capacity.logits_rows],
             pool: Pool::new(threads)?,
             listed: None,
         })
@@ -291,7 +302,7 @@ impl Buffers {
         weights: &Uploaded,
         element: Element,
     ) -> Result<Self, Error> {
-        let rows = sizes.capacity.rows;
+        let Capacity { rows, logits_rows, .. } = sizes.capacity;
         let most_shared = device.most_shared();
         let mut alloc = |bytes: usize| device.alloc("what a step works in", bytes);
         let post_norms = decoder.names.attention_post_norm.or(decoder.names.mlp_post_norm).is_some();
@@ -313,8 +324,11 @@ impl Buffers {
             attended: alloc(rows * sizes.attended * 2)?,
             gated: alloc(rows * sizes.gated * 2)?,
             outcome: alloc(if post_norms { rows * sizes.residual * 4 } else { 0 })?,
-            logits: alloc(sizes.logits_rows * sizes.logits * 4)?,
-            largest: alloc(sizes.logits_rows * 4)?,
+            logits: alloc(logits_rows * sizes.logits * 4)?,
+            tokens: alloc(logits_rows * 4)?,
+            edges: alloc(logits_rows * 8)?,
+            leads: alloc(logits_rows * Draw::lead_bytes(decoder.vocab_size))?,
+            lead_counters: alloc(logits_rows * 4)?,
             ordered: alloc(if reordered { rows * sizes.residual.max(sizes.attended).max(sizes.gated) * 2 } else { 0 })?,
             partial: alloc(partial as usize)?,
             counters: alloc(Linear::most_counters() as usize * 4)?,

@@ -1,13 +1,14 @@
 //! Where a model runs: the seam between what a step is and what carries it out.
 //!
-//! A step is a [`Pass`] through the decoder, and then what is made of its last rows: hidden states, logits, the most likely tokens. The
+//! A step is a [`Pass`] through the decoder, and then what is made of its last rows: hidden states, logits, tokens. The
 //! processor ([`crate::cpu`]) and a CUDA card ([`crate::cuda`]) are two homes. Both go through the same [`Decoder`](crate::model::decoder::Decoder) over
 //! the same packed weights, write pages of the same layout, and give a sequence bits that depend on that sequence alone; the bits of two
 //! homes differ, as those of two kinds of processors do.
 
 use crate::{
-    Adapter, Error, KvMemory, Model,
+    Adapter, Error, KvMemory, Model, Stuck,
     cpu::{nodes::Stay, pool::Pool},
+    sampling::Race,
 };
 use kv_cache::{PageId, TokenId};
 use std::{fmt::Debug, ops::Range};
@@ -36,6 +37,8 @@ pub(crate) struct Place {
     pub(crate) row: usize,
     /// Which of its tokens.
     pub(crate) token: usize,
+    /// How the token that follows is drawn, where the home is to do that; only where [`Home::races`].
+    pub(crate) race: Option<Race>,
 }
 
 /// What goes through the decoder in a step.
@@ -103,16 +106,26 @@ pub(crate) trait Home: Debug + Send + Sync {
     /// Keeps the rows `rows`, in ascending order, and forgets all others.
     fn keep_rows(&mut self, rows: &mut dyn Iterator<Item = usize>) -> Result<(), Error>;
 
-    /// Finds the most likely token after each of `rows`. Slices follow each other in ascending order.
-    fn find_most_likely(&mut self, model: &Model, rows: Range<usize>) -> Result<(), Error>;
+    /// Says whether it draws tokens by itself. Then to find those of some rows and to compute the logits of others is hardly more than one of
+    /// both; else it is twice as much.
+    fn races(&self) -> bool;
 
-    /// Returns what was found for row `row` of the slice, the lowest of equals; `None` where no logit is a number.
-    fn most_likely(&self, row: usize) -> Option<TokenId>;
+    /// Finds the token after each of `rows`: the one that its place's race draws, or the most likely one. Slices follow each other in ascending order.
+    fn find_tokens(&mut self, model: &Model, rows: Range<usize>) -> Result<(), Error>;
 
-    /// Computes the logits after each of `rows`. Slices follow each other in ascending order.
-    fn compute_logits(&mut self, model: &Model, rows: Range<usize>) -> Result<(), Error>;
+    /// Returns what was found for row `row` of the slice, the lowest of equals; `None` where it takes the logits to tell.
+    fn found(&self, row: usize) -> Option<Result<TokenId, Stuck>>;
 
-    /// Returns the logits computed last.
+    /// Computes the logits after each of `rows`, at least of those rows of the slice that are `wanted`. Slices follow each other in ascending order, or are
+    /// that of [`Home::find_tokens`].
+    fn compute_logits(
+        &mut self,
+        model: &Model,
+        rows: Range<usize>,
+        wanted: &dyn Fn(usize) -> bool,
+    ) -> Result<(), Error>;
+
+    /// Returns the logits computed last; what was not wanted is undefined.
     fn logits(&self) -> Logits<'_>;
 
     /// Returns threads, and the logits computed last for them to work on.

@@ -6,10 +6,12 @@
 //! greedy choice, or temperature, min-p, top-k, top-p and a draw. Log-probabilities are those of the unmodified logits, grammar or
 //! not: what the model believes. Arithmetic on probabilities is f64 and plain Rust: the same on every machine.
 
+mod race;
 mod random;
 
 use grammar::{Mask, Matcher};
 use kv_cache::TokenId;
+pub(crate) use race::Race;
 use random::Numbers;
 use std::cmp::Ordering;
 

@@ -10,7 +10,7 @@ use crate::{
     Adapter, Config, Error, KvMemory, Logprobs, Model, Pooling, Sample, Sampled, Stuck, TokenId,
     home::{Home, Pass, Place, Span},
     reuse::reuse,
-    sampling::{self, Scratch},
+    sampling::{self, Race, Scratch},
     timed::Timed,
 };
 use kv_cache::PageId;
@@ -142,8 +142,10 @@ pub struct Engine {
     /// Per page: the step in which it was last written, counted from 1.
     written: Vec<u64>,
     steps: u64,
-    /// Whether the last rows of logits were computed, and not only the largest of each found.
-    logits_kept: bool,
+    /// The places of the slice at hand whose logits are needed.
+    open: Vec<usize>,
+    /// Per place of the last step: whether its logits were computed, and its token not found without.
+    logits_kept: Vec<bool>,
     /// Per row of the last step: which row of the logits its first draw was made from.
     logits_rows: Vec<Option<usize>>,
 }
@@ -234,6 +236,7 @@ impl Engine {
     fn list<'a>(&mut self, rows: &[Row<'a>], spans: &mut Vec<Span<'a>>, kept: &mut Vec<Span<'a>>) {
         self.tokens.clear();
         self.places.clear();
+        let races = self.home.races();
         for (index, row) in rows.iter().enumerate() {
             let (first, tokens) = (self.tokens.len(), row.tokens.len());
             let (pages, adapter, leaves) = (row.pages, row.adapter, row.leaves);
@@ -243,14 +246,15 @@ impl Engine {
             for tokens in row.wanted().into_iter().filter(|tokens| !tokens.is_empty()) {
                 let (first, start) = (self.places.len(), row.start + tokens.start);
                 kept.push(Span { first, tokens: tokens.len(), start, ..span });
-                self.places.extend(tokens.map(|token| Place { row: index, token }));
+                let race = |token| races.then(|| row.race(token)).flatten();
+                self.places.extend(tokens.map(|token| Place { row: index, token, race: race(token) }));
             }
         }
     }
 
     /// Returns the logits, `[vocab]`, from which the last step drew the first token of its row `row`; `None` when it drew none, when
-    /// more logits were asked for than are kept at a time, or when all its rows wanted the most likely token and nothing else: then
-    /// there are none. [`Sampling::logprobs`](crate::Sampling::logprobs) makes them be there.
+    /// more logits were asked for than are kept at a time, or when its token was found without: where all rows wanted the most likely token
+    /// and nothing else, and on a card nearly always. [`Sampling::logprobs`](crate::Sampling::logprobs) makes them be there.
     ///
     /// For tests and tools: a step's caller needs them only to see how close a decision was.
     pub fn logits(&self, row: usize) -> Option<&[f32]> {
@@ -320,17 +324,20 @@ impl Engine {
         Ok(())
     }
 
-    /// Computes the logits at the places, a bounded number at a time, and makes of them what the rows ask: each on whichever thread
-    /// has time.
+    /// Lets the home find tokens at the places, or computes the logits there, a bounded number at a time, and makes of them what the rows ask: each on
+    /// whichever thread has time.
     fn draw(&mut self, rows: &[Row<'_>]) -> Result<(), Error> {
         let (vocab, at_once) = (self.limits.vocab_size, self.limits.logits_rows());
         let (places, scratch) = (&self.places, &self.scratch);
         if self.drawn.len() < places.len() {
             self.drawn.resize_with(places.len(), Mutex::default);
         }
+        // Of a step that failed something may be left.
+        self.drawn[..places.len()].iter_mut().for_each(|drawn| *drawn = Mutex::default());
+        self.logits_kept.clear();
+        self.logits_kept.resize(places.len(), false);
         let drawn = &self.drawn;
         if let Some(timed) = &mut self.timed {
-            self.logits_kept = false;
             for (place, drawn) in places.iter().zip(drawn) {
                 let row = &rows[place.row];
                 let (position, token) = (row.start + place.token, row.tokens[place.token]);
@@ -344,23 +351,30 @@ impl Engine {
         }
         for first in (0..places.len()).step_by(at_once) {
             let slice = first..places.len().min(first + at_once);
-            let plain = |place: &Place| rows[place.row].is_plain(place.token);
-            self.logits_kept = !places[slice.clone()].iter().all(plain);
-            if !self.logits_kept {
-                self.home.find_most_likely(&self.model, slice.clone())?;
-                for (index, drawn) in drawn[slice].iter().enumerate() {
-                    let token = self.home.most_likely(index).ok_or(Stuck::NoLogits);
-                    *lock(drawn) = Some(token.map(|token| Sampled { token, logprobs: None }));
+            let findable = |place: &Place| place.race.is_some() || rows[place.row].is_plain(place.token);
+            let mut asked = places[slice.clone()].iter();
+            let finds = if self.home.races() { asked.any(findable) } else { asked.all(findable) };
+            if finds {
+                self.home.find_tokens(&self.model, slice.clone())?;
+                for index in slice.clone().filter(|index| findable(&places[*index])) {
+                    let sampled = |token| Sampled { token, logprobs: None };
+                    *lock(&drawn[index]) = self.home.found(index - first).map(|token| token.map(sampled));
                 }
+            }
+            self.open.clear();
+            self.open.extend(slice.clone().filter(|index| lock(&drawn[*index]).is_none()));
+            if self.open.is_empty() {
                 continue;
             }
-            self.home.compute_logits(&self.model, slice.clone())?;
+            self.open.iter().for_each(|index| self.logits_kept[*index] = true);
+            let (open, kept) = (&self.open, &self.logits_kept);
+            self.home.compute_logits(&self.model, slice, &|row| kept[first + row])?;
             let (pool, logits) = self.home.pool_and_logits();
-            pool.run(slice.len(), &|index, thread| {
-                let place = places[first + index];
-                let logits = &logits.row(index)[..vocab];
+            pool.run(open.len(), &|at, thread| {
+                let index = open[at];
+                let (place, logits) = (places[index], &logits.row(index - first)[..vocab]);
                 let sampled = rows[place.row].draw(place.token, logits, &mut lock(&scratch[thread]));
-                *lock(&drawn[first + index]) = Some(sampled);
+                *lock(&drawn[index]) = Some(sampled);
             });
         }
         Ok(())
@@ -378,7 +392,7 @@ impl Engine {
                 continue;
             }
             let one_slice = self.places.len() <= self.limits.logits_rows();
-            if place.token == row.first_drawn() && one_slice && self.logits_kept {
+            if place.token == row.first_drawn() && one_slice && self.logits_kept[index] {
                 self.logits_rows[place.row] = Some(index);
             }
             // What follows a draft that was wrong was drawn from a history that is none.
@@ -443,6 +457,11 @@ impl Row<'_> {
     /// Says whether all that is wanted after the token `token` is the most likely one.
     fn is_plain(&self, token: usize) -> bool {
         token >= self.reported() && self.sample_after(token).is_plain()
+    }
+
+    /// Returns how a home draws the token after `token`, if it can.
+    fn race(&self, token: usize) -> Option<Race> {
+        if self.sample.is_none() || token < self.reported() { None } else { self.sample_after(token).race() }
     }
 
     /// Makes of the logits after the token `token` what is asked.

@@ -2,7 +2,7 @@
 
 use super::{Cpu, nodes::Stay, pool::Pool};
 use crate::{
-    Error, KvMemory, Model,
+    Error, KvMemory, Model, Stuck,
     home::{Home, Logits, Pass},
     model::weights::{Attention, Dense, Mlp, Plain},
 };
@@ -111,16 +111,20 @@ impl Home for Cpu {
         Ok(())
     }
 
-    fn find_most_likely(&mut self, model: &Model, rows: Range<usize>) -> Result<(), Error> {
+    fn races(&self) -> bool {
+        false
+    }
+
+    fn find_tokens(&mut self, model: &Model, rows: Range<usize>) -> Result<(), Error> {
         self.compute_largest(&model.weights.head, rows);
         Ok(())
     }
 
-    fn most_likely(&self, row: usize) -> Option<TokenId> {
-        self.largest(row)
+    fn found(&self, row: usize) -> Option<Result<TokenId, Stuck>> {
+        Some(self.largest(row).ok_or(Stuck::NoLogits))
     }
 
-    fn compute_logits(&mut self, model: &Model, rows: Range<usize>) -> Result<(), Error> {
+    fn compute_logits(&mut self, model: &Model, rows: Range<usize>, _: &dyn Fn(usize) -> bool) -> Result<(), Error> {
         self.head(&model.weights.head, rows);
         Ok(())
     }

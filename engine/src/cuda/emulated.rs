@@ -24,6 +24,8 @@ pub(crate) struct Asked {
     pub(crate) uploads: AtomicUsize,
     /// Downloads and waits for marks.
     pub(crate) waits: AtomicUsize,
+    /// Bytes of downloads.
+    pub(crate) downloaded: AtomicUsize,
     /// Calls, and graphs in their place.
     pub(crate) calls: AtomicUsize,
 }
@@ -110,6 +112,7 @@ impl Device for Emulated {
 
     fn download(&mut self, from: Region, to: &mut [u8]) -> Result<(), Error> {
         self.asked.waits.fetch_add(1, Relaxed);
+        self.asked.downloaded.fetch_add(to.len(), Relaxed);
         assert!(self.remembered.is_none() && to.len() <= from.bytes, "{} bytes of {}", to.len(), from.bytes);
         // SAFETY: as above.
         unsafe { to.as_mut_ptr().copy_from_nonoverlapping(from.address as *const u8, to.len()) };

@@ -5,14 +5,14 @@ use super::{
     device::Region,
     graphs::Bucket,
     kernels::{
-        self, Attention, Call, Cap, Choose, Cut, Element, Embed, Finish, Gather, Group, HeadNorms, Largest, Mix, Norm,
-        NormTo, Pages, Pairs, Reorder, Rotary, Share,
+        self, Attention, Call, Cap, Choose, Cut, Draw, Element, Embed, Finish, Gather, Group, HeadNorms, Largest, Mix,
+        Norm, NormTo, Pages, Pairs, Reorder, Rotary, Share,
     },
     rows::Capacity,
     weights::{Dense, Experts, Inner, Linear, Mlp, NormWeights},
 };
 use crate::{
-    Error, KvMemory, Model,
+    Error, KvMemory, Model, Stuck,
     cpu::{nodes::Stay, pool::Pool},
     home::{Home, Logits, Pass, Place, Span},
     model::{
@@ -96,7 +96,7 @@ impl Home for Cuda {
         self.device.upload(self.parts.kept, kept)?;
         // The residual is not needed any more, and its rows are longer.
         let (from, to) = (self.hidden, self.buffers.residual);
-        (self.rows, self.drawn) = (list, 0);
+        (self.rows, self.computed) = (list, 0..0);
         if list > 0 {
             let stride = (self.sizes.residual / 2) as u32;
             let (from, rows) = (from.address, self.parts.kept.address);
@@ -106,24 +106,47 @@ impl Home for Cuda {
         Ok(())
     }
 
-    fn find_most_likely(&mut self, model: &Model, rows: Range<usize>) -> Result<(), Error> {
+    fn races(&self) -> bool {
+        self.races
+    }
+
+    fn find_tokens(&mut self, model: &Model, rows: Range<usize>) -> Result<(), Error> {
         let count = rows.len();
         self.head(&model.decoder, rows)?;
         // SAFETY: any bytes are u32s.
-        let bytes = unsafe { std::slice::from_raw_parts_mut(self.likely.as_mut_ptr().cast(), count * 4) };
-        self.device.download(self.buffers.largest, bytes)
+        let bytes = unsafe { std::slice::from_raw_parts_mut(self.found.as_mut_ptr().cast(), count * 4) };
+        self.device.download(self.buffers.tokens, bytes)
     }
 
-    fn most_likely(&self, row: usize) -> Option<TokenId> {
-        Some(self.likely[row]).filter(|token| *token != TokenId::MAX)
+    fn found(&self, row: usize) -> Option<Result<TokenId, Stuck>> {
+        match self.found[row] {
+            Draw::UNDECIDED => None,
+            TokenId::MAX => Some(Err(Stuck::NoLogits)),
+            token => Some(Ok(token)),
+        }
     }
 
-    fn compute_logits(&mut self, model: &Model, rows: Range<usize>) -> Result<(), Error> {
-        let floats = rows.len() * self.sizes.logits;
+    fn compute_logits(
+        &mut self,
+        model: &Model,
+        rows: Range<usize>,
+        wanted: &dyn Fn(usize) -> bool,
+    ) -> Result<(), Error> {
+        let (count, stride) = (rows.len(), self.sizes.logits);
         self.head(&model.decoder, rows)?;
-        // SAFETY: any bytes are f32s.
-        let bytes = unsafe { std::slice::from_raw_parts_mut(self.logits.as_mut_ptr().cast(), floats * 4) };
-        self.device.download(self.buffers.logits, bytes)
+        let mut row = 0;
+        while row < count {
+            // Rows that follow each other come down as one.
+            let run = (row..count).take_while(|row| wanted(*row)).count();
+            if run > 0 {
+                let to = &mut self.logits[row * stride..][..run * stride];
+                // SAFETY: any bytes are f32s.
+                let bytes = unsafe { std::slice::from_raw_parts_mut(to.as_mut_ptr().cast(), run * stride * 4) };
+                self.device.download(self.buffers.logits.part(row * stride * 4, run * stride * 4), bytes)?;
+            }
+            row += run + 1;
+        }
+        Ok(())
     }
 
     fn logits(&self) -> Logits<'_> {
@@ -202,7 +225,7 @@ impl Cuda {
             }
         };
         self.device.replay(graph)?;
-        (self.rows, self.hidden, self.drawn) = (bucket.rows, self.buffers.input, bucket.rows);
+        (self.rows, self.hidden, self.computed) = (bucket.rows, self.buffers.input, 0..bucket.rows);
         self.device.mark(0)
     }
 
@@ -212,14 +235,14 @@ impl Cuda {
         let Capacity { rows: most, sequences, .. } = self.sizes.capacity;
         for longest in [1, self.sizes.context] {
             for rows in (0..).map(|power| 1 << power).take_while(|rows| *rows <= most.min(sequences)) {
-                self.launch_decode(decoder, Bucket { rows, longest })?;
+                self.launch_decode(decoder, Bucket { rows, longest, races: self.races })?;
             }
         }
         // Kernels of linears change with the number of rows or pairs, those of attention with that of a sequence's rows; none at less than its double.
         for tokens in (1..).map(|power| 1 << power).take_while(|tokens| *tokens < most).chain([most]) {
             let span = Span { first: 0, tokens, start: 0, pages: &[], adapter: None, leaves: false };
             let kept = Span { tokens: 1, start: tokens - 1, ..span };
-            let places = [Place { row: 0, token: tokens - 1 }];
+            let places = [Place { row: 0, token: tokens - 1, race: None }];
             let tokens = vec![0; tokens];
             let pass = Pass { tokens: &tokens, spans: &[span], places: &places, kept: &[kept] };
             self.launch_pass(decoder, &pass)?;
@@ -240,7 +263,7 @@ impl Cuda {
     }
 
     fn launch_decode(&mut self, decoder: &Decoder, bucket: Bucket) -> Result<(), Error> {
-        let Bucket { rows, longest } = bucket;
+        let Bucket { rows, longest, races } = bucket;
         let all = Part { first: 0, count: rows, rows, most_rows: 1, longest };
         let (residual, qkv) = (self.buffers.residual, self.buffers.qkv);
         let at = At { rows, residual, qkv, sequences: self.parts.sequences, parts: [all, Part::default()] };
@@ -250,7 +273,7 @@ impl Cuda {
             self.finish_block(decoder, &at, layer)?;
         }
         self.norm(decoder, &at, Some(self.weights.final_norm))?;
-        self.launch_head(decoder, self.buffers.input, at.rows)
+        self.launch_head(decoder, self.buffers.input, at.rows, races)
     }
 
     /// Asks for all of a pass, up to the head's inputs, and marks where each layer's pages are final.
@@ -259,7 +282,7 @@ impl Cuda {
         let group = decoder.heads / decoder.kv_heads;
         let (rows, parts) = (pass.tokens.len(), Part::cut(pass.spans, group));
         let mut at = At { rows, residual, qkv, sequences: self.parts.sequences, parts };
-        (self.rows, self.hidden, self.drawn) = (pass.places.len(), input, 0);
+        (self.rows, self.hidden, self.computed) = (pass.places.len(), input, 0..0);
         let last = self.weights.blocks.len() - 1;
         self.embed(decoder, &at)?;
         for layer in 0..=last {
@@ -561,18 +584,23 @@ impl Cuda {
         self.call(&gather.call())
     }
 
-    /// Computes the logits of `rows` and finds the largest of each, unless the pass has.
+    /// Computes the logits of `rows` and finds their tokens, unless that was done.
     fn head(&mut self, decoder: &Decoder, rows: Range<usize>) -> Result<(), Error> {
-        assert!(rows.end <= self.rows && rows.len() <= self.sizes.logits_rows, "rows {rows:?} of {}", self.rows);
-        if rows.start == 0 && rows.end <= self.drawn {
+        let most = self.sizes.capacity.logits_rows;
+        assert!(rows.end <= self.rows && rows.len() <= most, "rows {rows:?} of {}", self.rows);
+        if rows.start == self.computed.start && rows.end <= self.computed.end {
             return Ok(());
         }
-        self.drawn = 0;
-        let bytes = self.sizes.residual * 2;
-        self.launch_head(decoder, self.hidden.part(rows.start * bytes, rows.len() * bytes), rows.len())
+        self.computed = 0..0;
+        let races = self.words.races(rows.clone());
+        races.map_or(Ok(()), |races| self.device.upload(self.parts.races, races))?;
+        let (bytes, races) = (self.sizes.residual * 2, races.is_some());
+        self.launch_head(decoder, self.hidden.part(rows.start * bytes, rows.len() * bytes), rows.len(), races)?;
+        self.computed = rows;
+        Ok(())
     }
 
-    fn launch_head(&mut self, decoder: &Decoder, from: Region, rows: usize) -> Result<(), Error> {
+    fn launch_head(&mut self, decoder: &Decoder, from: Region, rows: usize, races: bool) -> Result<(), Error> {
         let (logits, stride, head) = (self.buffers.logits, self.sizes.logits, self.weights.head);
         self.linear(&head, rows, (from, self.sizes.residual), (logits, stride), Finish::Store)?;
         let (scale, cap) = (decoder.logit_scale, decoder.logit_cap);
@@ -580,7 +608,22 @@ impl Cuda {
         if scale != 1.0 || cap.is_some() {
             self.call(&Cap { rows, logits, stride, columns, scale, cap }.call())?;
         }
-        let to = self.buffers.largest.address;
-        self.call(&Largest { rows, logits, to, stride, columns }.call())
+        let to = self.buffers.tokens.address;
+        self.call(&Largest { rows, logits, to, stride, columns }.call())?;
+        if !races {
+            return Ok(());
+        }
+        let draw = Draw {
+            rows,
+            logits,
+            stride,
+            columns,
+            terms: self.parts.races.address,
+            to,
+            edges: self.buffers.edges.address,
+            leads: self.buffers.leads.address,
+            counters: self.buffers.lead_counters.address,
+        };
+        draw.calls().iter().try_for_each(|call| self.call(call))
     }
 }

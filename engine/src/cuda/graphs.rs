@@ -1,5 +1,5 @@
-//! Steps that only decode are replayed: what is asked of the device depends on how many rows there are and how long their sequences may be,
-//! so one graph serves every step whose rows and lengths round up to the same numbers. All else is in device memory.
+//! Steps that only decode are replayed: what is asked of the device depends on how many rows there are, how long their sequences may be and whether tokens
+//! are drawn, so one graph serves every step whose rows and lengths round up to the same numbers. All else is in device memory.
 //!
 //! A graph is made when it is first needed, which takes some milliseconds; there are few, because numbers are rounded up coarsely.
 
@@ -14,6 +14,8 @@ pub(super) struct Bucket {
     pub(super) rows: usize,
     /// Positions of the longest sequence, at most.
     pub(super) longest: usize,
+    /// Whether tokens are drawn, and not only the most likely ones found.
+    pub(super) races: bool,
 }
 
 /// The graphs made so far.
@@ -34,7 +36,8 @@ impl Bucket {
         }
         let longest = pass.spans.iter().map(|span| span.start + 1).max().unwrap_or(0);
         let longest = longest.next_power_of_two().max(SHORTEST).min(context);
-        Some(Self { rows: rounded_up(count).min(rows), longest })
+        let races = pass.places.iter().any(|place| place.race.is_some());
+        Some(Self { rows: rounded_up(count).min(rows), longest, races })
     }
 }
 
@@ -65,9 +68,9 @@ mod tests {
                 .enumerate()
                 .map(|(first, &start)| Span { first, tokens: 1, start, pages: &pages, adapter: None, leaves: false })
                 .collect();
-            let places: Vec<Place> = (0..places).map(|row| Place { row, token: 0 }).collect();
+            let places: Vec<Place> = (0..places).map(|row| Place { row, token: 0, race: None }).collect();
             let pass = Pass { tokens: &vec![1; tokens], spans: &spans, places: &places, kept: &spans };
-            let expected = expected.map(|(rows, longest)| Bucket { rows, longest });
+            let expected = expected.map(|(rows, longest)| Bucket { rows, longest, races: false });
             assert_eq!(Bucket::of(&pass, 6, 900), expected, "{starts:?} {tokens}");
         };
         check(&[5], 1, 1, Some((1, 512)));

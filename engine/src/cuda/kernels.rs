@@ -10,12 +10,14 @@
 //! Buffers begin at multiples of 256 bytes, and rows of 16-bit floats at multiples of 16. Strides count elements.
 
 mod codes;
+mod draw;
 mod experts;
 mod linear;
 mod pages;
 mod rows;
 
 pub(crate) use codes::Codes;
+pub(crate) use draw::Draw;
 pub(crate) use experts::{Choose, Cut, Group, Mix, Pairs};
 pub(crate) use linear::{Finish, Linear, LinearShape};
 pub(crate) use pages::{Attention, HeadNorms, Pages, Rotary, Share};
@@ -25,6 +27,7 @@ pub(crate) use rows::{Cap, Embed, Gather, Largest, Norm, NormTo, Reorder, Table}
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Source {
     Rows,
+    Draw,
     Linear,
     Codes,
     Experts,
@@ -39,6 +42,7 @@ impl Source {
         const PAGES: (&str, &str) = ("pages.cu", include_str!("kernels/pages.cu"));
         match self {
             Source::Rows => &[("rows.cu", include_str!("kernels/rows.cu"))],
+            Source::Draw => &[("draw.cu", include_str!("kernels/draw.cu"))],
             Source::Linear => &[LINEAR],
             Source::Codes => &[LINEAR, ("codes.cu", include_str!("kernels/codes.cu"))],
             Source::Experts => &[("experts.cu", include_str!("kernels/experts.cu"))],

@@ -164,7 +164,8 @@ impl Engine {
             scratch: (0..threads).map(|_| Mutex::new(Scratch::new(limits.vocab_size))).collect(),
             written: vec![0; limits.pages],
             steps: 0,
-            logits_kept: false,
+            open: Vec::new(),
+            logits_kept: Vec::new(),
             logits_rows: Vec::new(),
         })
     }

@@ -163,23 +163,90 @@ fn pages_leave_and_land() {
     assert!(logits(&mut source, &tokens, 70, &here, false) == logits(&mut target, &tokens, 70, &there, false));
 }
 
-/// Decodes `steps` steps of `batch` sequences of the model at `path` on an engine whose card computes nothing, and returns what it was asked meanwhile:
-/// memory, uploads, calls, waits.
-fn asked(path: &str, batch: usize, steps: usize, sampling: &Sampling) -> Vec<[usize; 4]> {
+/// Continues some sequences of the model at `path` in one batch, each by its own sampling, and returns what was drawn.
+fn continuations(path: &str, unit: Unit, samplings: &[Sampling]) -> Vec<Vec<TokenId>> {
+    let mut engine = unit.engine(load(path), &small_config());
+    let vocab = engine.model().info().vocab_size;
+    let pages = |at: usize| (at as u32 * 4..at as u32 * 4 + 4).map(PageId).collect::<Vec<_>>();
+    // A sequence is what its seed says, wherever it stands in the batch.
+    let prompt = |seed: u64| (0..10 + seed as u32).map(|at| (at * 37 + seed as u32) % vocab).collect::<Vec<_>>();
+    let (pages, prompts): (Vec<_>, Vec<_>) =
+        samplings.iter().enumerate().map(|(at, sampling)| (pages(at), prompt(sampling.seed))).unzip();
+    let mut tokens = prompts.clone();
+    for step in 0..24 {
+        let row = |at: usize| {
+            let (sampling, history, prompt_tokens) = (&samplings[at], &tokens[at][..], prompts[at].len());
+            let sample = Sample { sampling, history, prompt_tokens, forbidden: &[], min_tokens: 0, grammar: None };
+            let start = if step == 0 { 0 } else { history.len() - 1 };
+            Row { tokens: &history[start..], start, pages: &pages[at], sample: Some(sample), ..Row::default() }
+        };
+        let rows: Vec<Row<'_>> = (0..samplings.len()).map(row).collect();
+        let yields = engine.step(&rows, &mut |_| {}).expect("good rows");
+        let drawn: Vec<TokenId> = yields.iter().map(|made| made.sampled[0].token).collect();
+        tokens.iter_mut().zip(drawn).for_each(|(tokens, drawn)| tokens.push(drawn));
+    }
+    tokens.iter().zip(&prompts).map(|(tokens, prompt)| tokens[prompt.len()..].to_vec()).collect()
+}
+
+/// Draws by every kind of sampling, by the card and by the host from the card's logits, alone and in batches.
+fn check_draws(path: &str, unit: Unit) {
+    let warm = |seed| Sampling { temperature: 0.8, seed, ..Sampling::default() };
+    let by_card = [
+        warm(1),
+        Sampling { top_k: 20, ..warm(2) },
+        Sampling { top_p: 0.9, temperature: 1.5, ..warm(3) },
+        Sampling { min_p: 0.05, ..warm(4) },
+        Sampling { top_k: 50, top_p: 0.95, min_p: 0.01, temperature: 1.0, ..warm(5) },
+        Sampling { temperature: 0.0, ..warm(6) },
+    ];
+    // A bias for a token that is none changes nothing, but the host does not know.
+    let by_host = by_card.clone().map(|sampling| Sampling { logit_bias: vec![(TokenId::MAX, 1.0)], ..sampling });
+    let expected = continuations(path, unit, &by_host);
+    assert_eq!(continuations(path, unit, &by_card), expected, "{path}");
+    let mixed: Vec<Sampling> =
+        by_card.iter().zip(&by_host).enumerate().map(|(at, (card, host))| [card, host][at % 2].clone()).collect();
+    assert_eq!(continuations(path, unit, &mixed), expected, "{path}, half of them by the host");
+    for (sampling, expected) in by_card.into_iter().zip(expected) {
+        assert_eq!(continuations(path, unit, std::slice::from_ref(&sampling)), [expected], "{path} {sampling:?} alone");
+    }
+}
+
+#[test]
+fn a_card_draws_what_the_host_draws() {
+    check_draws("tests/golden/llama", Unit::Card(Order::Forward));
+    check_draws("tests/golden/gemma2", Unit::Card(Order::Backward));
+}
+
+/// Decodes `steps` steps of sequences of the model at `path`, one for each of `samplings`, on an engine whose card computes nothing, and returns what it
+/// was asked meanwhile: memory, uploads, calls, waits, bytes that come down.
+fn asked(path: &str, steps: usize, samplings: &[Sampling]) -> Vec<[usize; 5]> {
     let device = Emulated::recording();
     let asked = device.asked();
     let config = Config { kv_bytes: Some(1 << 20), ..small_config() };
     let mut engine = Engine::on_device(load(path), &config, Box::new(device)).expect("an engine");
-    let pages: Vec<Vec<PageId>> = (0..batch as u32).map(|at| (at * 8..at * 8 + 8).map(PageId).collect()).collect();
-    let counts = || [&asked.allocations, &asked.uploads, &asked.calls, &asked.waits].map(|count| count.load(Relaxed));
+    let pages: Vec<Vec<PageId>> =
+        (0..samplings.len() as u32).map(|at| (at * 8..at * 8 + 8).map(PageId).collect()).collect();
+    let counts = || {
+        let counts = [&asked.allocations, &asked.uploads, &asked.calls, &asked.waits, &asked.downloaded];
+        counts.map(|count| count.load(Relaxed))
+    };
     let mut before = counts();
     (0..steps)
         .map(|step| {
             let history = vec![1; 30 + step];
-            let sample =
-                Sample { sampling, history: &history, prompt_tokens: 30, forbidden: &[], min_tokens: 0, grammar: None };
-            let row = |pages| Row { tokens: &[7], start: 29 + step, pages, sample: Some(sample), ..Row::default() };
-            let rows: Vec<Row<'_>> = pages.iter().map(|pages| row(&pages[..])).collect();
+            let sample = |sampling| Sample {
+                sampling,
+                history: &history,
+                prompt_tokens: 30,
+                forbidden: &[],
+                min_tokens: 0,
+                grammar: None,
+            };
+            let row = |(pages, sampling)| {
+                let sample = Some(sample(sampling));
+                Row { tokens: &[7], start: 29 + step, pages, sample, ..Row::default() }
+            };
+            let rows: Vec<Row<'_>> = pages.iter().map(|pages| &pages[..]).zip(samplings).map(row).collect();
             let mut layers = 0;
             engine.step(&rows, &mut |_| layers += 1).expect("good rows");
             assert_eq!(layers, 3);
@@ -193,17 +260,36 @@ fn asked(path: &str, batch: usize, steps: usize, sampling: &Sampling) -> Vec<[us
 
 #[test]
 fn a_step_that_decodes_is_one_copy_one_graph_and_one_wait_for_its_tokens() {
+    let warm = Sampling { temperature: 0.7, seed: 3, ..Sampling::default() };
     for (path, batch, sampling) in [
         ("tests/golden/llama", 1, Sampling::default()),
         ("tests/golden/llama", 5, Sampling::default()),
-        ("tests/golden/llama", 16, Sampling { temperature: 0.7, seed: 3, ..Sampling::default() }),
+        ("tests/golden/llama", 1, warm.clone()),
+        ("tests/golden/llama", 16, Sampling { top_k: 20, top_p: 0.9, min_p: 0.01, ..warm }),
         ("tests/golden/qwen3moe", 1, Sampling::default()),
         ("tests/golden/qwen3moe", 16, Sampling::default()),
     ] {
-        let steps = asked(path, batch, 6, &sampling);
+        let steps = asked(path, 6, &vec![sampling; batch]);
         // The first makes the graph. A wait for a mark that was passed long ago costs nothing, but is counted.
-        assert!(steps[1..].iter().all(|step| *step == [0, 1, 1, 2]), "{path} {batch}: {steps:?}");
+        assert!(steps[1..].iter().all(|step| *step == [0, 1, 1, 2, 4 * batch]), "{path} {batch}: {steps:?}");
     }
+}
+
+#[test]
+fn only_logits_that_are_needed_come_down() {
+    let path = "tests/golden/llama";
+    let warm = Sampling { temperature: 0.7, seed: 3, ..Sampling::default() };
+    let row_bytes = 4 * (load(path).info().vocab_size as usize).next_multiple_of(64);
+    let check = |watched: &[usize], waits: usize, bytes: usize| {
+        let mut samplings = vec![warm.clone(); 16];
+        watched.iter().for_each(|at| samplings[*at].logprobs = Some(0));
+        let steps = asked(path, 4, &samplings);
+        assert!(steps[1..].iter().all(|step| *step == [0, 1, 1, waits, bytes]), "{watched:?}: {steps:?}");
+    };
+    check(&[3], 3, 64 + row_bytes);
+    // Neighbours come down together, and tokens only where some are found.
+    check(&[3, 4, 15], 4, 64 + 3 * row_bytes);
+    check(&(0..16).collect::<Vec<_>>(), 2, 16 * row_bytes);
 }
 
 #[test]
@@ -257,5 +343,11 @@ mod on_a_card {
     #[ignore = "needs a card"]
     fn bits_in_any_batch_and_in_any_chunks() {
         INVARIANT.iter().for_each(|path| check_invariance(path, REAL, REAL));
+    }
+
+    #[test]
+    #[ignore = "needs a card"]
+    fn draws_are_those_of_the_host() {
+        check_draws("tests/golden/llama", REAL);
     }
 }

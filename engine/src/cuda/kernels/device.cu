@@ -149,3 +149,6 @@ DEVICE u32 count_up(u32 *counter) {
 }
 // What other blocks wrote before they counted up is seen by what follows.
 DEVICE void see_others(void) { __threadfence(); }
+
+// Adds in shared memory; threads of the block may do so at once.
+DEVICE void add_shared(u32 *to, u32 value) { atomicAdd(to, value); }
