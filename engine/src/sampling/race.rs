@@ -77,6 +77,12 @@ mod tests {
     use super::*;
     use crate::Sampling;
 
+    /// The race for the third token of an output, the first two of which are there.
+    fn race(sampling: &Sampling) -> Option<Race> {
+        let history = &[1, 2, 3];
+        Sample { sampling, history, prompt_tokens: 1, forbidden: &[], min_tokens: 0, grammar: None }.race()
+    }
+
     #[test]
     fn min_p_is_a_distance() {
         for temperature in [1e-5, 0.01, 0.3, 0.7, 1.0, 1.3, 2.0, 100.0, 1e20] {
@@ -94,15 +100,7 @@ mod tests {
     #[test]
     fn what_changes_single_logits_does_not_race() {
         let check = |sampling: Sampling, expected: bool| {
-            let sample = Sample {
-                sampling: &sampling,
-                history: &[1, 2, 3],
-                prompt_tokens: 1,
-                forbidden: &[],
-                min_tokens: 0,
-                grammar: None,
-            };
-            assert_eq!(sample.race().is_some(), expected, "{sampling:?}");
+            assert_eq!(race(&sampling).is_some(), expected, "{sampling:?}");
         };
         let warm = Sampling { temperature: 0.7, ..Sampling::default() };
         check(warm.clone(), true);
@@ -122,15 +120,7 @@ mod tests {
     fn terms_are_words() {
         let sampling =
             Sampling { temperature: 0.5, top_k: 3, top_p: 0.25, seed: 7 << 32 | 5, choice: 4, ..Sampling::default() };
-        let sample = Sample {
-            sampling: &sampling,
-            history: &[1, 2, 3],
-            prompt_tokens: 1,
-            forbidden: &[],
-            min_tokens: 0,
-            grammar: None,
-        };
-        let words = sample.race().expect("it races").words();
+        let words = race(&sampling).expect("it races").words();
         assert_eq!(words, [2f32.to_bits(), f32::MAX.to_bits(), 5, 7, 4, 2, 3, 0.25f32.to_bits()]);
     }
 }
