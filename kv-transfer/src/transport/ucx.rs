@@ -41,6 +41,7 @@
 //! **Memory.** What UCX takes for a worker per link at either end; the pool is registered once.
 
 mod allocated;
+mod directory;
 mod handles;
 mod maps;
 mod owner;
@@ -57,6 +58,7 @@ use crate::{
     pages::Pages,
     plan::Terms,
 };
+use directory::Directory;
 use handles::Context;
 use owner::{Command, Connect, Owner};
 use serde::{Deserialize, Serialize};
@@ -341,6 +343,8 @@ impl Drop for Source {
 /// Opens the library and the devices that `config` allows.
 fn open(config: &UcxConfig) -> Result<Arc<Context>, String> {
     let api = ucx_sys::load(config.library.as_deref(), heard).map_err(|error| error.to_string())?;
+    let directory = Directory::new()?;
+    let files = directory.path().to_owned();
     let mut settings = vec![
         // Else UCX's posix is hidden from endpoints that are to survive their peer.
         ("MM_ERROR_HANDLING", "y"),
@@ -354,12 +358,15 @@ fn open(config: &UcxConfig) -> Result<Arc<Context>, String> {
     ];
     // What the operator has set for UCX stands.
     settings.retain(|(name, _)| std::env::var_os(format!("UCX_{name}")).is_none());
+    // Except for these: see there.
+    settings.extend([("POSIX_USE_PROC_LINK", "n"), ("POSIX_DIR", &files)]);
     if !api.at_least((1, 17)) {
         // Settings of a transport were named without it.
-        settings.iter_mut().for_each(|(name, _)| *name = name.strip_prefix("TCP_").unwrap_or(name));
+        let plain = |name: &'static str| name.strip_prefix("TCP_").or(name.strip_prefix("POSIX_")).unwrap_or(name);
+        settings.iter_mut().for_each(|(name, _)| *name = plain(name));
     }
     settings.extend(config.tls.as_deref().map(|tls| ("TLS", tls)));
-    Context::open(api, &settings)
+    Context::open(api, &settings, directory)
 }
 
 fn heard(level: ucx_sys::Level, text: &str) {

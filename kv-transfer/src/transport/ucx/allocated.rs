@@ -2,7 +2,7 @@
 //!
 //! Over RDMA any memory can be written once it is registered. UCX's shared memory transport (`posix`) writes by itself only into
 //! memory that UCX allocated; into any other it sends messages that the target copies out of. Its memory is a file like any
-//! other pool, found by way of `/proc/self`.
+//! other pool, whose name the system knows.
 
 use super::{
     UcxConfig,
@@ -11,7 +11,7 @@ use super::{
     open,
 };
 use std::{
-    fs::{self, File},
+    fs::File,
     os::unix::fs::MetadataExt,
     sync::{Arc, Mutex, PoisonError, Weak},
 };
@@ -76,9 +76,5 @@ pub(super) fn name(file: &File) -> FileId {
 
 /// Returns the file that is mapped at `address`, opened again.
 fn file_at(address: usize) -> Option<File> {
-    let inode = Region::at(address).map(|region| region.inode).filter(|inode| *inode > 0)?;
-    let files = fs::read_dir("/proc/self/fd").ok()?.flatten().map(|entry| entry.path());
-    let mut ours =
-        files.filter(|path| fs::metadata(path).is_ok_and(|metadata| metadata.ino() == inode && metadata.is_file()));
-    File::options().read(true).write(true).open(ours.next()?).ok()
+    File::options().read(true).write(true).open(Region::at(address)?.path).ok()
 }

@@ -3,7 +3,7 @@
 //! A worker and its endpoints belong to one thread (thread mode single) and are not [`Send`]; a context and memory may be made
 //! on one thread and used on another, never on two at once.
 
-use super::maps::Region;
+use super::{directory::Directory, maps::Region};
 use std::{
     cell::Cell,
     ffi::{CStr, CString},
@@ -47,6 +47,8 @@ fn printed(print: impl FnOnce(*mut libc::FILE)) -> String {
 pub(super) struct Context {
     pub(super) api: &'static Api,
     raw: sys::Context,
+    /// Where it keeps files, removed after it.
+    _directory: Directory,
 }
 
 // SAFETY: UCX ties a context to no thread; that no two use it at once is what the module demands of its callers.
@@ -55,8 +57,12 @@ unsafe impl Send for Context {}
 unsafe impl Sync for Context {}
 
 impl Context {
-    /// Opens devices with `settings` (names as in `ucx_info -c`, without `UCX_`) on top of the environment's.
-    pub(super) fn open(api: &'static Api, settings: &[(&str, &str)]) -> Result<Arc<Self>, String> {
+    /// Opens devices with `settings` (names as in `ucx_info -c`, without `UCX_`) on top of the environment's, files in `directory`.
+    pub(super) fn open(
+        api: &'static Api,
+        settings: &[(&str, &str)],
+        directory: Directory,
+    ) -> Result<Arc<Self>, String> {
         let mut config = ptr::null_mut();
         // SAFETY: reads the defaults and the environment.
         check(api, unsafe { (api.ucp_config_read)(ptr::null(), ptr::null(), &mut config) }, "read UCX settings")?;
@@ -74,7 +80,7 @@ impl Context {
             let mut raw = ptr::null_mut();
             // SAFETY: parameters of that version, and a live configuration.
             let status = unsafe { (api.ucp_init_version)(major, minor, &params, config, &mut raw) };
-            check(api, status, "open UCX devices").map(|()| Arc::new(Self { api, raw }))
+            check(api, status, "open UCX devices").map(|()| Arc::new(Self { api, raw, _directory: directory }))
         };
         let context = set();
         // SAFETY: read above, and nobody uses it any more.

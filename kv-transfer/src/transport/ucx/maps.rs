@@ -1,6 +1,6 @@
 //! What the system says is mapped in this process (`/proc/self/maps`).
 
-use std::{fs, ops::Range};
+use std::{fs, ops::Range, path::PathBuf};
 
 /// Memory that is mapped as one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -8,10 +8,8 @@ pub(super) struct Region {
     addresses: Range<usize>,
     /// Of `rwxs`, what holds.
     access: String,
-    /// Of the file that is mapped; 0 = none.
-    pub(super) inode: u64,
-    /// Of the file, as it was named.
-    path: String,
+    /// Of the file that is mapped.
+    pub(super) path: PathBuf,
 }
 
 impl Region {
@@ -22,14 +20,13 @@ impl Region {
     }
 
     fn of_line(line: &str) -> Option<Self> {
-        // "7f1200000000-7f1210000000 rw-s 00000000 00:01 4711    /dev/shm/ucx_shm_posix_2a (deleted)"
+        // "7f1200000000-7f1210000000 rw-s 00000000 00:01 4711    /dev/shm/baton-ucx-7/ucx_shm_posix_2a"
         let mut fields = line.split_whitespace();
         let (start, end) = fields.next()?.split_once('-')?;
         let number = |text| usize::from_str_radix(text, 16).ok();
         let addresses = number(start)?..number(end)?;
         let access = fields.next()?.to_owned();
-        let inode = fields.nth(2)?.parse().ok()?;
-        Some(Self { addresses, access, inode, path: fields.next().unwrap_or_default().to_owned() })
+        Some(Self { addresses, access, path: fields.nth(3).unwrap_or_default().into() })
     }
 
     /// Says whether all of `bytes` from `start` on lie in it.
@@ -45,7 +42,7 @@ impl Region {
 
     /// Says whether it is a device's to take away.
     pub(super) fn is_of_device(&self) -> bool {
-        self.path.starts_with("/dev/") && !self.path.starts_with("/dev/shm/")
+        self.path.starts_with("/dev") && !self.path.starts_with("/dev/shm")
     }
 }
 
@@ -60,16 +57,16 @@ mod tests {
             assert_eq!((region.is_shared(), region.is_of_device()), (shared, device), "{line}");
             region
         };
-        let posix = "7f1200000000-7f1210000000 rw-s 00000000 00:01 4711       /dev/shm/ucx_shm_posix_2a (deleted)";
+        let posix = "7f1200000000-7f1210000000 rw-s 00000000 00:01 4711       /dev/shm/baton-ucx-7/ucx_shm_posix_2a";
         let region = check(posix, true, false);
-        assert_eq!(region.inode, 4711);
+        assert_eq!(region.path.to_str(), Some("/dev/shm/baton-ucx-7/ucx_shm_posix_2a"));
         let (start, bytes) = (0x7f12_0000_0000, 0x1000_0000);
         assert!(region.holds(start, bytes) && region.holds(start + bytes - 1, 1));
         assert!(!region.holds(start, bytes + 1) && !region.holds(start - 1, 1) && !region.holds(start, usize::MAX));
         check("7f1200000000-7f1210000000 rw-s 00000000 00:01 32769 /SYSV00000000 (deleted)", true, false);
         check("7f1200000000-7f1210000000 rw-s 00000000 00:06 1085 /dev/xpmem", true, true);
         check("7f1200000000-7f1210000000 r--s 00000000 00:01 4711 /dev/shm/other", false, false);
-        assert_eq!(check("7f1200000000-7f1210000000 rw-p 00000000 00:00 0 ", false, false).inode, 0);
+        assert_eq!(check("7f1200000000-7f1210000000 rw-p 00000000 00:00 0 ", false, false).path.to_str(), Some(""));
         assert_eq!(Region::of_line("nonsense"), None);
     }
 

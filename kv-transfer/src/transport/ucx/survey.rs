@@ -40,5 +40,35 @@ impl Survey {
 pub fn survey(config: &UcxConfig) -> Result<Survey, String> {
     let context = open(config)?;
     let (version, library) = (context.api.version(), context.api.path().to_owned());
-    Ok(Survey { version, library, resources: context.resources() })
+    let mut resources = context.resources();
+    if is_contained(Path::new("/proc")) {
+        // Where files have names (see `directory`), UCX connects by it among processes of the host alone.
+        resources.retain(|resource| !resource.starts_with("posix/"));
+    }
+    Ok(Survey { version, library, resources })
+}
+
+/// Says whether this process counts processes apart from the host, as a container does.
+fn is_contained(proc: &Path) -> bool {
+    // `PROC_PID_INIT_INO` of Linux: where the host's begins.
+    fs::read_link(proc.join("self/ns/pid")).is_ok_and(|name| name != Path::new("pid:[4026531836]"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn containers_count_their_own_processes() {
+        let proc = tempfile::tempdir().expect("a directory");
+        let space = proc.path().join("self/ns");
+        assert!(!is_contained(proc.path()), "unknown");
+        fs::create_dir_all(&space).expect("made");
+        for (name, contained) in [("pid:[4026531836]", false), ("pid:[4026532201]", true)] {
+            symlink(name, space.join("pid")).expect("linked");
+            assert_eq!(is_contained(proc.path()), contained, "{name}");
+            fs::remove_file(space.join("pid")).expect("removed");
+        }
+    }
 }

@@ -1,4 +1,7 @@
-use super::*;
+use super::{
+    handles::{Endpoint, Memory, Worker},
+    *,
+};
 use crate::{
     handoffs::Moved,
     inbox::{Inbox, Note},
@@ -14,17 +17,16 @@ use tokio::time::timeout;
 
 const SOON: Duration = Duration::from_secs(20);
 
-/// UCX as tests/servers/install.sh unpacks it, or the system's; `None`, said aloud, where there is none.
+/// UCX as tests/servers/install.sh unpacks it, or the system's; `None`, said aloud, where there is none with a transport of `tls`.
 pub(crate) fn config(tls: &str) -> Option<UcxConfig> {
     let unpacked = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.test-servers/ucx/lib/libucp.so.0");
-    let library = unpacked.exists().then_some(unpacked);
-    match ucx_sys::load(library.as_deref(), heard) {
-        Ok(_) => Some(UcxConfig { library, tls: Some(tls.into()) }),
-        Err(error) => {
-            eprintln!("skipped: no UCX here (tests/servers/install.sh): {error}");
-            None
-        }
+    let config = UcxConfig { library: unpacked.exists().then_some(unpacked), tls: Some(tls.into()) };
+    match survey(&config) {
+        Ok(found) if found.resources.is_empty() => eprintln!("skipped: UCX connects by none of {tls} here"),
+        Ok(_) => return Some(config),
+        Err(error) => eprintln!("skipped: no UCX here (tests/servers/install.sh): {error}"),
     }
+    None
 }
 
 struct End {
@@ -216,6 +218,29 @@ async fn a_destroyed_worker_ends_the_link() {
     assert!(contents(&pair.to.file, &pair.to.layout) == before, "nothing lands without a worker");
 }
 
+/// Under the numbers of descriptors that a destroyed worker had, its process may hold other files: a source that has begun to connect
+/// writes into none of them.
+#[test]
+fn who_connects_too_late_writes_into_no_other_file() {
+    let Some(config) = config("posix") else { return };
+    let _inside = ucx_sys::enter();
+    let (from, to) = (open(&config).expect("opened"), open(&config).expect("opened"));
+    let memory = Memory::allocate(&to, 4096).expect("allocated");
+    let worker = Worker::new(&to).expect("a worker");
+    let address = worker.address().expect("its address");
+    let endpoint = Endpoint::connect(&from, &address, &memory.key().expect("a key")).expect("connects");
+    drop(worker);
+    let layout = layout(3, 1_000);
+    let others: Vec<File> = (0..32).map(|_| pool(&layout)).collect();
+    // How it ends is UCX's affair: the control connection knows that nobody is there.
+    let _ = endpoint.probe(memory.address() as u64);
+    (0..100).for_each(|_| _ = endpoint.worker().progress());
+    assert!(
+        others.iter().all(|file| contents(file, &layout).iter().all(|byte| *byte == 0)),
+        "another file was written"
+    );
+}
+
 /// A landing outside the target's pool never reaches UCX.
 #[tokio::test]
 async fn pages_outside_the_pool_are_not_written() {
@@ -245,11 +270,12 @@ async fn what_cannot_start_says_why() {
 
 #[test]
 fn a_survey_lists_what_ucx_finds() {
-    let Some(config) = config("posix,tcp") else { return };
-    let survey = survey(&config).expect("a survey");
-    assert!(survey.resources.iter().any(|resource| resource == "posix/memory"), "{survey:?}");
-    assert!(survey.resources.iter().any(|resource| resource.starts_with("tcp/")), "{survey:?}");
-    assert!(survey.version >= (1, 13, 0));
+    for tls in ["posix", "tcp"] {
+        let Some(config) = config(tls) else { continue };
+        let survey = survey(&config).expect("a survey");
+        assert!(survey.resources.iter().all(|resource| resource.starts_with(&format!("{tls}/"))), "{survey:?}");
+        assert!(survey.version >= (1, 13, 0));
+    }
 }
 
 #[test]
