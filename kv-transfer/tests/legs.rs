@@ -66,7 +66,9 @@ struct Life {
 impl Life {
     async fn start(config: Config, name: &str, pages: u32, seed: u64) -> Self {
         let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
-        let worker = runtime.spawn(Worker::start(config, identity(name, pages), seed)).await.expect("starts");
+        // By another name than other runs': once it is dead, another run's may listen where it did, for the same hand-off.
+        let identity = identity(&format!("{name}-{}-{seed}", std::process::id()), pages);
+        let worker = runtime.spawn(Worker::start(config, identity, seed)).await.expect("starts");
         (0..pages).for_each(|page| fill(&worker, PageId(page), |_| POISON));
         Self { worker, runtime: Some(runtime) }
     }

@@ -99,8 +99,7 @@ impl Door {
 /// the word alone: UCX maps pools by itself.
 #[derive(Debug)]
 pub(crate) struct Remote {
-    pages: Option<Pages>,
-    words: Option<Arc<Words>>,
+    pool: Option<(Pages, Arc<Words>)>,
     socket: std::os::unix::net::UnixStream,
 }
 
@@ -114,18 +113,18 @@ impl Remote {
             _ => Err(io::Error::new(ErrorKind::PermissionDenied, "it is not from the worker that was dialled")),
         });
         let mapped = checked.and_then(|(layout, files)| {
-            let Some(layout): Option<PageLayout> = serde_json::from_slice(layout)? else { return Ok((None, None)) };
+            let Some(layout): Option<PageLayout> = serde_json::from_slice(layout)? else { return Ok(None) };
             if !files.iter().all(system::is_sealed) {
                 return Err(io::Error::other("its size could change"));
             }
             let [pool, words] = files;
             let words = Arc::new(Words::map(&words, layout.pages)?);
-            Ok((Some(Pages::map_foreign(&pool, layout).map_err(io::Error::other)?), Some(words)))
+            Ok(Some((Pages::map_foreign(&pool, layout).map_err(io::Error::other)?, words)))
         });
         match mapped {
-            Ok((pages, words)) => {
+            Ok(pool) => {
                 stream.write_all(&[MAPPED]).await?;
-                Ok(Self { pages, words, socket: stream.into_std()? })
+                Ok(Self { pool, socket: stream.into_std()? })
             }
             Err(error) => {
                 stream.write_all(error.to_string().as_bytes()).await?;
@@ -134,22 +133,26 @@ impl Remote {
         }
     }
 
+    fn passed(&self) -> &(Pages, Arc<Words>) {
+        self.pool.as_ref().expect("links start with a pool, and it is taken only when dropped")
+    }
+
     /// Returns the pool's layout, where it was passed.
     pub(crate) fn layout(&self) -> Option<&PageLayout> {
-        self.pages.as_ref().map(Pages::layout)
+        self.pool.as_ref().map(|(pages, _)| pages.layout())
     }
 }
 
 impl AsRef<Pages> for Remote {
     fn as_ref(&self) -> &Pages {
-        self.pages.as_ref().expect("links start with a pool, and it is taken only when dropped")
+        &self.passed().0
     }
 }
 
 impl Drop for Remote {
     fn drop(&mut self) {
         // In this order. A target that does not get the word waits for the end of this process, as it must.
-        self.pages = None;
+        self.pool = None;
         if let Err(error) = self.socket.write_all(&[UNMAPPED]) {
             tracing::debug!(%error, "say that the target's pool is unmapped");
         }

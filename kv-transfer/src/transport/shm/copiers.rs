@@ -63,12 +63,8 @@ impl Transport for Link {
 
 /// Starts writing into the pool that a target has passed.
 pub(crate) fn start_passed(remote: Remote, path: &Path, movers: &Movers, link: &LinkStop) -> Arc<dyn Transport> {
-    let words = remote.words.clone();
-    let copiers = start(remote, path, movers, link);
-    match words {
-        Some(words) => Arc::new(Link { copiers, words }),
-        None => Arc::new(copiers),
-    }
+    let words = remote.passed().1.clone();
+    Arc::new(Link { copiers: start(remote, path, movers, link), words })
 }
 
 /// Starts copiers on `movers` into the target's pool, as `remote` has it mapped. That is dropped with the last of them.
