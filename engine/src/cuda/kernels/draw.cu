@@ -225,9 +225,8 @@ KERNEL(race, RaceArguments, RACE_THREADS, 4) {
     float most, edge;
     if (terms.scale == 0.0f || largest == NONE) return;
     most = row[largest];
-    if (most == -INFINITE && THREAD == 0) args.largest[BLOCK_X] = NONE;
     // What is infinite is certain.
-    if (most == -INFINITE || most == INFINITE) return;
+    if (most == INFINITE) return;
     edge = cut ? (float)args.edges[2 * BLOCK_X + 1] : (float)BINS;
     end = end < (BLOCK_Y + 1) * RACE_PAIRS ? end : (BLOCK_Y + 1) * RACE_PAIRS;
     for (pair = BLOCK_Y * RACE_PAIRS + THREAD; pair < end; pair += RACE_THREADS) {

@@ -154,7 +154,8 @@ typedef struct {
 
 enum { LARGEST_THREADS = 1024 };
 
-// The column of the largest logit, the lowest of equals; what is no number is passed over, and a row of nothing else gives 2^32 - 1.
+// The column of the largest logit, the lowest of equals; what is no number or minus infinity is passed over, and a row of nothing
+// else gives 2^32 - 1.
 KERNEL(largest, LargestArguments, LARGEST_THREADS, 1) {
     SHARED(room);
     const float *row = args.logits + (u64)BLOCK_X * args.stride;
@@ -165,7 +166,7 @@ KERNEL(largest, LargestArguments, LARGEST_THREADS, 1) {
     u32 *columns = (u32 *)room + LARGEST_THREADS / WARP;
     for (at = THREAD; at < args.columns; at += LARGEST_THREADS) {
         float logit = row[at];
-        if (logit > best || (logit == best && column == 0xffffffffu)) {
+        if (logit > best) {
             best = logit;
             column = at;
         }

@@ -156,8 +156,9 @@ fn the_largest_is_the_lowest_of_equals() {
     };
     check(&[1.0], 0);
     check(&[f32::NAN; 40], u32::MAX);
-    check(&[f32::NAN, f32::NEG_INFINITY, f32::NAN], 1);
-    check(&[f32::NEG_INFINITY; 2000], 0);
+    check(&[f32::NAN, f32::NEG_INFINITY, f32::NAN], u32::MAX);
+    check(&[f32::NEG_INFINITY; 2000], u32::MAX);
+    check(&[f32::NEG_INFINITY, f32::MIN], 1);
     let mut row = noises(9, 5000);
     (row[17], row[1041], row[4999]) = (f32::NAN, 2.0, 2.0);
     check(&row, 1041);
