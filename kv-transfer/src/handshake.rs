@@ -226,7 +226,7 @@ mod tests {
         );
         check(offer("decode", |_, identity| identity.layout.layers = 9), "page layout: layers: yours 3, ours 9");
         check(offer("someone", same), "worker: you want `decode`, this is `someone`");
-        assert_eq!(foreign(7), "protocol: yours 7, ours 4");
+        assert_eq!(foreign(7), "protocol: yours 7, ours 5");
     }
 
     #[test]

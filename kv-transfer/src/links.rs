@@ -21,7 +21,7 @@ use crate::{
         memory::{self, Registration},
         shm::{self, Door, Remote, Shared, Writer},
         tcp::{self, Receiver},
-        ucx::{LinkPath, Ucx, Way, Window},
+        ucx::{LinkPath, Opening, Ucx, Way, Window},
     },
 };
 use ::metrics::Counter;
@@ -112,16 +112,34 @@ async fn let_in(
     Ok((writer, ucx.accept(token).await?))
 }
 
-/// Welcomes a source. Over UCX the link is up once the source has seen bytes go there and back.
-async fn welcome_source(stream: &mut Socket, welcome: Welcome) -> io::Result<()> {
-    let by_ucx = welcome.ucx.is_some();
+/// Welcomes a source. Over `ucx` the link is up once the source has seen bytes go there and back.
+async fn welcome_source(stream: &mut Socket, welcome: Welcome, ucx: Option<&Ucx>) -> io::Result<()> {
+    let token = welcome.token;
     link::send(stream, &Greeting::Welcome(welcome)).await?;
-    match by_ucx {
-        false => Ok(()),
-        true => match link::receive(stream).await? {
-            Greeting::Connected => Ok(()),
-            other => Err(io::Error::other(format!("unexpected greeting {other:?}"))),
-        },
+    let Some(ucx) = ucx else { return Ok(()) };
+    let unexpected = |other: Greeting| io::Error::other(format!("unexpected greeting {other:?}"));
+    match link::receive(stream).await? {
+        Greeting::Calling(address) => ucx.meet(token, address).await.map_err(io::Error::other)?,
+        other => return Err(unexpected(other)),
+    }
+    link::send(stream, &Greeting::Expected).await?;
+    match link::receive(stream).await? {
+        Greeting::Connected => Ok(()),
+        other => Err(unexpected(other)),
+    }
+}
+
+/// Connects to a target over UCX, which learns beforehand from where.
+async fn call(stream: &mut Socket, mut opening: Opening) -> Result<Way, String> {
+    let address = std::mem::take(&mut opening.address);
+    let asked = async {
+        link::send(stream, &Greeting::Calling(address)).await?;
+        link::receive(stream).await
+    };
+    match timeout(opening.limit, asked).await.map_err(io::Error::from).flatten() {
+        Ok(Greeting::Expected) => opening.connect().await,
+        Ok(other) => Err(format!("unexpected greeting {other:?}")),
+        Err(error) => Err(format!("tell the target: {error}")),
     }
 }
 
@@ -218,7 +236,11 @@ impl Links {
         let Reached { mut stream, welcome, terms, remote, .. } = reached;
         let (digest, emulated) = (welcome.digest, self.offer.without(TransportKind::Ucx).is_none());
         let path = LinkPath { terms: terms.clone(), digest, emulated, say: say.clone() };
-        let reason = match ucx.connect(window, path, remote, stop).await {
+        let way = match ucx.open(window, path, remote, stop).await {
+            Ok(opening) => call(&mut stream, opening).await,
+            Err(reason) => Err(reason),
+        };
+        let reason = match way {
             Ok(way) => {
                 link::send(&mut stream, &Greeting::Connected).await?;
                 let transport: Arc<dyn Transport> = match way {
@@ -425,7 +447,7 @@ impl Links {
             let released = ucx.map(|_| released.clone());
             self.watch((writer, released), token, stop.clone(), place.clone());
         }
-        if let Ok(Ok(())) = timeout(HANDSHAKE_LIMIT, welcome_source(&mut stream, welcome)).await {
+        if let Ok(Ok(())) = timeout(HANDSHAKE_LIMIT, welcome_source(&mut stream, welcome, ucx)).await {
             self.run_accepted(stream, &hello, (token, transport, terms), &stop).await;
         }
         self.joinable().remove(&token);

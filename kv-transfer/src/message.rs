@@ -9,13 +9,13 @@ use crate::{
     auth::{Nonce, Proof},
     digest::Digest,
     plan::Piece,
-    transport::ucx::Window,
+    transport::ucx::{LONGEST_NAME, Window},
 };
 use kv_cache::{PageHash, PageId};
 use serde::{Deserialize, Serialize};
 
 /// Version of everything in this file. Both ends must speak the same one.
-pub(crate) const PROTOCOL: u32 = 4;
+pub(crate) const PROTOCOL: u32 = 5;
 /// Longest frame, without its length. `Open` of a sequence of a million pages fits.
 pub(crate) const LONGEST_FRAME: usize = 4 << 20;
 /// Longest reason that travels; the rest is cut.
@@ -77,6 +77,10 @@ pub(crate) enum Greeting {
     Welcome(Welcome),
     /// The target's answer: no link, and why.
     Reject { reason: String },
+    /// From the source, of a link over UCX: the address of its worker, from which it will connect.
+    Calling(Vec<u8>),
+    /// The target's answer: it may.
+    Expected,
     /// From the source, of a link over UCX: bytes have gone to the target's worker and back.
     Connected,
     /// From the source, on a further connection.
@@ -299,6 +303,8 @@ impl Greeting {
             Greeting::Challenge(nonce) => greeting(out, 20, PROTOCOL, nonce),
             Greeting::Proof(proof) => greeting(out, 21, PROTOCOL, &proof.0),
             Greeting::Connected => greeting(out, 22, PROTOCOL, &[]),
+            Greeting::Calling(address) => greeting(out, 23, PROTOCOL, address),
+            Greeting::Expected => greeting(out, 24, PROTOCOL, &[]),
             Greeting::Foreign { protocol } => greeting(out, 16, *protocol, &[]),
         });
     }
@@ -318,7 +324,11 @@ impl Greeting {
             16 => from_json(fields.0).map(Greeting::Hello),
             17 => from_json(fields.0).map(Greeting::Welcome),
             18 => Ok(Greeting::Reject { reason: fields.reason() }),
-            19..=22 => {
+            23 => match fields.0.len().checked_sub(LONGEST_NAME) {
+                None | Some(0) => Ok(Greeting::Calling(fields.0.to_vec())),
+                Some(more) => Err(Malformed::Long(more)),
+            },
+            19..=24 => {
                 let greeting = match tag {
                     19 => Greeting::Join(Join {
                         token: fields.u64()?,
@@ -327,7 +337,8 @@ impl Greeting {
                     }),
                     20 => Greeting::Challenge(fields.array()?),
                     21 => Greeting::Proof(Proof(fields.array()?)),
-                    _ => Greeting::Connected,
+                    22 => Greeting::Connected,
+                    _ => Greeting::Expected,
                 };
                 fields.end().map(|()| greeting)
             }
@@ -542,9 +553,12 @@ mod tests {
         let join = Greeting::Join(Join { token: 5, number: 6, proof: Proof([7; 32]) });
         let proof = Greeting::Proof(Proof([6; 32]));
         let (hello, welcome) = (Greeting::Hello(hello), Greeting::Welcome(welcome));
-        for greeting in [hello, Greeting::Challenge([5; 32]), proof, welcome, reject, join, Greeting::Connected] {
+        let (calling, plain) = (Greeting::Calling(vec![7; LONGEST_NAME]), [Greeting::Expected, Greeting::Connected]);
+        let all = [hello, Greeting::Challenge([5; 32]), proof, welcome, reject, join, calling];
+        for greeting in all.into_iter().chain(plain) {
             assert_eq!(greet(&greeting), Ok(greeting.clone()));
         }
+        assert_eq!(greet(&Greeting::Calling(vec![7; LONGEST_NAME + 2])), Err(Malformed::Long(2)));
     }
 
     #[test]

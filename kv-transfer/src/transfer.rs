@@ -140,9 +140,11 @@ impl Transfer {
             },
             &home,
         );
+        // The guard is made here: a runtime may end before it has polled any of this.
+        let gone = alive.clone().drop_guard();
         tokio::spawn(async move {
-            let _gone = alive.clone().drop_guard();
             alive.cancelled().await;
+            drop(gone);
         });
         Ok(Self { inner: Arc::new(inner) })
     }

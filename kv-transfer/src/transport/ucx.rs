@@ -9,8 +9,11 @@
 //! polls is a core that nobody computes on.
 //!
 //! **Handshake.** The target makes a UCX worker for the link, and `Welcome` tells its address, the key to the pool and where the
-//! pool lies ([`Window`]). UCX believes what it reads in these, so a link has authenticated itself before. The source connects
-//! and reads a word of the pool; when it cannot, both agree on something else.
+//! pool lies ([`Window`]). UCX believes what it reads in these, so a link has authenticated itself before. The source makes a worker, tells its address
+//! (`Calling`), and when the target has made an endpoint to it (`Expected`) connects and reads a word of the pool; when it cannot, both agree on
+//! something else. The target's endpoint carries nothing. Without it UCX (to 1.22 at least) makes one by itself when a source connects, and
+//! where that source is gone by then (`kill -9` will do) brings the target's process down: what it answers on was never set up
+//! (`ucp_ep_set_failed` of an endpoint without a configuration).
 //!
 //! **Who may write** is as with shared memory: the source holds a permit of each landing (see [`landing`](crate::landing)) until
 //! it vouches, which it does once a flush has shown that its puts are there, or its own copies are done. When its link is lost, it can write nothing more
@@ -28,7 +31,7 @@
 //! the target's process when the connection that it answers on has failed, which over its tcp it has when a peer was killed:
 //! `unexpected error: Endpoint timeout` (`ucp_rma_sw_send_cmpl`, `ucp_request_try_send`). No setting changes that. So a link whose
 //! lanes are no RDMA is given up for another transport, unless UCX is required. And a link that is closed ends what is under way
-//! first, if it can within 200 ms, so that only the death of a source does this.
+//! first, if it can within 200 ms, so that only the death of a source over such lanes does this.
 //!
 //! **Pools that UCX maps.** Over shared memory (`posix`, `sysv`) UCX maps memory of a peer that it allocated, and a put is a `memcpy` on
 //! its thread. There the source writes by itself: the copiers of [`shm`] get the map ([`Mapped`]) in place of one of their own
@@ -82,7 +85,7 @@ use tokio::{
 };
 
 /// Longest worker address or pool key of a peer that is believed. A few hundred bytes are usual.
-const LONGEST_NAME: usize = 4096;
+pub(crate) const LONGEST_NAME: usize = 4096;
 /// Longest a connection may take before something else is agreed on: a part of what a handshake may take.
 const CONNECT_LIMIT: Duration = Duration::from_millis(800);
 /// Longest that UCX may take to open its devices and register the pool; usually a second.
@@ -103,7 +106,7 @@ pub struct UcxConfig {
 /// What a source needs to write into a target's pool.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Window {
-    /// Of the link's worker.
+    /// Of the link's worker at the target.
     #[serde(with = "hex")]
     pub(crate) address: Vec<u8>,
     /// To the pool.
@@ -221,28 +224,32 @@ impl Ucx {
         let _ = done.await;
     }
 
-    /// Source: connects to a target, and waits until it has read something there. `word` tells a target on this host when its
-    /// pool can no longer be written. Returns the pool where UCX mapped it.
-    pub(crate) async fn connect(
+    /// Target: connects the worker of the link with `token` to the source's worker at `address`.
+    pub(crate) async fn meet(&self, token: u64, address: Vec<u8>) -> Result<(), String> {
+        let (reply, met) = oneshot::channel();
+        self.command(Command::Meet { token, address, reply })?;
+        answered(CONNECT_LIMIT, met).await?
+    }
+
+    /// Source: makes the worker of a link to a target. `word` tells a target on this host when its pool can no longer be written.
+    pub(crate) async fn open(
         &self,
         window: Window,
         path: LinkPath,
         word: Option<Remote>,
         stop: &LinkStop,
-    ) -> Result<Way, String> {
+    ) -> Result<Opening, String> {
         let (reply, answer) = oneshot::channel();
+        let (address, told) = oneshot::channel();
+        let (expect, expected) = oneshot::channel();
         let (queue, closed) = (JobQueue::new(1), Arc::new(AtomicBool::new(false)));
-        let (stop, shared) = (stop.clone(), self.shared.clone());
-        let connect = Connect { window, path, word, queue: queue.clone(), closed: closed.clone(), stop, reply };
-        // Closes the link when nobody waits for the answer any more.
-        let source = Source { queue, closed, shared };
         // Required, there is nothing to fall back to in the rest of the time.
-        let limit = if connect.path.emulated { HANDSHAKE_LIMIT } else { CONNECT_LIMIT };
-        self.command(Command::Connect(Box::new(connect)))?;
-        Ok(match answered(limit, answer).await?? {
-            Some(pages) => Way::Map(Mapped { pages, _link: source }),
-            None => Way::Puts(source),
-        })
+        let limit = if path.emulated { HANDSHAKE_LIMIT } else { CONNECT_LIMIT };
+        // Closes the link when nobody waits for the answer any more.
+        let source = Source { queue: queue.clone(), closed: closed.clone(), shared: self.shared.clone() };
+        let connect = Box::new(Connect { window, path, word, queue, closed, stop: stop.clone(), expected, reply });
+        self.command(Command::Open { connect, address })?;
+        Ok(Opening { address: answered(limit, told).await??, expect, answer, source, limit })
     }
 
     fn command(&self, command: Command) -> Result<(), String> {
@@ -306,6 +313,32 @@ pub(crate) struct Mapped {
 impl AsRef<Pages> for Mapped {
     fn as_ref(&self) -> &Pages {
         &self.pages
+    }
+}
+
+/// A source's worker that is to be connected once its target has [met](Ucx::meet) it. Dropping it ends it.
+#[derive(Debug)]
+pub(crate) struct Opening {
+    /// Of the worker.
+    pub(crate) address: Vec<u8>,
+    expect: oneshot::Sender<()>,
+    answer: oneshot::Receiver<Result<Option<Pages>, String>>,
+    source: Source,
+    /// Longest that each of the steps may take.
+    pub(crate) limit: Duration,
+}
+
+impl Opening {
+    /// Connects, and waits until something of the target's has been read. Returns the pool where UCX mapped it.
+    pub(crate) async fn connect(self) -> Result<Way, String> {
+        let Self { expect, answer, source, limit, .. } = self;
+        // A thread that is gone does not answer either.
+        let _ = expect.send(());
+        source.shared.wake();
+        Ok(match answered(limit, answer).await?? {
+            Some(pages) => Way::Map(Mapped { pages, _link: source }),
+            None => Way::Puts(source),
+        })
     }
 }
 

@@ -266,14 +266,15 @@ pub(super) enum From {
 #[derive(Debug)]
 pub(super) struct Request(NonNull<libc::c_void>);
 
-/// A connection to a peer's worker, and the key to its memory. Dropping it ends it with all that is under way and without asking the
-/// peer: no byte is read here for it, and none leaves, any more.
+/// A connection to a peer's worker, and at the source the key to its memory. Dropping it ends it with all that is under way and without
+/// asking the peer: no byte is read here for it, and none leaves, any more.
 ///
 /// It has a worker of its own, which ends with it. UCX (1.13 to 1.22) lets a flush of a closed endpoint run once more when its worker
 /// makes progress, on memory that is freed (`ucp_ep_flush_resume_slow_path_callback`); this worker makes none.
 #[derive(Debug)]
 pub(super) struct Endpoint {
     raw: sys::Ep,
+    /// Null at the target.
     key: sys::Rkey,
     worker: Worker,
     /// Set by UCX when the peer is gone. Boxed, as what follows: UCX knows its address, as long as there is a worker.
@@ -283,10 +284,10 @@ pub(super) struct Endpoint {
 }
 
 impl Endpoint {
-    /// Connects to the worker at `address`, whose memory `key` opens. Both come from a peer that has authenticated itself, as UCX
+    /// Connects `worker` to the one at `address`, whose memory `key` opens. Both come from a peer that has authenticated itself, as UCX
     /// believes what it reads in them.
-    pub(super) fn connect(context: &Arc<Context>, address: &[u8], key: &[u8]) -> Result<Self, String> {
-        let (api, worker) = (context.api, Worker::new(context)?);
+    pub(super) fn connect(worker: Worker, address: &[u8], key: Option<&[u8]>) -> Result<Self, String> {
+        let api = worker.context.api;
         let failed = Box::new(Cell::new(sys::OK));
         let params = sys::EpParams {
             field_mask: sys::EP_PARAM_REMOTE_ADDRESS | sys::EP_PARAM_ERR_MODE | sys::EP_PARAM_ERR_HANDLER,
@@ -300,6 +301,7 @@ impl Endpoint {
         // SAFETY: a live worker; the address is copied; the handler's argument outlives the worker, being dropped after it.
         check(api, unsafe { (api.ucp_ep_create)(worker.raw, &params, &mut raw) }, "connect")?;
         let mut endpoint = Self { raw, key: ptr::null_mut(), worker, failed, probed: Box::default() };
+        let Some(key) = key else { return Ok(endpoint) };
         // SAFETY: a live endpoint and a key of a peer that is believed.
         let status = unsafe { (api.ucp_ep_rkey_unpack)(raw, key.as_ptr().cast(), &mut endpoint.key) };
         check(api, status, "use the key of the peer's pool").map(|()| endpoint)

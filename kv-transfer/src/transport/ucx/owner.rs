@@ -40,8 +40,7 @@ const DOZE: Duration = Duration::from_millis(20);
 const NAP: Duration = Duration::from_micros(50);
 
 /// How long a link that is closed may take to end what is under way, before it is cut off. UCX (to 1.22 at least) brings the target's
-/// process down where it answers a connection that is gone: its request to connect (`ucp_wireup_process_request`), and puts that are
-/// messages (`ucp_rma_sw_send_cmpl`). Short, for pages wait for it.
+/// process down where it answers puts that are messages to a connection that is gone (`ucp_rma_sw_send_cmpl`). Short, for pages wait for it.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 
 /// What the thread is asked for.
@@ -49,10 +48,12 @@ const LAST_WORDS: Duration = Duration::from_millis(200);
 pub(super) enum Command {
     /// Target: make the worker of a link.
     Accept { token: u64, reply: oneshot::Sender<Result<Window, String>> },
+    /// Target: connect it to the source's, at `address`.
+    Meet { token: u64, address: Vec<u8>, reply: oneshot::Sender<Result<(), String>> },
     /// Target: destroy it.
     Release { token: u64, reply: oneshot::Sender<()> },
-    /// Source: connect.
-    Connect(Box<Connect>),
+    /// Source: make the worker of a link, and connect it once the target expects that.
+    Open { connect: Box<Connect>, address: oneshot::Sender<Result<Vec<u8>, String>> },
 }
 
 /// Who waits for a link to come up.
@@ -69,8 +70,33 @@ pub(super) struct Connect {
     pub(super) stop: LinkStop,
     /// Dropped when no write can land any more.
     pub(super) word: Option<Remote>,
+    /// Says that the target expects it.
+    pub(super) expected: oneshot::Receiver<()>,
     /// Gets the target's pool, where it is mapped.
     pub(super) reply: Reply,
+}
+
+/// A source's worker whose target does not expect it yet. It makes no progress: whatever comes is for the endpoint that it will have.
+#[derive(Debug)]
+struct Opening {
+    worker: Worker,
+    connect: Connect,
+}
+
+/// A target's end of a link: a worker, and from when the source is known an endpoint.
+#[derive(Debug)]
+enum Incoming {
+    Alone(Worker),
+    Met(Endpoint),
+}
+
+impl Incoming {
+    fn worker(&self) -> &Worker {
+        match self {
+            Self::Alone(worker) => worker,
+            Self::Met(endpoint) => endpoint.worker(),
+        }
+    }
 }
 
 /// What the thread holds. Fields are dropped in order: links and workers before memory, memory before its pages.
@@ -79,8 +105,10 @@ pub(super) struct Owner {
     links: Vec<Link>,
     /// Links that are closed and wait for what is under way, and until when.
     leaving: Vec<(Instant, Link)>,
+    /// Links that their targets do not expect yet.
+    opening: Vec<Opening>,
     /// Of links to this target, by token.
-    incoming: HashMap<u64, Worker>,
+    incoming: HashMap<u64, Incoming>,
     context: Arc<Context>,
     memory: PoolMemory,
     key: Vec<u8>,
@@ -129,9 +157,9 @@ impl Owner {
         let resources = context.resources();
         tracing::info!(version = ?context.api.version(), library = context.api.path(), ?resources, "UCX");
         let rdma = resources.iter().any(|resource| survey::is_rdma(resource));
-        let (links, leaving, incoming) = Default::default();
+        let (links, leaving, opening, incoming) = Default::default();
         let key = memory.key()?;
-        Ok((Self { links, leaving, incoming, context, memory, key, pool, woken }, rdma))
+        Ok((Self { links, leaving, opening, incoming, context, memory, key, pool, woken }, rdma))
     }
 
     /// Runs until the worker's [`Ucx`](super::Ucx) is dropped. Then every connection ends, so that nobody's pages are read or written
@@ -144,6 +172,7 @@ impl Owner {
             if stops {
                 let ours = self.links.iter().filter(|link| !link.lent);
                 ours.for_each(|link| link.closed.store(true, Ordering::Release));
+                self.opening.clear();
                 self.incoming.clear();
             }
             if self.turn(shared) {
@@ -180,6 +209,7 @@ impl Owner {
             self.obey(command);
             busy = true;
         }
+        busy |= self.connect_expected();
         for worker in self.workers() {
             busy |= worker.progress();
         }
@@ -206,26 +236,70 @@ impl Owner {
                 // Whoever asked may be gone.
                 let _ = reply.send(());
             }
-            Command::Connect(connect) => {
-                let Connect { window, path, queue, closed, stop, word, reply } = *connect;
-                let endpoint = Endpoint::connect(&self.context, &window.address, &window.key);
-                match endpoint.and_then(|endpoint| Ok((endpoint.probe(window.base)?, endpoint))) {
-                    Ok((probe, endpoint)) => self.links.push(Link {
-                        endpoint,
-                        posted: VecDeque::new(),
-                        base: window.base,
-                        path,
-                        queue,
-                        closed,
-                        stop,
-                        state: State::Connecting(probe, reply),
-                        lent: false,
-                        word,
-                    }),
-                    // Whoever asked may be gone.
-                    Err(reason) => drop(reply.send(Err(reason))),
-                }
+            Command::Meet { token, address, reply } => {
+                // Whoever asked may be gone, and releases it then.
+                let _ = reply.send(self.meet(token, &address));
             }
+            Command::Open { connect, address } => {
+                let worker = Worker::new(&self.context);
+                let (worker, name) = worker
+                    .and_then(|worker| Ok((worker.address()?, worker)))
+                    .map_or_else(|reason| (None, Err(reason)), |(name, worker)| (Some(worker), Ok(name)));
+                // Whoever asked may be gone.
+                let asked = address.send(name).is_ok();
+                let connect = *connect;
+                self.opening.extend(worker.filter(|_| asked).map(|worker| Opening { worker, connect }));
+            }
+        }
+    }
+
+    /// Connects what targets expect by now. Returns whether that was anything.
+    fn connect_expected(&mut self) -> bool {
+        let settled = |opening: &mut Opening| {
+            let waits = matches!(opening.connect.expected.try_recv(), Err(oneshot::error::TryRecvError::Empty));
+            !waits || opening.connect.closed.load(Ordering::Acquire)
+        };
+        let settled: Vec<Opening> = self.opening.extract_if(.., settled).collect();
+        let busy = !settled.is_empty();
+        for Opening { worker, connect } in settled {
+            // Who has gone has closed it.
+            if !connect.closed.load(Ordering::Acquire) {
+                self.connect(worker, connect);
+            }
+        }
+        busy
+    }
+
+    fn connect(&mut self, worker: Worker, connect: Connect) {
+        let Connect { window, path, queue, closed, stop, word, reply, .. } = connect;
+        let endpoint = Endpoint::connect(worker, &window.address, Some(&window.key));
+        match endpoint.and_then(|endpoint| Ok((endpoint.probe(window.base)?, endpoint))) {
+            Ok((probe, endpoint)) => self.links.push(Link {
+                endpoint,
+                posted: VecDeque::new(),
+                base: window.base,
+                path,
+                queue,
+                closed,
+                stop,
+                state: State::Connecting(probe, reply),
+                lent: false,
+                word,
+            }),
+            // Whoever asked may be gone.
+            Err(reason) => drop(reply.send(Err(reason))),
+        }
+    }
+
+    /// Connects the worker of the link with `token` to the source's at `address`.
+    fn meet(&mut self, token: u64, address: &[u8]) -> Result<(), String> {
+        match self.incoming.remove(&token) {
+            Some(Incoming::Alone(worker)) => {
+                let met = Incoming::Met(Endpoint::connect(worker, address, None)?);
+                self.incoming.insert(token, met);
+                Ok(())
+            }
+            _ => Err("a link meets its source once".to_owned()),
         }
     }
 
@@ -237,7 +311,7 @@ impl Owner {
                 return Err(format!("a {what} of {bytes} bytes is longer than {}", super::LONGEST_NAME));
             }
         }
-        self.incoming.insert(token, worker);
+        self.incoming.insert(token, Incoming::Alone(worker));
         Ok(Window { address, key: self.key.clone(), base: self.memory.address() as u64 })
     }
 
@@ -247,12 +321,16 @@ impl Owner {
     }
 
     fn is_linked(&self) -> bool {
-        !(self.links.is_empty() && self.leaving.is_empty() && self.incoming.is_empty())
+        !(self.links.is_empty() && self.leaving.is_empty() && self.opening.is_empty() && self.incoming.is_empty())
     }
 
     fn workers(&self) -> impl Iterator<Item = &Worker> {
         let leaving = self.leaving.iter().map(|(_, link)| link);
-        self.links.iter().chain(leaving).map(|link| link.endpoint.worker()).chain(self.incoming.values())
+        self.links
+            .iter()
+            .chain(leaving)
+            .map(|link| link.endpoint.worker())
+            .chain(self.incoming.values().map(Incoming::worker))
     }
 
     /// Sleeps until somebody has something to do, for `limit` at most.

@@ -74,7 +74,12 @@ async fn pair(config: &UcxConfig, allocate: bool, watch: bool) -> Pair {
     let (say, said) = mpsc::channel(16);
     let terms = Terms::same(&from.layout, &to.layout);
     let path = LinkPath { terms: terms.clone(), digest: false, emulated: true, say: say.clone() };
-    let way = timeout(SOON, from.ucx.connect(window, path, word, &stop)).await.expect("in time").expect("connected");
+    let connect = async {
+        let mut opening = from.ucx.open(window, path, word, &stop).await?;
+        to.ucx.meet(7, std::mem::take(&mut opening.address)).await?;
+        opening.connect().await
+    };
+    let way = timeout(SOON, connect).await.expect("in time").expect("connected");
     let source: Arc<dyn Transport> = match (way, &watched) {
         (Way::Puts(source), _) => Arc::new(source),
         (Way::Map(mapped), Some((_, movers))) => {
@@ -228,7 +233,8 @@ fn who_connects_too_late_writes_into_no_other_file() {
     let memory = Memory::allocate(&to, 4096).expect("allocated");
     let worker = Worker::new(&to).expect("a worker");
     let address = worker.address().expect("its address");
-    let endpoint = Endpoint::connect(&from, &address, &memory.key().expect("a key")).expect("connects");
+    let source = Worker::new(&from).expect("a worker");
+    let endpoint = Endpoint::connect(source, &address, memory.key().ok().as_deref()).expect("connects");
     drop(worker);
     let layout = layout(3, 1_000);
     let others: Vec<File> = (0..32).map(|_| pool(&layout)).collect();
@@ -239,6 +245,41 @@ fn who_connects_too_late_writes_into_no_other_file() {
         others.iter().all(|file| contents(file, &layout).iter().all(|byte| *byte == 0)),
         "another file was written"
     );
+}
+
+/// A source that goes while it connects, at any point of that, leaves the target's process as it was.
+#[test]
+fn a_target_outlives_who_is_gone_before_it_answers() {
+    for tls in ["posix", "tcp", "posix,tcp"] {
+        let Some(config) = config(tls) else { continue };
+        let _inside = ucx_sys::enter();
+        let to = open(&config).expect("opened");
+        let memory = Memory::allocate(&to, 4096).expect("allocated");
+        let key = memory.key().expect("a key");
+        // Gone before it is met, too.
+        let gone = Worker::new(&to).expect("a worker").address().expect("its address");
+        let alone = Endpoint::connect(Worker::new(&to).expect("a worker"), &gone, None);
+        alone.iter().for_each(|alone| (0..200).for_each(|_| _ = alone.worker().progress()));
+        for seed in 0..100 {
+            let from = open(&config).expect("opened");
+            let target = Worker::new(&to).expect("a worker");
+            let source = Worker::new(&from).expect("a worker");
+            let address = target.address().expect("its address");
+            let met = Endpoint::connect(target, &source.address().expect("its address"), None).expect("connects");
+            let endpoint = Endpoint::connect(source, &address, Some(&key)).expect("connects");
+            let target = met.worker();
+            let _ = endpoint.probe(memory.address() as u64);
+            for step in 0..seed % 10 {
+                endpoint.worker().progress();
+                if (seed / 10) >> (step % 4) & 1 == 1 {
+                    target.progress();
+                }
+            }
+            drop(endpoint);
+            drop(from);
+            (0..200).for_each(|_| _ = target.progress());
+        }
+    }
 }
 
 /// A landing outside the target's pool never reaches UCX.
