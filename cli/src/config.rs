@@ -31,6 +31,8 @@ pub(crate) fn engine(compute: &Compute, tables: &Tables) -> anyhow::Result<engin
         config.device = device;
     }
     config.gpu_memory_utilization = compute.gpu_memory_utilization.unwrap_or(config.gpu_memory_utilization);
+    config.tensor_parallel = compute.tensor_parallel.unwrap_or(config.tensor_parallel);
+    config.nccl_library = compute.nccl_library.clone().or(config.nccl_library);
     config.nvrtc_library = compute.nvrtc_library.clone().or(config.nvrtc_library);
     config.kernel_cache = config.kernel_cache.or_else(|| Some(std::env::home_dir()?.join(".cache/baton/kernels")));
     config.threads = compute.threads.or(config.threads);

@@ -92,9 +92,15 @@ pub(crate) struct Compute {
     /// Share of a card's memory that a worker on it may have; with `up`, all of them together [default: 0.9]
     #[arg(long, value_name = "SHARE", env = "BATON_GPU_MEMORY_UTILIZATION", value_parser = share)]
     pub(crate) gpu_memory_utilization: Option<f64>,
+    /// Cards that share the model, from that of --engine on: each computes a part of every layer and keeps that part of the pages [default: 1]
+    #[arg(long, value_name = "N", env = "BATON_TENSOR_PARALLEL", value_parser = at_least_one::<usize>)]
+    pub(crate) tensor_parallel: Option<usize>,
     /// NVRTC's libnvrtc.so, which compiles the kernels of a card [default: where the system and CUDA toolkits have it]
     #[arg(long, value_name = "PATH", env = "BATON_NVRTC_LIBRARY")]
     pub(crate) nvrtc_library: Option<PathBuf>,
+    /// NCCL's libnccl.so, by which cards that share a model exchange what they compute [default: where the system has it]
+    #[arg(long, value_name = "PATH", env = "BATON_NCCL_LIBRARY")]
+    pub(crate) nccl_library: Option<PathBuf>,
     /// Element type of keys and values; all workers of a model need the same one [default: auto]
     #[arg(long, value_name = "TYPE", env = "BATON_KV_DTYPE")]
     pub(crate) kv_dtype: Option<KvDtype>,

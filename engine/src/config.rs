@@ -27,10 +27,14 @@ pub struct Config {
     /// What computes. Said by whoever makes the engine, never by a file.
     #[serde(skip)]
     pub device: Device,
+    /// How many cards share the model, from that of `device` on: each computes a part of every layer, and keeps that part of the pages.
+    pub tensor_parallel: usize,
     /// Share of a card's memory that this engine may have, above 0 and up to 1. The default leaves room for what the driver and others take.
     pub gpu_memory_utilization: f64,
     /// NVRTC's library; unset = where the system's loader and CUDA toolkits have it.
     pub nvrtc_library: Option<PathBuf>,
+    /// NCCL's library, by which cards that share a model exchange activations; unset = where the system's loader has it.
+    pub nccl_library: Option<PathBuf>,
     /// Folder in which compiled kernels are kept from start to start; unset = they are compiled each time.
     pub kernel_cache: Option<PathBuf>,
 }
@@ -83,8 +87,10 @@ impl Default for Config {
             max_sequences: 256,
             threads: None,
             device: Device::Cpu,
+            tensor_parallel: 1,
             gpu_memory_utilization: 0.9,
             nvrtc_library: None,
+            nccl_library: None,
             kernel_cache: None,
         }
     }

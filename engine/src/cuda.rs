@@ -44,9 +44,15 @@ mod forward;
 mod graphs;
 mod kernels;
 #[cfg(feature = "cuda")]
+mod library;
+#[cfg(feature = "cuda")]
+mod nccl;
+#[cfg(feature = "cuda")]
 mod nvrtc;
 mod pages;
+mod rank;
 mod rows;
+mod slice;
 mod weights;
 
 pub(crate) use device::Device;
@@ -54,309 +60,317 @@ pub(crate) use weights::{check, check_path};
 #[cfg(test)]
 pub(crate) use {emulated::Emulated, emulator::Order};
 
+#[cfg(feature = "cuda")]
+use crate::Config;
 use crate::{
-    Error, Model,
-    cpu::{packed::PANEL, pool::Pool},
-    model::{decoder::Decoder, experts::Mixture},
+    Error, KvMemory, Model, Stuck,
+    cpu::{nodes::Stay, pool::Pool},
+    home::{Home, Logits, Pass},
+    model::checkpoint::ElementType,
 };
-use device::{Memory, Region};
-use graphs::Graphs;
-use kernels::{Cut, Draw, Element, Kernel, Linear};
-use kv_cache::{KvDtype, PageLayout, TokenId};
-use pages::Pool as Pages;
-use rows::{Capacity, Parts, Rows};
-use std::{collections::HashSet, ops::Range, time::Instant};
-use weights::Uploaded;
+use graphs::Bucket;
+use kernels::{Draw, Element};
+use kv_cache::{KvDtype, PageId, PageLayout, TokenId};
+use rank::Rank;
+pub(crate) use rank::Sizes;
+use rows::Capacity;
+use slice::Slice;
+use std::{
+    ops::Range,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 /// Returns what keys and values of `model` are kept as when nobody says.
 pub(crate) fn kv_dtype(model: &Model) -> KvDtype {
     weights::kv_dtype(weights::element(&model.weights))
 }
 
-/// Opens card `card`, whose kernels are compiled by the library `nvrtc` and kept in the folder `cache`.
+/// Opens card `card` and as many behind it as share the model under `config`.
 ///
 /// # Errors
 /// [`Error::Card`] says what is missing.
 #[cfg(feature = "cuda")]
-pub(crate) fn open(
-    card: usize,
-    nvrtc: Option<&std::path::Path>,
-    cache: Option<&std::path::Path>,
-) -> Result<Box<dyn Device>, Error> {
-    let cache = cache::Cache { folder: cache.map(std::path::Path::to_owned) };
-    Ok(Box::new(driver::Card::open(card, nvrtc, cache)?))
+pub(crate) fn open(card: usize, config: &Config) -> Result<Vec<Box<dyn Device>>, Error> {
+    let open = |card| {
+        let cache = cache::Cache { folder: config.kernel_cache.clone() };
+        driver::Card::open(card, config.nvrtc_library.as_deref(), cache)
+    };
+    let mut cards = (card..card + config.tensor_parallel).map(open).collect::<Result<Vec<_>, _>>()?;
+    driver::connect(&mut cards, config.nccl_library.as_deref())?;
+    Ok(cards.into_iter().map(|card| Box::new(card) as Box<dyn Device>).collect())
 }
 
-/// Most of everything in a step, and how rows lie.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Sizes {
-    capacity: Capacity,
-    /// Longest sequence.
-    context: usize,
-    /// Elements from row to row.
-    residual: usize,
-    qkv: usize,
-    attended: usize,
-    gated: usize,
-    logits: usize,
-    /// `None` where no layer has experts.
-    experts: Option<ExpertSizes>,
-}
-
-/// The same of layers with experts.
-#[derive(Clone, Copy, Debug)]
-struct ExpertSizes {
-    experts: usize,
-    chosen: usize,
-    /// Elements from row to row.
-    scores: usize,
-    gated: usize,
-}
-
-impl Sizes {
-    /// Of steps of up to `tokens` tokens of `sequences` sequences of up to `context` tokens in pages of `page_tokens`; `logits_rows` of them have logits
-    /// at a time.
-    pub(crate) fn new(
-        model: &Model,
-        (tokens, sequences): (usize, usize),
-        logits_rows: usize,
-        context: usize,
-        page_tokens: usize,
-    ) -> Self {
-        let decoder = &model.decoder;
-        let whole = |width: usize| width.next_multiple_of(PANEL);
-        let mixture = decoder.mixture.as_ref();
-        Self {
-            capacity: Capacity {
-                rows: tokens,
-                sequences,
-                entries: sequences * context.div_ceil(page_tokens),
-                logits_rows,
-            },
-            context,
-            residual: whole(decoder.hidden),
-            qkv: whole(decoder.query_dim() + 2 * decoder.kv_dim()),
-            attended: whole(decoder.query_dim()),
-            gated: whole(decoder.intermediate.max(mixture.map_or(0, |mixture| mixture.shared))),
-            logits: whole(decoder.vocab_size),
-            experts: mixture.map(|Mixture { routing, intermediate, .. }| ExpertSizes {
-                experts: routing.experts,
-                chosen: routing.chosen,
-                scores: whole(routing.experts),
-                gated: whole(*intermediate),
-            }),
-        }
-    }
-}
-
-/// Most bytes of [`Buffers::states`], unless a single sequence leaves more. Sequences that find no room wait for others.
-const STATES: usize = 256 << 20;
-
-/// What a pass works in, all on the device.
-#[derive(Clone, Copy, Debug)]
-struct Buffers {
-    residual: Region,
-    qkv: Region,
-    /// The rows of both that are kept.
-    kept_residual: Region,
-    kept_qkv: Region,
-    input: Region,
-    attended: Region,
-    gated: Region,
-    /// What half a block gives, where it is normed before it is added.
-    outcome: Region,
-    logits: Region,
-    /// The token that was found for each row, that of its largest logit at first.
-    tokens: Region,
-    /// What draws leave between their kernels and blocks.
-    edges: Region,
-    leads: Region,
-    lead_counters: Region,
-    /// Sums that blocks leave to each other, and how many have.
-    /// A linear's inputs in the order of its weights, where they have one.
-    ordered: Region,
-    partial: Region,
-    counters: Region,
-    /// What parts of long sequences leave to each other in attention.
-    states: Region,
-    /// Of no length where no layer has experts.
-    experts: ExpertBuffers,
-}
-
-/// What layers with experts work in besides.
-#[derive(Clone, Copy, Debug, Default)]
-struct ExpertBuffers {
-    scores: Region,
-    /// Of each pair: its expert, and what that weighs.
-    chosen: Region,
-    weights: Region,
-    /// Pairs, expert after expert, and the tiles that they make.
-    pairs: Region,
-    tiles: Region,
-    gated: Region,
-    outcomes: Region,
-}
-
-/// A model's weights, buffers and pages on a device.
+/// A model on a card, or on several that share it.
 #[derive(Debug)]
 pub(crate) struct Cuda {
-    device: Box<dyn Device>,
-    element: Element,
+    name: String,
+    ranks: Vec<Mutex<Rank>>,
+    /// A thread for each rank.
+    crew: Pool,
     sizes: Sizes,
-    weights: Uploaded,
-    buffers: Buffers,
-    words: Rows,
-    parts: Parts,
-    /// `None` before [`Cuda::reserve_pages`].
-    pages: Option<Pages>,
-    graphs: Graphs,
-    /// Rows at hand, and where the head's inputs are.
-    rows: usize,
-    hidden: Region,
-    /// Rows whose logits are there, and what was found for them.
-    computed: Range<usize>,
+    layers: usize,
+    kv_heads: usize,
     /// Whether tokens are drawn on the device.
     races: bool,
     /// Layers of the pass that nobody was told of.
     untold: Range<usize>,
+    /// Rows that are kept after all.
+    kept: Vec<usize>,
+    /// Rows whose logits come down together.
+    runs: Vec<Range<usize>>,
     /// What was downloaded last.
     logits: Vec<f32>,
     found: Vec<TokenId>,
+    /// Threads that draw tokens.
     pool: Pool,
-    /// Present while calls are made only to learn which kernels they are of.
-    listed: Option<HashSet<Kernel>>,
 }
 
 impl Cuda {
-    /// Uploads `model` to `device` and reserves buffers; `threads` draw tokens.
-    pub(crate) fn new(mut device: Box<dyn Device>, model: &Model, sizes: Sizes, threads: usize) -> Result<Self, Error> {
-        let element = weights::element(&model.weights);
-        let weights = Uploaded::upload(&mut *device, &model.decoder, &model.weights, element, sizes.context)?;
-        let buffers = Buffers::reserve(&mut *device, &sizes, &model.decoder, &weights, element)?;
-        let region = device.alloc("the rows of a step", sizes.capacity.bytes())?;
+    /// Uploads `model` to `devices`, which share it, and reserves buffers; `threads` draw tokens.
+    pub(crate) fn new(
+        devices: Vec<Box<dyn Device>>,
+        model: &Model,
+        sizes: Sizes,
+        threads: usize,
+    ) -> Result<Self, Error> {
+        let names: Vec<&str> = devices.iter().map(|device| device.name()).collect();
+        let (name, ranks) = (names.join(", "), devices.len());
+        let mut crew = Pool::new(ranks)?;
+        let devices: Vec<Mutex<Option<Box<dyn Device>>>> =
+            devices.into_iter().map(|device| Mutex::new(Some(device))).collect();
+        // Every card's part of the weights goes up at once.
+        let made: Vec<Mutex<Option<Result<Rank, Error>>>> = devices.iter().map(|_| Mutex::new(None)).collect();
+        crew.run(ranks, &|rank, _| {
+            let device = lock(&devices[rank]).take().expect("a device for each rank");
+            *lock(&made[rank]) = Some(Rank::new(device, Slice { rank, ranks }, model, sizes));
+        });
+        let made = made.into_iter().map(|rank| rank.into_inner().unwrap_or_else(PoisonError::into_inner));
+        let ranks = made.map(|rank| Ok(Mutex::new(rank.expect("every rank was made")?)));
         Ok(Self {
-            device,
-            element,
+            name,
+            ranks: ranks.collect::<Result<_, Error>>()?,
+            crew,
             sizes,
-            weights,
-            hidden: buffers.input,
-            buffers,
-            words: Rows::new(sizes.capacity),
-            parts: sizes.capacity.parts(region),
-            pages: None,
-            graphs: Graphs::new(),
-            rows: 0,
-            computed: 0..0,
+            layers: model.decoder.layers(),
+            kv_heads: model.decoder.kv_heads,
             races: model.decoder.vocab_size < Draw::MOST_COLUMNS,
             untold: 0..0,
+            kept: Vec::new(),
+            runs: Vec::new(),
             logits: vec![0.0; sizes.capacity.logits_rows * sizes.logits],
             found: vec![0; sizes.capacity.logits_rows],
             pool: Pool::new(threads)?,
-            listed: None,
         })
     }
 
     /// Says whether weights were rounded when they were uploaded.
-    pub(crate) fn rounds(&self) -> bool {
-        self.weights.rounded
+    pub(crate) fn rounds(&mut self) -> bool {
+        self.first().weights.rounded
     }
 
-    /// Returns what a `share` of the device's memory leaves for pages.
+    /// Returns what a `share` of the devices' memory leaves for pages.
     ///
     /// # Errors
     /// [`Error::Card`] says who has the rest.
     pub(crate) fn bytes_for_pages(&mut self, share: f64) -> Result<u64, Error> {
-        let Memory { total, free, own } = self.device.memory()?;
-        let mine = (total as f64 * share) as u64;
-        let (left, others) = (mine.saturating_sub(own), total.saturating_sub(free + own));
-        if left > 0 && left <= free {
-            return Ok(left);
-        }
-        let mib = |bytes: u64| bytes >> 20;
-        let problem = format!(
-            "a share of {share} is {} MiB of {}; weights and buffers take {} of them, others have {}, and {} are free: change the share (gpu_memory_utilization), or take a smaller model or token_budget",
-            mib(mine),
-            mib(total),
-            mib(own),
-            mib(others),
-            mib(free)
-        );
-        Err(Error::card(self.device.name(), "find room for pages", problem))
+        // Each has a part of every page: its heads.
+        let left = self.ranks.iter_mut().map(|rank| own(rank).bytes_for_pages(share)).collect::<Result<Vec<_>, _>>()?;
+        Ok(left.iter().min().expect("a rank at least") * left.len().min(self.kv_heads) as u64)
     }
 
     /// Reserves the pool, and makes ready what steps of `model` do.
     pub(crate) fn reserve_pages(&mut self, model: &Model, layout: &PageLayout) -> Result<(), Error> {
-        self.pages = Some(Pages::reserve(&mut *self.device, layout, self.element)?);
-        let began = Instant::now();
-        self.prepare(&model.decoder)?;
-        tracing::debug!(seconds = began.elapsed().as_secs_f64(), "kernels are ready");
+        self.each(&|rank| rank.reserve_pages(model, layout))
+    }
+
+    /// Does `what` on all ranks, each on a thread of its own: they wait for each other.
+    fn each(&mut self, what: &(dyn Fn(&mut Rank) -> Result<(), Error> + Sync)) -> Result<(), Error> {
+        let (ranks, fault) = (&self.ranks, Mutex::new(None));
+        self.crew.run(ranks.len(), &|at, _| {
+            let mut rank = lock(&ranks[at]);
+            if let Err(error) = what(&mut rank) {
+                // The first is what others may fail of.
+                lock(&fault).get_or_insert(error);
+                rank.device.leave();
+            }
+        });
+        fault.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+    }
+
+    /// Returns the rank that is asked for what all of them have.
+    fn first(&mut self) -> &mut Rank {
+        own(&mut self.ranks[0])
+    }
+}
+
+/// A number of four bytes, any of which are one.
+trait Word {}
+
+impl Word for u32 {}
+impl Word for f32 {}
+
+fn bytes_of<T: Word>(words: &mut [T]) -> &mut [u8] {
+    // SAFETY: a word is four bytes, whatever they are; they are borrowed as long as the words.
+    unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), size_of_val(words)) }
+}
+
+/// Nothing that is locked here is left half-way by a panic.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn own<T>(mutex: &mut Mutex<T>) -> &mut T {
+    mutex.get_mut().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Home for Cuda {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn stay(&self) -> Stay {
+        self.pool.stay()
+    }
+
+    fn forward(
+        &mut self,
+        model: &Model,
+        memory: &KvMemory,
+        pass: &Pass<'_>,
+        on_layer: &mut dyn FnMut(u32),
+    ) -> Result<(), Error> {
+        if pass.spans.is_empty() {
+            return Ok(());
+        }
+        if let Some(row) = pass.spans.iter().position(|span| span.adapter.is_some()) {
+            return Err(Error::Row(format!("row {row}: adapters do not run on a card yet")));
+        }
+        let Capacity { rows, sequences, .. } = self.sizes.capacity;
+        let bucket = Bucket::of(pass, rows.min(sequences), self.sizes.context);
+        self.untold = 0..self.layers;
+        self.each(&|rank| rank.begin(&model.decoder, memory.layout(), pass, bucket))?;
+        if bucket.is_none() {
+            // Layers are told when they are final, while later ones are still computed.
+            while let Some(layer) = self.untold.next() {
+                self.each(&|rank| rank.fetch_layer(memory, layer))?;
+                on_layer(layer as u32);
+            }
+        }
         Ok(())
     }
-}
 
-impl Buffers {
-    fn reserve(
-        device: &mut dyn Device,
-        sizes: &Sizes,
-        decoder: &Decoder,
-        weights: &Uploaded,
-        element: Element,
-    ) -> Result<Self, Error> {
-        let Capacity { rows, logits_rows, .. } = sizes.capacity;
-        let most_shared = device.most_shared();
-        let mut alloc = |bytes: usize| device.alloc("what a step works in", bytes);
-        let post_norms = decoder.names.attention_post_norm.or(decoder.names.mlp_post_norm).is_some();
-        // What sums of parts need depends on how many rows there are, and not always more on more.
-        let of = |linear: &weights::Linear| {
-            let bytes = |rows: usize| linear.call(element, most_shared, rows, Region::default(), 0).partial_bytes();
-            (1..=rows).step_by(16).chain([rows]).map(bytes).max().unwrap_or(0)
-        };
-        // No less than a sequence of any length leaves.
-        let each = sizes.context.div_ceil(512) * decoder.kv_heads * (decoder.head_dim / 2 + 12) * 128;
-        let reordered = weights.linears().any(|linear| linear.order.bytes > 0);
-        let partial = weights.linears().map(of).max().unwrap_or(0);
-        Ok(Self {
-            residual: alloc(rows * sizes.residual * 4)?,
-            qkv: alloc(rows * sizes.qkv * 4)?,
-            kept_residual: alloc(rows * sizes.residual * 4)?,
-            kept_qkv: alloc(rows * sizes.qkv * 4)?,
-            input: alloc(rows * sizes.residual * 2)?,
-            attended: alloc(rows * sizes.attended * 2)?,
-            gated: alloc(rows * sizes.gated * 2)?,
-            outcome: alloc(if post_norms { rows * sizes.residual * 4 } else { 0 })?,
-            logits: alloc(logits_rows * sizes.logits * 4)?,
-            tokens: alloc(logits_rows * 4)?,
-            edges: alloc(logits_rows * 8)?,
-            leads: alloc(logits_rows * Draw::lead_bytes(decoder.vocab_size))?,
-            lead_counters: alloc(logits_rows * 4)?,
-            ordered: alloc(if reordered { rows * sizes.residual.max(sizes.attended).max(sizes.gated) * 2 } else { 0 })?,
-            partial: alloc(partial as usize)?,
-            counters: alloc(Linear::most_counters() as usize * 4)?,
-            states: alloc((sizes.capacity.sequences * each).min(STATES).max(each))?,
-            experts: match &sizes.experts {
-                Some(experts) => ExpertBuffers::reserve(&mut alloc, sizes, experts)?,
-                None => ExpertBuffers::default(),
-            },
-        })
+    fn finish(&mut self, on_layer: &mut dyn FnMut(u32)) -> Result<(), Error> {
+        if self.untold.is_empty() {
+            return Ok(());
+        }
+        self.each(&|rank| rank.device.wait(0))?;
+        std::mem::take(&mut self.untold).for_each(|layer| on_layer(layer as u32));
+        Ok(())
     }
-}
 
-impl ExpertBuffers {
-    fn reserve(
-        alloc: &mut dyn FnMut(usize) -> Result<Region, Error>,
-        sizes: &Sizes,
-        experts: &ExpertSizes,
-    ) -> Result<Self, Error> {
-        let rows = sizes.capacity.rows;
-        let pairs = rows * experts.chosen;
-        Ok(Self {
-            scores: alloc(rows * experts.scores * 4)?,
-            chosen: alloc(pairs * 4)?,
-            weights: alloc(pairs * 4)?,
-            pairs: alloc(pairs * 4)?,
-            tiles: alloc(Cut::most_count(pairs, experts.experts) * 12)?,
-            gated: alloc(pairs * experts.gated * 2)?,
-            outcomes: alloc(pairs * sizes.residual * 4)?,
-        })
+    fn read_hidden(&mut self, row: usize, to: &mut [f32]) -> Result<(), Error> {
+        let stride = self.sizes.residual * 2;
+        let mut bytes = vec![0; to.len() * 2];
+        let into = Mutex::new(&mut bytes[..]);
+        self.each(&|rank| match rank.slice.rank {
+            0 => rank.device.download(rank.hidden.part(row * stride, stride), &mut lock(&into)),
+            _ => rank.catch_up(),
+        })?;
+        for (to, bytes) in to.iter_mut().zip(bytes.as_chunks::<2>().0) {
+            let dtype = match self.first().element {
+                Element::Bf16 => ElementType::Bf16,
+                Element::F16 => ElementType::F16,
+            };
+            *to = dtype.get(bytes, 0);
+        }
+        Ok(())
+    }
+
+    fn keep_rows(&mut self, rows: &mut dyn Iterator<Item = usize>) -> Result<(), Error> {
+        let mut kept = std::mem::take(&mut self.kept);
+        kept.clear();
+        kept.extend(rows);
+        let outcome = self.each(&|rank| rank.keep_rows(&kept));
+        self.kept = kept;
+        outcome
+    }
+
+    fn races(&self) -> bool {
+        self.races
+    }
+
+    fn find_tokens(&mut self, model: &Model, rows: Range<usize>) -> Result<(), Error> {
+        let mut found = std::mem::take(&mut self.found);
+        let into = Mutex::new(bytes_of(&mut found[..rows.len()]));
+        let outcome = self.each(&|rank| {
+            rank.head(&model.decoder, rows.clone())?;
+            match rank.slice.rank {
+                0 => rank.device.download(rank.buffers.tokens, &mut lock(&into)),
+                _ => rank.catch_up(),
+            }
+        });
+        self.found = found;
+        outcome
+    }
+
+    fn found(&self, row: usize) -> Option<Result<TokenId, Stuck>> {
+        match self.found[row] {
+            Draw::UNDECIDED => None,
+            TokenId::MAX => Some(Err(Stuck::NoLogits)),
+            token => Some(Ok(token)),
+        }
+    }
+
+    fn compute_logits(
+        &mut self,
+        model: &Model,
+        rows: Range<usize>,
+        wanted: &dyn Fn(usize) -> bool,
+    ) -> Result<(), Error> {
+        let (count, stride) = (rows.len(), self.sizes.logits);
+        let mut runs = std::mem::take(&mut self.runs);
+        runs.clear();
+        let mut row = 0;
+        while row < count {
+            // Rows that follow each other come down as one.
+            let run = (row..count).take_while(|row| wanted(*row)).count();
+            runs.extend((run > 0).then_some(row..row + run));
+            row += run + 1;
+        }
+        let mut logits = std::mem::take(&mut self.logits);
+        let into = Mutex::new(bytes_of(&mut logits));
+        let outcome = self.each(&|rank| {
+            rank.head(&model.decoder, rows.clone())?;
+            if rank.slice.rank > 0 {
+                return rank.catch_up();
+            }
+            runs.iter().try_for_each(|run| {
+                let (at, bytes) = (run.start * stride * 4, run.len() * stride * 4);
+                rank.device.download(rank.buffers.logits.part(at, bytes), &mut lock(&into)[at..at + bytes])
+            })
+        });
+        (self.logits, self.runs) = (logits, runs);
+        outcome
+    }
+
+    fn logits(&self) -> Logits<'_> {
+        Logits { floats: &self.logits, stride: self.sizes.logits }
+    }
+
+    fn pool_and_logits(&mut self) -> (&mut Pool, Logits<'_>) {
+        (&mut self.pool, Logits { floats: &self.logits, stride: self.sizes.logits })
+    }
+
+    fn export(&mut self, memory: &KvMemory, pages: &[PageId]) -> Result<(), Error> {
+        self.each(&|rank| rank.export(memory, pages))
+    }
+
+    fn import(&mut self, memory: &KvMemory, pages: &[PageId]) -> Result<(), Error> {
+        self.each(&|rank| rank.import(memory, pages))
+    }
+
+    /// Nothing: what tokens choose stays on the card, and to ask for it would be to wait for it.
+    fn expert_bytes(&self) -> (u64, u64) {
+        (0, 0)
     }
 }

@@ -60,6 +60,8 @@ enum Unit {
     Kernels(&'static Kernels),
     /// A card that the processor plays, whose threads take turns in some order.
     Card(Order),
+    /// Several of them, which share the model.
+    Cards(usize),
     /// A real card.
     #[cfg(feature = "cuda")]
     Real,
@@ -75,7 +77,13 @@ impl Unit {
     fn engine(self, model: Arc<Model>, config: &Config) -> Engine {
         match self {
             Unit::Kernels(kernels) => Engine::with_kernels(model, config, kernels),
-            Unit::Card(order) => Engine::on_device(model, config, Box::new(Emulated::new(order))),
+            Unit::Card(order) => Engine::on_devices(model, config, vec![Box::new(Emulated::new(order))]),
+            Unit::Cards(ranks) => {
+                let config = Config { tensor_parallel: ranks, ..config.clone() };
+                let boxed = |device| Box::new(device) as Box<dyn crate::cuda::Device>;
+                let devices = Emulated::team(Order::Forward, ranks).into_iter().map(boxed).collect();
+                Engine::on_devices(model, &config, devices)
+            }
             #[cfg(feature = "cuda")]
             Unit::Real => {
                 let setting = |name| std::env::vars().find(|(key, _)| key == name).map(|(_, value)| value);

@@ -1,5 +1,5 @@
-//! A card behind NVIDIA's driver, where there is neither: the processor plays both, under their names (`driver/libcuda.c`, `driver/libnvrtc.c`). What is
-//! tried here is how the engine calls them: in which order, with what, and what it makes of their errors.
+//! Cards behind NVIDIA's driver, where there is neither: the processor plays both, under their names (`driver/libcuda.c`, `driver/libnvrtc.c`), and what
+//! connects cards (`driver/libnccl.c`). What is tried here is how the engine calls them: in which order, with what, and what it makes of their errors.
 //!
 //! The stand-in is opened before the engine asks for `libcuda.so`, which the system's loader then takes for the one that is meant. One test, because a
 //! process has one driver.
@@ -23,7 +23,7 @@ fn library(source: &str, folder: &Path, name: &str) -> (Library, PathBuf) {
     let file = folder.join(name);
     let emulator = format!("-DEMULATOR=\"{}\"", root.join("src/cuda/emulator.c").display());
     let mut compiler = Command::new("cc");
-    compiler.args(["-std=gnu11", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", &emulator]);
+    compiler.args(["-std=gnu11", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-pthread", &emulator]);
     compiler.arg(format!("-Wl,-soname,{name}")).arg("-o").arg(&file);
     let status = compiler.arg(root.join("tests/driver").join(source)).arg("-ldl").status().expect("a C compiler");
     assert!(status.success(), "{source}");
@@ -33,7 +33,7 @@ fn library(source: &str, folder: &Path, name: &str) -> (Library, PathBuf) {
 
 /// Calls a function without arguments of `library`.
 fn number(library: &Library, name: &str) -> c_int {
-    // SAFETY: the functions that are asked for have this type and no effect.
+    // SAFETY: the functions that are asked for have this type, and may be called at any time.
     unsafe { library.get::<unsafe extern "C" fn() -> c_int>(name).expect("a function of the library")() }
 }
 
@@ -62,6 +62,56 @@ fn logits(
     (0..tables.len()).map(|row| engine.logits(row).expect("it was sampled").to_vec()).collect()
 }
 
+/// Returns the bytes of `pages` that are in the host's memory, layer after layer.
+fn blocks(engine: &Engine, pages: &[PageId]) -> Vec<Vec<u8>> {
+    let layout = engine.memory().layout();
+    let mut blocks = Vec::new();
+    for layer in 0..layout.layers {
+        for page in pages {
+            let (mut block, at) = (vec![0; layout.block_bytes()], layout.block_offset(layer, *page));
+            engine.memory().file().read_exact_at(&mut block, at as u64).expect("the pool's bytes");
+            assert!(block.iter().any(|byte| *byte != 0), "{page:?} of layer {layer} did not leave");
+            blocks.push(block);
+        }
+    }
+    blocks
+}
+
+/// What an engine makes of a few steps, to the bit.
+#[derive(PartialEq)]
+struct Outcome {
+    /// Of a prompt that leaves, of prompts beside each other, and of sequences that decode.
+    logits: Vec<Vec<u32>>,
+    blocks: Vec<Vec<u8>>,
+}
+
+/// The pages of five sequences.
+fn tables() -> Vec<Vec<PageId>> {
+    (0..5).map(|at| (0..8).map(|page| PageId(at + 5 * page)).collect()).collect()
+}
+
+fn tokens() -> Vec<TokenId> {
+    (0..90).map(|at| at * 7 % 1000 + 3).collect()
+}
+
+fn outcome(engine: &mut Engine) -> Outcome {
+    let (tokens, tables) = (tokens(), tables());
+    let mut all = logits(engine, &tokens[..80], 0, &tables[..1], true);
+    let mut left = blocks(engine, &tables[0][..5]);
+    all.extend(logits(engine, &tokens[..40], 0, &tables[1..], false));
+    // The second of the steps that decode replays what the first made.
+    for end in [41, 42] {
+        let alone = logits(engine, &tokens[..end], end - 1, &tables[1..2], false);
+        let together = logits(engine, &tokens[..end], end - 1, &tables[2..], false);
+        assert!(together.iter().all(|logits| *logits == alone[0]), "a sequence has its bits in any batch");
+        all.extend(together);
+    }
+    engine.export(&tables[1][..3]).expect("pages that are there");
+    left.extend(blocks(engine, &tables[1][..3]));
+    let bits = |logits: &Vec<f32>| logits.iter().map(|logit| logit.to_bits()).collect();
+    Outcome { logits: all.iter().map(bits).collect(), blocks: left }
+}
+
 /// Checks that two engines mean the same by their logits, one of which rounds to bf16.
 fn check_alike(found: &[f32], expected: &[f32], what: &str) {
     let largest = expected.iter().map(|logit| logit.abs()).fold(0.0, f32::max);
@@ -76,66 +126,154 @@ fn refused(model: &Arc<Model>, config: &Config, words: &[&str]) {
     words.iter().for_each(|word| assert!(text.contains(word), "{text:?} lacks {word:?}"));
 }
 
+/// What stands in for NVIDIA's libraries.
+struct Stand {
+    driver: Library,
+    nvrtc: Library,
+    nccl: Library,
+    model: Arc<Model>,
+    /// Of an engine on the first card.
+    config: Config,
+}
+
+impl Stand {
+    fn new(folder: &Path) -> Self {
+        let (driver, _) = library("libcuda.c", folder, "libcuda.so");
+        let (nvrtc, nvrtc_file) = library("libnvrtc.c", folder, "libnvrtc.so");
+        let (nccl, nccl_file) = library("libnccl.c", folder, "libnccl.so.2");
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/llama3-bf16-sharded");
+        let config = Config {
+            device: Device::Cuda(0),
+            nvrtc_library: Some(nvrtc_file),
+            nccl_library: Some(nccl_file),
+            kernel_cache: Some(folder.join("cache")),
+            kv_bytes: Some(8 << 20),
+            token_budget: 256,
+            max_sequences: 8,
+            max_model_len: Some(1024),
+            threads: Some(2),
+            ..Config::default()
+        };
+        Self { driver, nvrtc, nccl, model: Model::load(&path, &mut |_| {}).expect("a good checkpoint"), config }
+    }
+
+    /// Of an engine on all three cards.
+    fn shared(&self) -> Config {
+        Config { tensor_parallel: 3, ..self.config.clone() }
+    }
+
+    fn engine(&self, config: &Config) -> Engine {
+        Engine::new(self.model.clone(), config).expect("an engine")
+    }
+
+    fn compiled(&self) -> c_int {
+        number(&self.nvrtc, "compiled")
+    }
+
+    /// Checks that nobody has kept anything, or waits for somebody who is gone.
+    fn check_empty(&self) {
+        assert_eq!((number(&self.driver, "leaks"), number(&self.nccl, "connections")), (0, 0));
+        assert_eq!(number(&self.driver, "in_vain"), 0);
+    }
+
+    /// What is wrong is said, and leaves nothing behind.
+    fn check_refusals(&self) {
+        let config = || self.config.clone();
+        let gone = |name: &str| Some(PathBuf::from("/nowhere").join(name));
+        let mib = 1 << 20;
+        let check = |config: Config, words: &[&str]| {
+            refused(&self.model, &config, words);
+            self.check_empty();
+        };
+        check(Config { device: Device::Cuda(3), ..config() }, &["cuda:3", "3 cards"]);
+        check(Config { device: Device::Cuda(1), ..self.shared() }, &["cuda:3", "3 cards"]);
+        check(Config { nvrtc_library: gone("libgone.so"), ..config() }, &["cuda:0", "NVRTC", "libgone.so"]);
+        check(Config { nccl_library: gone("libgone.so"), ..self.shared() }, &["cuda:0", "NCCL", "libgone.so"]);
+        // That is a library, but another one.
+        check(
+            Config { nccl_library: config().nvrtc_library, ..self.shared() },
+            &["connect it with its peers", "libnvrtc.so"],
+        );
+        check(Config { kv_bytes: Some(8192 * mib), ..config() }, &["a processor", "pages", "out of memory"]);
+        check(Config { kv_bytes: Some(16384 * mib), ..self.shared() }, &["a processor", "pages", "out of memory"]);
+        let none = Config { kv_bytes: None, gpu_memory_utilization: 1e-3, ..config() };
+        check(none, &["gpu_memory_utilization", "weights and buffers"]);
+    }
+
+    /// Checks an engine on one card against the processor, and returns what it makes of some steps.
+    fn check_one(&self) -> Outcome {
+        let (tokens, one) = (tokens(), &tables()[..1]);
+        let mut cpu = self.engine(&Config { device: Device::Cpu, ..self.config.clone() });
+        let mut card = self.engine(&self.config);
+        let compiled = self.compiled();
+        assert!(compiled > 5, "{compiled} programs");
+        let prompt = logits(&mut card, &tokens[..80], 0, one, true);
+        check_alike(&prompt[0], &logits(&mut cpu, &tokens[..80], 0, one, true)[0], "a prompt");
+        let outcome = outcome(&mut card);
+        let cached = fs::read_dir(self.config.kernel_cache.as_ref().expect("a folder")).expect("a cache").count();
+        assert_eq!(cached as c_int, compiled);
+        outcome
+    }
+
+    /// Checks that the three cards do as the one whose `expected` outcome is.
+    fn check_shared(&self, expected: &Outcome) {
+        let mut cards = self.engine(&self.shared());
+        let compiled = self.compiled();
+        assert_eq!(number(&self.nccl, "connections"), 3);
+        let found = outcome(&mut cards);
+        for (at, (found, expected)) in found.logits.iter().zip(&expected.logits).enumerate() {
+            assert!(found == expected, "the logits of row {at} are others");
+        }
+        assert!(found == *expected, "pages have the bytes of one card's");
+        assert_eq!(self.compiled(), compiled, "what steps do is made ready before");
+    }
+
+    /// A card that fails in the middle of a step fails the step, for which the others do not wait: one that computes a prompt, and one that decodes.
+    fn check_failures(&self) {
+        let (tokens, tables, sampling) = (tokens(), tables(), Sampling::default());
+        let prompt = Row { tokens: &tokens[..80], pages: &tables[0], leaves: true, ..Row::default() };
+        let sample = Sample {
+            sampling: &sampling,
+            history: &tokens[..81],
+            prompt_tokens: 81,
+            forbidden: &[],
+            min_tokens: 0,
+            grammar: None,
+        };
+        let one = Row { tokens: &tokens[80..81], start: 80, leaves: false, sample: Some(sample), ..prompt };
+        for row in [prompt, one] {
+            self.check_failure(row);
+        }
+    }
+
+    fn check_failure(&self, row: Row<'_>) {
+        let mut cards = self.engine(&self.shared());
+        number(&self.driver, "break_card");
+        for card in ["cuda:1", "cuda:"] {
+            let error = cards.step(&[row], &mut |_| {}).expect_err("a card that fails");
+            assert!(matches!(&error, Error::Card { card: named, .. } if named.contains(card)), "{error:?}");
+        }
+        number(&self.driver, "mend_card");
+    }
+}
+
 #[test]
 fn a_model_runs_behind_the_driver() {
     let folder = tempfile::tempdir().expect("a temporary directory");
-    let (driver, _) = library("libcuda.c", folder.path(), "libcuda.so");
-    let (nvrtc, nvrtc_file) = library("libnvrtc.c", folder.path(), "libnvrtc.so");
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/llama3-bf16-sharded");
-    let model = Model::load(&path, &mut |_| {}).expect("a good checkpoint");
-    let config = Config {
-        device: Device::Cuda(0),
-        nvrtc_library: Some(nvrtc_file),
-        kernel_cache: Some(folder.path().join("cache")),
-        kv_bytes: Some(8 << 20),
-        token_budget: 256,
-        max_sequences: 8,
-        max_model_len: Some(1024),
-        threads: Some(2),
-        ..Config::default()
-    };
+    let stand = Stand::new(folder.path());
+    stand.check_refusals();
+    let one = stand.check_one();
+    stand.check_empty();
+    stand.check_shared(&one);
+    stand.check_empty();
+    stand.check_failures();
+    stand.check_empty();
 
-    // What is wrong is said, and leaves nothing behind.
-    refused(&model, &Config { device: Device::Cuda(1), ..config.clone() }, &["cuda:1", "1 card"]);
-    let gone = Some(folder.path().join("libgone.so"));
-    refused(&model, &Config { nvrtc_library: gone, ..config.clone() }, &["cuda:0", "NVRTC", "libgone.so"]);
-    refused(&model, &Config { kv_bytes: Some(8 << 30), ..config.clone() }, &["a processor", "pages", "out of memory"]);
-    refused(
-        &model,
-        &Config { kv_bytes: None, gpu_memory_utilization: 1e-3, ..config.clone() },
-        &["gpu_memory_utilization", "weights and buffers"],
-    );
-    assert_eq!(number(&driver, "leaks"), 0);
-
-    let tokens: Vec<TokenId> = (0..90).map(|at| at * 7 % 1000 + 3).collect();
-    let tables: Vec<Vec<PageId>> = (0..5).map(|at| (0..8).map(|page| PageId(at + 5 * page)).collect()).collect();
-    let mut cpu = Engine::new(model.clone(), &Config { device: Device::Cpu, ..config.clone() }).expect("an engine");
-    let mut card = Engine::new(model.clone(), &config).expect("an engine on a card");
-    let compiled = number(&nvrtc, "compiled");
-    assert!(compiled > 5, "{compiled} programs");
-    // Prompts that leave, more of them beside each other, and then steps that decode: the second replays what the first made.
-    let one = &tables[..1];
-    let prompt = logits(&mut card, &tokens[..80], 0, one, true);
-    check_alike(&prompt[0], &logits(&mut cpu, &tokens[..80], 0, one, true)[0], "a prompt");
-    let mut block = vec![0; card.memory().layout().block_bytes()];
-    for layer in 0..card.memory().layout().layers {
-        let at = card.memory().layout().block_offset(layer, tables[0][4]);
-        card.memory().file().read_exact_at(&mut block, at as u64).expect("the pool's bytes");
-        assert!(block.iter().any(|byte| *byte != 0), "layer {layer} did not leave");
+    // A second start compiles nothing. A library of its name that is open is the one that the system's loader has.
+    let compiled = stand.compiled();
+    for config in [stand.config.clone(), Config { nccl_library: None, ..stand.shared() }] {
+        assert!(outcome(&mut stand.engine(&config)) == one, "the bits are those of the first start");
+        stand.check_empty();
     }
-    logits(&mut card, &tokens[..40], 0, &tables[1..], false);
-    for end in [41, 42] {
-        let alone = logits(&mut card, &tokens[..end], end - 1, &tables[1..2], false);
-        let together = logits(&mut card, &tokens[..end], end - 1, &tables[2..], false);
-        assert!(together.iter().all(|logits| *logits == alone[0]), "a sequence has its bits in any batch");
-    }
-    let cached = fs::read_dir(folder.path().join("cache")).expect("a cache").count();
-    assert_eq!(cached as c_int, compiled);
-    drop(card);
-    assert_eq!(number(&driver, "leaks"), 0);
-
-    // A second start compiles nothing.
-    let mut again = Engine::new(model, &config).expect("an engine on a card");
-    assert_eq!(number(&nvrtc, "compiled"), compiled);
-    assert!(logits(&mut again, &tokens[..80], 0, one, false) == prompt, "the bits are those of the first start");
+    assert_eq!(stand.compiled(), compiled);
 }

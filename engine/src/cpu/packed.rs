@@ -21,7 +21,7 @@ use crate::{
     },
     model::checkpoint::ElementType,
 };
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 /// Outputs of a panel.
 pub(crate) const PANEL: usize = 64;
@@ -258,6 +258,29 @@ impl Packed {
         unsafe { std::slice::from_raw_parts(self.panel(panel), self.panel_bytes()) }
     }
 
+    /// Copies column `column` to column `to` of `panel`, the bytes of a panel of a matrix like this one.
+    pub(crate) fn copy_column(&self, column: usize, panel: &mut [u8], to: usize) {
+        let (source, from) = (self.panel_contents(column / PANEL), column % PANEL);
+        assert!(panel.len() == source.len() && to < PANEL, "column {to} of {} bytes for {self:?}", panel.len());
+        // Whatever it is, elements of all columns lie side by side.
+        let mut copy = |range: Range<usize>, bytes: usize| {
+            for lanes in range.step_by(PANEL * bytes) {
+                panel[lanes + to * bytes..][..bytes].copy_from_slice(&source[lanes + from * bytes..][..bytes]);
+            }
+        };
+        match &self.weights {
+            WeightType::Float(dtype) => copy(0..source.len(), step(*dtype) * dtype.bytes()),
+            WeightType::Quantized(_) => {
+                let groups = self.groups();
+                for group in (0..source.len()).step_by(groups.bytes) {
+                    let words = group + groups.scale_bytes();
+                    copy(group..words, groups.scale_bytes() / PANEL);
+                    copy(words..source.len().min(group + groups.bytes), WORD_BYTES / PANEL);
+                }
+            }
+        }
+    }
+
     /// Copies one column, that is one stored row, to `out` as f32: how a tied embedding is looked up.
     pub(crate) fn column(&self, column: usize, out: &mut [f32]) {
         assert!(column < self.panels * PANEL && out.len() == self.depth, "column {column} of {self:?}");
@@ -390,6 +413,7 @@ mod tests {
                 let row = |column: usize| rows.get(column).map(|bytes| StoredRow { dtype: from, bytes });
                 let packed = Packed::pack(to, 2, depth, 2, &row).expect("memory");
                 let mut out = vec![0.0; depth];
+                check_copies(&packed);
                 for column in 0..2 * PANEL {
                     packed.column(column, &mut out);
                     for (index, out) in out.iter().enumerate() {
@@ -399,6 +423,22 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Copies the columns of two panels to each other's places and back.
+    fn check_copies(packed: &Packed) {
+        let mut turned = [vec![0; packed.panel_bytes()], vec![0; packed.panel_bytes()]];
+        for column in 0..2 * PANEL {
+            let to = (column * 37 + 5) % (2 * PANEL);
+            packed.copy_column(column, &mut turned[to / PANEL], to % PANEL);
+        }
+        let mut other = Packed::of(packed.weights, 2, packed.depth).expect("memory");
+        other.for_each_panel(1, &|panel, bytes| bytes.copy_from_slice(&turned[panel]));
+        for column in 0..2 * PANEL {
+            let to = (column * 37 + 5) % (2 * PANEL);
+            other.copy_column(to, &mut turned[column / PANEL], column % PANEL);
+        }
+        (0..2).for_each(|panel| assert!(packed.panel_contents(panel) == turned[panel], "{packed:?}"));
     }
 
     /// Codes, scales and offsets that look random, under `scheme`.
@@ -424,6 +464,7 @@ mod tests {
                     let order: Arc<[u32]> = (0..depth as u32).rev().collect();
                     let plain = Packed::pack_quantized(scheme, 2, depth, 2, None, &read).expect("memory");
                     let turned = Packed::pack_quantized(scheme, 2, depth, 2, Some(order), &read).expect("memory");
+                    check_copies(&plain);
                     let (mut expected, mut out) = (vec![0.0; depth], vec![0.0; depth]);
                     for column in 0..2 * PANEL {
                         expected.fill(0.0);

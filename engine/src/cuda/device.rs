@@ -68,6 +68,13 @@ pub(crate) trait Device: std::fmt::Debug + Send + Sync {
     /// Hands the bytes of each of `from`, which are up to [`super::pages::MOST_BLOCK_BYTES`], to `to`, with its index, in order, once mark `mark` is passed. What was asked after the mark goes on meanwhile.
     fn fetch(&mut self, mark: usize, from: &[Region], to: &mut dyn FnMut(usize, &[u8])) -> Result<(), Error>;
 
+    /// Brings together what this device and its peers ([`super::ranks`]) have computed: the first `bytes` bytes of each one's `part` go to `whole`, side by
+    /// side in the order of ranks. Every one of them is asked the same in the same order.
+    fn gather(&mut self, part: Region, bytes: usize, whole: Region) -> Result<(), Error>;
+
+    /// Says that this device will gather no more: peers that wait for it give up.
+    fn leave(&mut self);
+
     /// Runs a kernel.
     fn launch(&mut self, call: &Call) -> Result<(), Error>;
 
@@ -77,7 +84,7 @@ pub(crate) trait Device: std::fmt::Debug + Send + Sync {
     /// Waits for what stands before mark `mark`.
     fn wait(&mut self, mark: usize) -> Result<(), Error>;
 
-    /// From here on calls are not done but remembered, up to [`Device::end_graph`]. Nothing but calls may be asked meanwhile.
+    /// From here on calls are not done but remembered, up to [`Device::end_graph`]. Nothing but calls and what is gathered may be asked meanwhile.
     fn begin_graph(&mut self) -> Result<(), Error>;
 
     /// Returns what was remembered.

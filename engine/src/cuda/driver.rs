@@ -9,6 +9,7 @@ use super::{
     cache::Cache,
     device::{Device, Graph, Memory, Region},
     kernels::{Call, Kernel},
+    nccl::Ring,
     nvrtc::{self, Nvrtc},
     pages::MOST_BLOCK_BYTES,
 };
@@ -21,8 +22,10 @@ use cudarc::driver::{
 use std::{
     collections::HashMap,
     ffi::{CString, c_int, c_void},
+    panic::resume_unwind,
     path::Path,
     ptr::null_mut,
+    sync::Arc,
 };
 
 /// Oldest CUDA that a driver must know, as it counts: 12.0.
@@ -55,6 +58,8 @@ pub(crate) struct Card {
     down: Staging,
     marks: Vec<sys::CUevent>,
     graphs: Vec<sys::CUgraphExec>,
+    /// Its rank among cards that share a model, and their connections.
+    ring: Option<(usize, Arc<Ring>)>,
 }
 
 // SAFETY: handles of the driver may be used by any thread that has made their context current, which every method does; the memory behind
@@ -151,6 +156,7 @@ impl Card {
             down: Staging { start: null_mut(), used: 0 },
             marks: Vec::new(),
             graphs: Vec::new(),
+            ring: None,
         };
         opened.enter()?;
         for stream in [&mut opened.stream, &mut opened.copies] {
@@ -229,6 +235,34 @@ fn describe(error: DriverError) -> String {
         (Ok(name), Ok(text)) => format!("{text} ({name})"),
         _ => format!("error {}", error.0 as u32),
     }
+}
+
+/// Connects `cards`, if they are several, to share a model by the library `nccl`, or the one that is found. What each first gives the others goes to memory of
+/// its own: whatever NCCL puts off until then is done before anything is captured.
+///
+/// # Errors
+/// [`Error::Card`] says what is missing.
+pub(crate) fn connect(cards: &mut [Card], nccl: Option<&Path>) -> Result<(), Error> {
+    if cards.len() < 2 {
+        return Ok(());
+    }
+    let numbers: Vec<sys::CUdevice> = cards.iter().map(|card| card.device).collect();
+    let fault = |card: &Card, problem: String| Error::card(&card.name, "connect it with its peers", problem);
+    let ring = Arc::new(Ring::connect(nccl, &numbers).map_err(|problem| fault(&cards[0], problem))?);
+    cards.iter_mut().enumerate().for_each(|(rank, card)| card.ring = Some((rank, ring.clone())));
+    // Before any waits for the others.
+    let words =
+        |card: &mut Card| Ok((card.alloc("a first word", 256)?, card.alloc("a first word", 256 * ring.ranks())?));
+    let words = cards.iter_mut().map(words).collect::<Result<Vec<_>, Error>>()?;
+    let first = |card: &mut Card, (part, whole): (Region, Region)| {
+        card.gather(part, 256, whole).and_then(|()| card.synchronize()).inspect_err(|_| ring.leave())
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> =
+            cards.iter_mut().zip(words).map(|(card, words)| scope.spawn(move || first(card, words))).collect();
+        let outcomes = threads.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        outcomes.collect::<Vec<_>>().into_iter().collect()
+    })
 }
 
 impl Device for Card {
@@ -343,6 +377,20 @@ impl Device for Card {
         Ok(())
     }
 
+    fn gather(&mut self, part: Region, bytes: usize, whole: Region) -> Result<(), Error> {
+        assert!(bytes <= part.bytes, "{bytes} bytes of {}", part.bytes);
+        self.enter()?;
+        let (rank, ring) = self.ring.as_ref().expect("only cards that are connected share a model");
+        let whole = whole.part(0, bytes * ring.ranks());
+        // SAFETY: both regions are ours, as long as was checked, and live as long as this device.
+        unsafe { ring.gather(*rank, part.address, bytes, whole.address, self.stream) }
+            .map_err(|problem| Error::card(&self.name, "gather from its peers", problem))
+    }
+
+    fn leave(&mut self) {
+        self.ring.iter().for_each(|(_, ring)| ring.leave());
+    }
+
     fn prepare(&mut self, kernel: &Kernel) -> Result<(), Error> {
         self.enter()?;
         self.function(kernel).map(drop)
@@ -409,6 +457,8 @@ impl Drop for Card {
         // SAFETY: everything was made by this value and is used by nobody else; the stream is waited for before what it uses goes.
         unsafe {
             let _ = ctx::set_current(self.context);
+            // Peers are waited for while all of them are still there.
+            self.ring.iter().for_each(|(_, ring)| ring.close());
             let streams = [self.stream, self.copies].into_iter().filter(|stream| !stream.is_null());
             streams.clone().for_each(|stream| _ = stream::synchronize(stream));
             self.graphs.drain(..).for_each(|graph| _ = graph::exec_destroy(graph));

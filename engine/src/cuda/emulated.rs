@@ -9,9 +9,10 @@ use crate::{Error, cpu::buffer::Buffer};
 use std::{
     collections::HashSet,
     sync::{
-        Arc,
+        Arc, Condvar, Mutex,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
 /// Bytes that it says it has.
@@ -40,9 +41,61 @@ pub(crate) struct Emulated {
     ready: HashSet<Kernel>,
     /// Whether kernels run; else only their calls are counted, and all memory stays zero.
     runs: bool,
-    remembered: Option<Vec<Call>>,
-    graphs: Vec<Vec<Call>>,
+    remembered: Option<Vec<Work>>,
+    graphs: Vec<Vec<Work>>,
     marks: usize,
+    rank: usize,
+    peers: Arc<Peers>,
+}
+
+/// What a graph remembers.
+#[derive(Clone, Copy, Debug)]
+#[expect(clippy::large_enum_variant, reason = "nearly all are the large one")]
+enum Work {
+    Call(Call),
+    Gather { part: Region, bytes: usize, whole: Region },
+}
+
+/// Where ranks meet.
+#[derive(Debug)]
+struct Peers {
+    meeting: Mutex<Meeting>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct Meeting {
+    /// By rank: the address of what it gives, while it is there.
+    parts: Vec<u64>,
+    arrived: usize,
+    /// How often all were there.
+    met: usize,
+    left: bool,
+}
+
+impl Peers {
+    fn new(ranks: usize) -> Self {
+        let meeting = Meeting { parts: vec![0; ranks], arrived: 0, met: 0, left: false };
+        Self { meeting: Mutex::new(meeting), changed: Condvar::new() }
+    }
+
+    /// Waits until every rank has come and given the address of its part; returns the addresses.
+    fn meet(&self, rank: usize, part: u64) -> Result<Vec<u64>, Error> {
+        let mut meeting = self.meeting.lock().expect("no rank panicked");
+        (meeting.parts[rank], meeting.arrived) = (part, meeting.arrived + 1);
+        if meeting.arrived == meeting.parts.len() {
+            (meeting.arrived, meeting.met) = (0, meeting.met + 1);
+            self.changed.notify_all();
+        }
+        let before = meeting.met - usize::from(meeting.arrived == 0);
+        let waits = |meeting: &mut Meeting| meeting.met == before && !meeting.left;
+        let waited = self.changed.wait_timeout_while(meeting, Duration::from_secs(60), waits);
+        let (meeting, waited) = waited.expect("no rank panicked");
+        match meeting.left || waited.timed_out() {
+            true => Err(Error::card("emulated", "gather", "a peer is gone".into())),
+            false => Ok(meeting.parts.clone()),
+        }
+    }
 }
 
 impl Emulated {
@@ -58,7 +111,15 @@ impl Emulated {
             remembered: None,
             graphs: Vec::new(),
             marks: 0,
+            rank: 0,
+            peers: Arc::new(Peers::new(1)),
         }
+    }
+
+    /// Makes `ranks` that share a model.
+    pub(crate) fn team(order: Order, ranks: usize) -> Vec<Self> {
+        let peers = Arc::new(Peers::new(ranks));
+        (0..ranks).map(|rank| Self { rank, peers: peers.clone(), ..Self::new(order) }).collect()
     }
 
     /// Makes one that computes nothing.
@@ -71,12 +132,34 @@ impl Emulated {
         self.asked.clone()
     }
 
-    fn run(&self, call: &Call) -> Result<(), Error> {
-        if !self.runs {
-            return Ok(());
+    fn run(&self, work: &Work) -> Result<(), Error> {
+        match work {
+            _ if !self.runs => Ok(()),
+            // SAFETY: the addresses are those of buffers of this device, which nobody else has.
+            Work::Call(call) => unsafe { emulator::run(call, self.order) }
+                .map_err(|problem| Error::card("emulated", "compute", problem)),
+            Work::Gather { part, bytes, whole } => {
+                let parts = self.peers.meet(self.rank, part.address)?;
+                for (rank, part) in parts.into_iter().enumerate() {
+                    let to = whole.part(rank * bytes, *bytes);
+                    // SAFETY: peers wait for each other before and behind this, and parts are as long for all.
+                    unsafe { (to.address as *mut u8).copy_from_nonoverlapping(part as *const u8, *bytes) };
+                }
+                self.peers.meet(self.rank, part.address).map(drop)
+            }
         }
-        // SAFETY: the addresses are those of buffers of this device, which nobody else has.
-        unsafe { emulator::run(call, self.order) }.map_err(|problem| Error::card("emulated", "compute", problem))
+    }
+
+    /// Does `work`, or remembers it while a graph is made.
+    fn ask(&mut self, work: Work) -> Result<(), Error> {
+        self.asked.calls.fetch_add(1, Relaxed);
+        match &mut self.remembered {
+            Some(all) => {
+                all.push(work);
+                Ok(())
+            }
+            None => self.run(&work),
+        }
     }
 }
 
@@ -134,15 +217,18 @@ impl Device for Emulated {
     }
 
     fn launch(&mut self, call: &Call) -> Result<(), Error> {
-        self.asked.calls.fetch_add(1, Relaxed);
         assert!(self.ready.contains(&call.kernel), "{:?} was not made ready", call.kernel);
-        match &mut self.remembered {
-            Some(calls) => {
-                calls.push(*call);
-                Ok(())
-            }
-            None => self.run(call),
-        }
+        self.ask(Work::Call(*call))
+    }
+
+    fn gather(&mut self, part: Region, bytes: usize, whole: Region) -> Result<(), Error> {
+        assert!(bytes <= part.bytes, "{bytes} bytes of {}", part.bytes);
+        self.ask(Work::Gather { part, bytes, whole })
+    }
+
+    fn leave(&mut self) {
+        self.peers.meeting.lock().expect("no rank panicked").left = true;
+        self.peers.changed.notify_all();
     }
 
     fn mark(&mut self, mark: usize) -> Result<(), Error> {
@@ -169,6 +255,6 @@ impl Device for Emulated {
 
     fn replay(&mut self, graph: Graph) -> Result<(), Error> {
         self.asked.calls.fetch_add(1, Relaxed);
-        self.graphs[graph.0].iter().try_for_each(|call| self.run(call))
+        self.graphs[graph.0].iter().try_for_each(|work| self.run(work))
     }
 }

@@ -1,175 +1,24 @@
 //! The decoder on a card: call by call, layer by layer.
 
 use super::{
-    Buffers, Cuda, ExpertBuffers,
     device::Region,
     graphs::Bucket,
     kernels::{
-        self, Attention, Call, Cap, Choose, Cut, Draw, Element, Embed, Finish, Gather, Group, HeadNorms, Largest, Mix,
-        Norm, NormTo, Pages, Pairs, Reorder, Rotary, Share,
+        self, Attention, Call, Cap, Choose, Cut, Draw, Embed, Finish, Gather, Group, HeadNorms, Join, JoinTo, Largest,
+        Mix, Norm, NormTo, Pages, Pairs, Reorder, Rotary, Share,
     },
+    rank::{Buffers, ExpertBuffers, Rank, whole},
     rows::Capacity,
+    slice::{Outputs, Split},
     weights::{Dense, Experts, Inner, Linear, Mlp, NormWeights},
 };
 use crate::{
-    Error, KvMemory, Model, Stuck,
-    cpu::{nodes::Stay, pool::Pool},
-    home::{Home, Logits, Pass, Place, Span},
-    model::{
-        checkpoint::ElementType,
-        decoder::{Decoder, QkNorm},
-    },
+    Error,
+    home::{Pass, Place, Span},
+    model::decoder::{Decoder, QkNorm},
 };
-use kv_cache::{PageId, TokenId};
+use kv_cache::PageLayout;
 use std::{collections::HashSet, ops::Range};
-
-impl Home for Cuda {
-    fn name(&self) -> &str {
-        self.device.name()
-    }
-
-    fn stay(&self) -> Stay {
-        self.pool.stay()
-    }
-
-    fn forward(
-        &mut self,
-        model: &Model,
-        memory: &KvMemory,
-        pass: &Pass<'_>,
-        on_layer: &mut dyn FnMut(u32),
-    ) -> Result<(), Error> {
-        if pass.spans.is_empty() {
-            return Ok(());
-        }
-        if let Some(row) = pass.spans.iter().position(|span| span.adapter.is_some()) {
-            return Err(Error::Row(format!("row {row}: adapters do not run on a card yet")));
-        }
-        let (decoder, layout) = (&model.decoder, memory.layout());
-        let Capacity { rows, sequences, .. } = self.sizes.capacity;
-        let bucket = Bucket::of(pass, rows.min(sequences), self.sizes.context);
-        let rows = bucket.map_or(pass.tokens.len(), |bucket| bucket.rows);
-        self.words.write(pass, rows, layout.page_tokens as usize, layout.pages);
-        self.device.upload(self.parts.whole, self.words.bytes())?;
-        self.untold = 0..self.weights.blocks.len();
-        self.pages.as_mut().expect("pages are reserved before the first step").begin(pass.spans);
-        match bucket {
-            Some(bucket) => self.replay(decoder, bucket),
-            None => {
-                self.launch_pass(decoder, pass)?;
-                // Layers are told when they are final, while later ones are still computed.
-                while let Some(layer) = self.untold.next() {
-                    self.fetch_layer(memory, layer)?;
-                    on_layer(layer as u32);
-                }
-                Ok(())
-            }
-        }
-    }
-
-    fn finish(&mut self, on_layer: &mut dyn FnMut(u32)) -> Result<(), Error> {
-        if self.untold.is_empty() {
-            return Ok(());
-        }
-        self.device.wait(0)?;
-        std::mem::take(&mut self.untold).for_each(|layer| on_layer(layer as u32));
-        Ok(())
-    }
-
-    fn read_hidden(&mut self, row: usize, to: &mut [f32]) -> Result<(), Error> {
-        let stride = self.sizes.residual * 2;
-        let mut bytes = vec![0; to.len() * 2];
-        self.device.download(self.hidden.part(row * stride, stride), &mut bytes)?;
-        for (to, bytes) in to.iter_mut().zip(bytes.as_chunks::<2>().0) {
-            let dtype = match self.element {
-                Element::Bf16 => ElementType::Bf16,
-                Element::F16 => ElementType::F16,
-            };
-            *to = dtype.get(bytes, 0);
-        }
-        Ok(())
-    }
-
-    fn keep_rows(&mut self, rows: &mut dyn Iterator<Item = usize>) -> Result<(), Error> {
-        let kept = self.words.keep(rows);
-        let list = kept.len() / 4;
-        self.device.upload(self.parts.kept, kept)?;
-        // The residual is not needed any more, and its rows are longer.
-        let (from, to) = (self.hidden, self.buffers.residual);
-        (self.rows, self.computed) = (list, 0..0);
-        if list > 0 {
-            let stride = (self.sizes.residual / 2) as u32;
-            let (from, rows) = (from.address, self.parts.kept.address);
-            self.call(&Gather { kept: list as u32, from, rows, to: to.address, stride }.call())?;
-        }
-        self.hidden = to;
-        Ok(())
-    }
-
-    fn races(&self) -> bool {
-        self.races
-    }
-
-    fn find_tokens(&mut self, model: &Model, rows: Range<usize>) -> Result<(), Error> {
-        let count = rows.len();
-        self.head(&model.decoder, rows)?;
-        // SAFETY: any bytes are u32s.
-        let bytes = unsafe { std::slice::from_raw_parts_mut(self.found.as_mut_ptr().cast(), count * 4) };
-        self.device.download(self.buffers.tokens, bytes)
-    }
-
-    fn found(&self, row: usize) -> Option<Result<TokenId, Stuck>> {
-        match self.found[row] {
-            Draw::UNDECIDED => None,
-            TokenId::MAX => Some(Err(Stuck::NoLogits)),
-            token => Some(Ok(token)),
-        }
-    }
-
-    fn compute_logits(
-        &mut self,
-        model: &Model,
-        rows: Range<usize>,
-        wanted: &dyn Fn(usize) -> bool,
-    ) -> Result<(), Error> {
-        let (count, stride) = (rows.len(), self.sizes.logits);
-        self.head(&model.decoder, rows)?;
-        let mut row = 0;
-        while row < count {
-            // Rows that follow each other come down as one.
-            let run = (row..count).take_while(|row| wanted(*row)).count();
-            if run > 0 {
-                let to = &mut self.logits[row * stride..][..run * stride];
-                // SAFETY: any bytes are f32s.
-                let bytes = unsafe { std::slice::from_raw_parts_mut(to.as_mut_ptr().cast(), run * stride * 4) };
-                self.device.download(self.buffers.logits.part(row * stride * 4, run * stride * 4), bytes)?;
-            }
-            row += run + 1;
-        }
-        Ok(())
-    }
-
-    fn logits(&self) -> Logits<'_> {
-        Logits { floats: &self.logits, stride: self.sizes.logits }
-    }
-
-    fn pool_and_logits(&mut self) -> (&mut Pool, Logits<'_>) {
-        (&mut self.pool, Logits { floats: &self.logits, stride: self.sizes.logits })
-    }
-
-    fn export(&mut self, memory: &KvMemory, pages: &[PageId]) -> Result<(), Error> {
-        self.export_pages(memory, pages)
-    }
-
-    fn import(&mut self, memory: &KvMemory, pages: &[PageId]) -> Result<(), Error> {
-        self.import_pages(memory, pages)
-    }
-
-    /// Nothing: what tokens choose stays on the card, and to ask for it would be to wait for it.
-    fn expert_bytes(&self) -> (u64, u64) {
-        (0, 0)
-    }
-}
 
 /// The rows that some of a pass works on.
 #[derive(Clone, Copy, Debug)]
@@ -210,7 +59,48 @@ impl Part {
     }
 }
 
-impl Cuda {
+impl Rank {
+    /// Asks for all of a pass, up to the head's inputs, as a graph where there is a bucket for it.
+    pub(super) fn begin(
+        &mut self,
+        decoder: &Decoder,
+        layout: &PageLayout,
+        pass: &Pass<'_>,
+        bucket: Option<Bucket>,
+    ) -> Result<(), Error> {
+        let rows = bucket.map_or(pass.tokens.len(), |bucket| bucket.rows);
+        self.words.write(pass, rows, layout.page_tokens as usize, layout.pages);
+        self.device.upload(self.parts.whole, self.words.bytes())?;
+        self.pages.as_mut().expect("pages are reserved before the first step").begin(pass.spans);
+        match bucket {
+            Some(bucket) => self.replay(decoder, bucket),
+            None => self.launch_pass(decoder, pass),
+        }
+    }
+
+    /// Keeps the rows `rows` and forgets all others.
+    pub(super) fn keep_rows(&mut self, rows: &[usize]) -> Result<(), Error> {
+        let kept = self.words.keep(&mut rows.iter().copied());
+        let list = kept.len() / 4;
+        self.device.upload(self.parts.kept, kept)?;
+        // The residual is not needed any more, and its rows are longer.
+        let (from, to) = (self.hidden, self.buffers.residual);
+        (self.rows, self.computed) = (list, 0..0);
+        if list > 0 {
+            let stride = (self.sizes.residual / 2) as u32;
+            let (from, rows) = (from.address, self.parts.kept.address);
+            self.call(&Gather { kept: list as u32, from, rows, to: to.address, stride }.call())?;
+        }
+        self.hidden = to;
+        Ok(())
+    }
+
+    /// Waits for everything so far: a rank that nothing is asked of may still have failed, and the others wait for it.
+    pub(super) fn catch_up(&mut self) -> Result<(), Error> {
+        self.device.mark(0)?;
+        self.device.wait(0)
+    }
+
     /// Asks for a pass of rows that decode, and for what follows their tokens, as one.
     fn replay(&mut self, decoder: &Decoder, bucket: Bucket) -> Result<(), Error> {
         let graph = match self.graphs.get(&bucket) {
@@ -398,14 +288,55 @@ impl Cuda {
         pairs: Pairs,
         count: usize,
         (from, from_stride): (Region, usize),
-        (to, to_stride): (Region, usize),
+        to: (Region, usize),
         finish: Finish,
     ) -> Result<(), Error> {
         assert!(linear.order.bytes == 0, "experts whose inputs have an order are widened when they are packed");
         let call = linear.call(self.element, self.device.most_shared(), count, from, from_stride);
         let pairs = Some(Pairs { expert_bytes: linear.expert_bytes, ..pairs });
-        let (to, to_stride) = (to.address, to_stride as u32);
-        self.call(&kernels::Linear { to, to_stride, finish, pairs, ..call }.call())
+        self.finished(linear.split, kernels::Linear { pairs, ..call }, to, finish)
+    }
+
+    /// Asks for a linear whose outcome goes to `to`, that of all ranks where they split it.
+    fn finished(
+        &mut self,
+        split: Option<Split>,
+        linear: kernels::Linear,
+        (to, stride): (Region, usize),
+        finish: Finish,
+    ) -> Result<(), Error> {
+        let Some(split) = split else {
+            let (to, to_stride) = (to.address, stride as u32);
+            return self.call(&kernels::Linear { to, to_stride, finish, ..linear }.call());
+        };
+        let (finish, into) = match finish {
+            Finish::Add => (Finish::Store, JoinTo::Sums),
+            Finish::Store => (finish, JoinTo::Floats),
+            Finish::Gate(_) | Finish::Activate(_) => (finish, JoinTo::Halves),
+        };
+        let (part, part_stride) = (self.buffers.part.address, whole(split.own) as u32);
+        self.call(&kernels::Linear { to: part, to_stride: part_stride, finish, ..linear }.call())?;
+        self.join(split, linear.rows, (to, stride), into)
+    }
+
+    /// Gathers what every rank has in its part, and puts it side by side.
+    fn join(&mut self, split: Split, rows: u32, (to, stride): (Region, usize), into: JoinTo) -> Result<(), Error> {
+        let (Buffers { part, parts, .. }, own) = (self.buffers, whole(split.own));
+        if self.listed.is_none() {
+            self.device.gather(part, rows as usize * own * into.bytes(), parts)?;
+        }
+        let join = Join {
+            rows,
+            parts: self.slice.ranks as u32,
+            from: parts.address,
+            part_stride: own as u32,
+            part_width: split.own as u32,
+            to: to.address,
+            width: split.all as u32,
+            to_stride: stride as u32,
+            into,
+        };
+        self.call(&join.call())
     }
 
     fn embed(&mut self, decoder: &Decoder, at: &At) -> Result<(), Error> {
@@ -461,7 +392,7 @@ impl Cuda {
         linear: &Linear,
         rows: usize,
         (from, from_stride): (Region, usize),
-        (to, to_stride): (Region, usize),
+        to: (Region, usize),
         finish: Finish,
     ) -> Result<(), Error> {
         let mut from = from;
@@ -472,15 +403,8 @@ impl Cuda {
             from = to;
         }
         let call = linear.call(self.element, self.device.most_shared(), rows, from, from_stride);
-        let call = kernels::Linear {
-            to: to.address,
-            to_stride: to_stride as u32,
-            finish,
-            partial: self.buffers.partial.address,
-            counters: self.buffers.counters.address,
-            ..call
-        };
-        self.call(&call.call())
+        let (partial, counters) = (self.buffers.partial.address, self.buffers.counters.address);
+        self.finished(linear.split, kernels::Linear { partial, counters, ..call }, to, finish)
     }
 
     /// Adds a product to the residual, through a norm where there is one.
@@ -520,7 +444,7 @@ impl Cuda {
             rows: at.rows as u32,
             qkv: at.qkv.address,
             stride: self.sizes.qkv as u32,
-            heads: decoder.heads as u32,
+            heads: self.heads(decoder),
             positions: self.parts.positions.address,
             slots: self.parts.slots.address,
             angles: self.weights.angles[rope].address,
@@ -547,10 +471,26 @@ impl Cuda {
                 merge.map_or(Ok(()), |merge| self.call(&merge))?;
             }
         }
-        Ok(())
+        let to = (self.buffers.attended, self.sizes.attended);
+        let split = Self::attended(decoder).split(self.slice);
+        split.map_or(Ok(()), |split| self.join(split, at.rows as u32, to, JoinTo::Halves))
+    }
+
+    /// What attention gives: each rank the outputs of its heads.
+    fn attended(decoder: &Decoder) -> Outputs {
+        Outputs::Plain(decoder.query_dim())
+    }
+
+    /// Returns the heads of this rank.
+    fn heads(&self, decoder: &Decoder) -> u32 {
+        (decoder.heads / self.slice.ranks) as u32
     }
 
     fn attention(&self, decoder: &Decoder, at: &At, layer: usize, part: &Part) -> Attention {
+        let (to, to_stride) = match Self::attended(decoder).split(self.slice) {
+            Some(split) => (self.buffers.part, whole(split.own)),
+            None => (self.buffers.attended, self.sizes.attended),
+        };
         Attention {
             element: self.element,
             rows: part.rows as u32,
@@ -558,12 +498,12 @@ impl Cuda {
             longest: part.longest as u32,
             q: at.qkv.address,
             q_stride: self.sizes.qkv as u32,
-            heads: decoder.heads as u32,
+            heads: self.heads(decoder),
             sequences: at.sequences.address,
             sequence_count: part.count as u32,
             tables: self.parts.tables.address,
-            to: self.buffers.attended.address,
-            to_stride: self.sizes.attended as u32,
+            to: to.address,
+            to_stride: to_stride as u32,
             window: decoder.windows[layer].map(|window| window as u32),
             scale: decoder.score_scale,
             cap: decoder.score_cap,
@@ -585,7 +525,7 @@ impl Cuda {
     }
 
     /// Computes the logits of `rows` and finds their tokens, unless that was done.
-    fn head(&mut self, decoder: &Decoder, rows: Range<usize>) -> Result<(), Error> {
+    pub(super) fn head(&mut self, decoder: &Decoder, rows: Range<usize>) -> Result<(), Error> {
         let most = self.sizes.capacity.logits_rows;
         assert!(rows.end <= self.rows && rows.len() <= most, "rows {rows:?} of {}", self.rows);
         if rows.start == self.computed.start && rows.end <= self.computed.end {

@@ -3,17 +3,17 @@
 //! It is opened when a card is used, never linked: a build needs no CUDA and neither does a start. It needs no card, so tests compile every
 //! kernel for every architecture. Functions and their meaning: NVIDIA, *NVRTC*, section "User Interface".
 
+use super::library;
 use libloading::Library;
 use std::{
     ffi::{CStr, CString, c_char, c_int, c_void},
-    path::{Path, PathBuf},
+    path::Path,
     ptr::{null, null_mut},
 };
 
-/// Names under which the system's loader may know it, newest first.
-const NAMES: [&str; 4] = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so", "nvrtc64_130_0.dll"];
-/// Where toolkits put it.
-const TOOLKIT: &str = "/usr/local/cuda/lib64/libnvrtc.so";
+/// Names under which the system's loader may know it, newest first, and where toolkits put it.
+const PLACES: [&str; 5] =
+    ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so", "nvrtc64_130_0.dll", "/usr/local/cuda/lib64/libnvrtc.so"];
 
 /// Returns how every kernel is compiled for `architecture`, such as `sm_90a`. Products and sums are rounded one by one unless a kernel says otherwise, so
 /// that the emulator rounds alike.
@@ -66,24 +66,18 @@ struct Functions {
 
 impl Functions {
     fn of(library: &Library) -> Result<Self, libloading::Error> {
-        /// # Safety
-        /// The symbol `name` is a function of type `F`.
-        unsafe fn get<F: Copy>(library: &Library, name: &CStr) -> Result<F, libloading::Error> {
-            // SAFETY: passed on.
-            unsafe { library.get::<F>(name.to_bytes_with_nul()).map(|function| *function) }
-        }
         // SAFETY: types are those of NVRTC's header, unchanged since CUDA 11.1.
         unsafe {
             Ok(Self {
-                version: get(library, c"nvrtcVersion")?,
-                error: get(library, c"nvrtcGetErrorString")?,
-                create: get(library, c"nvrtcCreateProgram")?,
-                destroy: get(library, c"nvrtcDestroyProgram")?,
-                compile: get(library, c"nvrtcCompileProgram")?,
-                cubin_bytes: get(library, c"nvrtcGetCUBINSize")?,
-                cubin: get(library, c"nvrtcGetCUBIN")?,
-                log_bytes: get(library, c"nvrtcGetProgramLogSize")?,
-                log: get(library, c"nvrtcGetProgramLog")?,
+                version: library::function(library, c"nvrtcVersion")?,
+                error: library::function(library, c"nvrtcGetErrorString")?,
+                create: library::function(library, c"nvrtcCreateProgram")?,
+                destroy: library::function(library, c"nvrtcDestroyProgram")?,
+                compile: library::function(library, c"nvrtcCompileProgram")?,
+                cubin_bytes: library::function(library, c"nvrtcGetCUBINSize")?,
+                cubin: library::function(library, c"nvrtcGetCUBIN")?,
+                log_bytes: library::function(library, c"nvrtcGetProgramLogSize")?,
+                log: library::function(library, c"nvrtcGetProgramLog")?,
             })
         }
     }
@@ -95,26 +89,12 @@ impl Nvrtc {
     /// # Errors
     /// Says where it was looked for.
     pub(crate) fn open(file: Option<&Path>) -> Result<Self, String> {
-        let places: Vec<PathBuf> = match file {
-            Some(file) => vec![file.to_owned()],
-            None => NAMES.into_iter().chain([TOOLKIT]).map(PathBuf::from).collect(),
-        };
-        let mut problem = String::new();
-        for place in &places {
-            // SAFETY: NVRTC's initialisers do nothing but set up its own state.
-            match unsafe { Library::new(place) } {
-                Ok(library) => {
-                    return Self::of(library, place).map_err(|error| format!("{}: {error}", place.display()));
-                }
-                Err(error) => problem = error.to_string(),
-            }
-        }
-        let looked: Vec<_> = places.iter().map(|place| place.display().to_string()).collect();
-        Err(format!("NVRTC cannot be opened ({problem}); looked for {}", looked.join(", ")))
+        let (library, place) = library::open("NVRTC", file, &PLACES)?;
+        Self::of(library, &place).map_err(|error| format!("{}: {error}", place.display()))
     }
 
     fn of(library: Library, place: &Path) -> Result<Self, String> {
-        let functions = Functions::of(&library).map_err(|error| error.to_string())?;
+        let functions = Functions::of(&library).map_err(|error| library::describe(&error))?;
         let mut version = (0, 0);
         // SAFETY: both are ours to write.
         match unsafe { (functions.version)(&mut version.0, &mut version.1) } {

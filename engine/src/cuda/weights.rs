@@ -1,4 +1,5 @@
-//! Weights on the device: uploaded once, matrix by matrix, in the order in which they are packed.
+//! Weights on the device: uploaded once, matrix by matrix, in the order in which they are packed. Where several ranks share a model, a rank's are the
+//! [part](super::slice) of each matrix that it computes; embeddings, norms, routers and angles are whole on each.
 //!
 //! Matrices are 16-bit floats there, in the panels of [`crate::cpu::packed`]: `[panels][depth / 2][64][2]`. A word of a panel, two neighbours
 //! along the depth of one output, is what a lane of a tensor core takes. They are f16 where all of a model's are, else bf16: f32 is rounded.
@@ -8,6 +9,7 @@
 use super::{
     device::{Device, Region},
     kernels::{self, Choose, Codes, Element, Finish, LinearShape, Table},
+    slice::{Outputs, Slice, Split},
 };
 use crate::{
     Config, Error, Model,
@@ -15,15 +17,14 @@ use crate::{
     model::{
         Opened,
         checkpoint::ElementType,
-        decoder::Decoder,
+        decoder::{Decoder, QkNorm},
         experts::Mixture,
-        routing::Routing,
         weights::{self, Attention, Embedding, Layer, Norm, Plain, Weights},
     },
 };
 use half::bf16;
 use kv_cache::KvDtype;
-use std::path::Path;
+use std::{ops::Range, path::Path};
 
 /// A linear on the device.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +40,8 @@ pub(crate) struct Linear {
     pub(crate) shape: LinearShape,
     /// Bytes of that part.
     pub(crate) expert_bytes: u64,
+    /// What ranks exchange of what they compute.
+    pub(crate) split: Option<Split>,
 }
 
 impl Linear {
@@ -189,8 +192,24 @@ fn unread(dtype: &str) -> Error {
 }
 
 fn check_decoder(decoder: &Decoder, element: Element, config: &Config) -> Result<(), Error> {
-    let Decoder { architecture, head_dim, .. } = decoder;
+    let Decoder { architecture, head_dim, heads, kv_heads, .. } = decoder;
     let refused = |problem: String| Err(Error::setting("device", problem));
+    let ranks = config.tensor_parallel;
+    if !Slice::is_even(ranks, *heads, *kv_heads) {
+        let right: Vec<String> = (1..=*heads)
+            .filter(|ranks| Slice::is_even(*ranks, *heads, *kv_heads))
+            .map(|ranks| ranks.to_string())
+            .collect();
+        let problem = format!(
+            "{ranks} cards do not share {heads} heads and {kv_heads} of keys and values ({architecture}) evenly: {} would be right",
+            right.join(", ")
+        );
+        return Err(Error::setting("tensor_parallel", problem));
+    }
+    if ranks > 1 && decoder.qk_norm == QkNorm::Whole {
+        let problem = format!("{ranks} cards: norms over all heads ({architecture}) run on one card alone");
+        return Err(Error::setting("tensor_parallel", problem));
+    }
     if decoder.latent.is_some() {
         return refused(format!("latent attention ({architecture}) does not run on a card yet"));
     }
@@ -242,36 +261,45 @@ pub(crate) fn element(weights: &Weights) -> Element {
 }
 
 impl Uploaded {
-    /// Uploads the weights of `decoder`, and its angles up to position `context`.
+    /// Uploads what `slice` has of the weights of `decoder`, and its angles up to position `context`.
     pub(crate) fn upload(
         device: &mut dyn Device,
+        slice: Slice,
         decoder: &Decoder,
         weights: &Weights,
         element: Element,
         context: usize,
     ) -> Result<Self, Error> {
-        let mut to = Uploader { device, element, rounded: false, words: Vec::new() };
+        let mut to = Uploader { device, slice, element, rounded: false, words: Vec::new(), panel: Vec::new() };
+        let (inner, residual) = (Outputs::Plain(decoder.intermediate), Outputs::Plain(decoder.hidden));
+        let Decoder { heads, kv_heads, head_dim, .. } = *decoder;
+        let qkv = Outputs::Heads { heads, kv_heads, dim: head_dim };
         let mut block = |layer: &Layer| {
-            let Attention::Heads(heads) = &layer.attention else { unreachable!("`check` refuses latent attention") };
+            let Attention::Heads(attention) = &layer.attention else {
+                unreachable!("`check` refuses latent attention")
+            };
             let mlp = match &layer.mlp {
-                weights::Mlp::Dense(dense) => Mlp::Dense(to.dense(dense)?),
+                weights::Mlp::Dense(dense) => Mlp::Dense(to.dense(dense, decoder.intermediate, decoder.hidden)?),
                 weights::Mlp::Plain(Plain { up, down }) => {
-                    Mlp::Dense(Dense { inner: Inner::Plain(to.linear(up, false)?), down: to.linear(down, false)? })
+                    Mlp::Dense(Dense { inner: Inner::Plain(to.linear(up, inner)?), down: to.linear(down, residual)? })
                 }
                 weights::Mlp::Experts(experts) => {
                     let mixture = decoder.mixture.as_ref().expect("a decoder with experts says how they are chosen");
-                    Mlp::Experts(to.experts(experts, &mixture.routing)?)
+                    Mlp::Experts(to.experts(experts, mixture, decoder.hidden)?)
                 }
             };
-            let head_norms = match &heads.head_norms {
-                Some((q, k)) => Some((to.floats("norms of heads", q)?, to.floats("norms of heads", k)?)),
+            let head_norms = match &attention.head_norms {
+                Some((q, k)) => {
+                    let own = (slice.range(heads), slice.kv_heads(kv_heads));
+                    Some((to.head_norm(q, own.0, decoder)?, to.head_norm(k, own.1, decoder)?))
+                }
                 None => None,
             };
             Ok(Block {
                 attention_norm: to.norm(layer.attention_norm.as_ref())?,
-                qkv: to.linear(&heads.qkv, false)?,
+                qkv: to.linear(&attention.qkv, qkv)?,
                 head_norms,
-                output: to.linear(&heads.output, false)?,
+                output: to.linear(&attention.output, residual)?,
                 attention_post_norm: to.norm(layer.attention_post_norm.as_ref())?,
                 mlp_norm: to.norm(layer.mlp_norm.as_ref())?,
                 mlp,
@@ -280,9 +308,10 @@ impl Uploaded {
         };
         let blocks = weights.layers.iter().map(&mut block).collect::<Result<_, Error>>()?;
         let final_norm = to.norm(Some(&weights.final_norm))?.expect("it is there");
-        let head = to.linear(&weights.head, false)?;
+        let head = to.linear(&weights.head, Outputs::Plain(decoder.vocab_size))?;
         let table = match &weights.embedding {
             Embedding::Tied if head.codes.is_some() => to.rows_of(&weights.head.packed, decoder.vocab_size)?,
+            Embedding::Tied if head.split.is_some() => (Table::Panels, to.linear(&weights.head, Outputs::All)?.panels),
             Embedding::Tied => (Table::Panels, head.panels),
             Embedding::Rows { dtype, bytes } => to.rows(*dtype, bytes)?,
             Embedding::Packed(packed) => to.rows_of(packed, decoder.vocab_size)?,
@@ -317,93 +346,82 @@ impl Uploaded {
 
 struct Uploader<'a> {
     device: &'a mut dyn Device,
+    slice: Slice,
     element: Element,
     rounded: bool,
     /// What is being rounded.
     words: Vec<u16>,
+    /// The panel that is being put together.
+    panel: Vec<u8>,
 }
 
 impl Uploader<'_> {
-    fn dense(&mut self, weights::Dense { gate_up, down }: &weights::Dense) -> Result<Dense, Error> {
-        Ok(Dense { inner: Inner::Gated(self.linear(gate_up, true)?), down: self.linear(down, false)? })
+    fn dense(
+        &mut self,
+        weights::Dense { gate_up, down }: &weights::Dense,
+        intermediate: usize,
+        hidden: usize,
+    ) -> Result<Dense, Error> {
+        let inner = Inner::Gated(self.linear(gate_up, Outputs::Gated(intermediate))?);
+        Ok(Dense { inner, down: self.linear(down, Outputs::Plain(hidden))? })
     }
 
-    fn experts(&mut self, experts: &weights::Experts, routing: &Routing) -> Result<Experts, Error> {
+    fn experts(&mut self, experts: &weights::Experts, mixture: &Mixture, hidden: usize) -> Result<Experts, Error> {
+        let Mixture { routing, intermediate, shared, .. } = mixture;
         let all = (routing.experts, routing.chosen);
         Ok(Experts {
-            router: self.linear(&experts.router, false)?,
+            router: self.linear(&experts.router, Outputs::All)?,
             correction: match &experts.correction {
                 Some(correction) => self.floats("biases", correction)?,
                 None => Region::default(),
             },
-            gate_up: self.linear_of(&experts.gate_up, true, all)?,
-            down: self.linear_of(&experts.down, false, all)?,
-            shared: experts.shared.as_ref().map(|dense| self.dense(dense)).transpose()?,
+            gate_up: self.linear_of(&experts.gate_up, Outputs::Gated(*intermediate), all)?,
+            down: self.linear_of(&experts.down, Outputs::Plain(hidden), all)?,
+            shared: experts.shared.as_ref().map(|dense| self.dense(dense, *shared, hidden)).transpose()?,
         })
     }
 
-    fn linear(&mut self, linear: &weights::Linear, gated: bool) -> Result<Linear, Error> {
-        self.linear_of(linear, gated, (1, 1))
+    fn linear(&mut self, linear: &weights::Linear, outputs: Outputs) -> Result<Linear, Error> {
+        self.linear_of(linear, outputs, (1, 1))
     }
 
-    /// Uploads the linear of `experts` experts, of which a row chooses `chosen`.
+    /// Uploads this rank's part of the linear of `experts` experts, of which a row chooses `chosen`.
     fn linear_of(
         &mut self,
         linear: &weights::Linear,
-        gated: bool,
+        outputs: Outputs,
         (experts, chosen): (usize, usize),
     ) -> Result<Linear, Error> {
         let packed = &linear.packed;
-        let bias = match &linear.bias {
-            Some(bias) => self.floats("biases", bias.as_flattened())?,
-            None => Region::default(),
-        };
-        if let WeightType::Quantized(_) = packed.weights() {
-            return self.codes(packed, bias, gated, (experts, chosen));
-        }
-        let shape = LinearShape::new(packed.panels() / experts * PANEL, packed.depth(), gated, chosen);
-        let panel_bytes = packed.depth().next_multiple_of(32) * PANEL * 2;
-        let panels = self.device.alloc("weights", packed.panels() * panel_bytes)?;
-        for panel in 0..packed.panels() {
-            let (to, contents) = (panels.part(panel * panel_bytes, panel_bytes), packed.panel_contents(panel));
-            match packed.weights() {
-                WeightType::Float(ElementType::Bf16) => self.device.upload(to, contents)?,
-                WeightType::Float(ElementType::F32) => {
-                    self.rounded = true;
-                    let narrow = |bytes: &[u8]| bf16::from_f32(ElementType::F32.get(bytes, 0)).to_bits();
-                    pair_up(contents, 4, packed.depth(), &narrow, &mut self.words);
-                    self.device.upload(to, bytes_of(&self.words))?;
-                }
-                WeightType::Float(ElementType::F16) => {
-                    let f16 = self.element == Element::F16;
-                    self.rounded |= !f16;
-                    let narrow = |bytes: &[u8]| match f16 {
-                        true => u16::from_le_bytes([bytes[0], bytes[1]]),
-                        false => bf16::from_f32(ElementType::F16.get(bytes, 0)).to_bits(),
-                    };
-                    pair_up(contents, 2, packed.depth(), &narrow, &mut self.words);
-                    self.device.upload(to, bytes_of(&self.words))?;
-                }
-                WeightType::Quantized(_) => unreachable!("codes go up as they are"),
+        let columns = outputs.columns(self.slice);
+        let each = packed.panels() / experts;
+        let own = columns.as_ref().map_or(each, |columns| columns.len() / PANEL);
+        let bias = match (&linear.bias, &columns) {
+            (None, _) => Region::default(),
+            (Some(bias), None) => self.floats("biases", bias.as_flattened())?,
+            (Some(bias), Some(columns)) => {
+                let bias = bias.as_flattened();
+                let own: Vec<f32> = columns.iter().map(|column| column.map_or(0.0, |column| bias[column])).collect();
+                self.floats("biases", &own)?
             }
-        }
-        let expert_bytes = (packed.panels() / experts * panel_bytes) as u64;
-        Ok(Linear { panels, codes: None, order: Region::default(), bias, shape, expert_bytes })
-    }
-
-    /// Uploads weights that are codes.
-    fn codes(
-        &mut self,
-        packed: &Packed,
-        bias: Region,
-        gated: bool,
-        (experts, chosen): (usize, usize),
-    ) -> Result<Linear, Error> {
-        let codes = Codes::new(packed).expect("`check` refuses what kernels do not read");
-        let panels = self.device.alloc("weights", packed.bytes())?;
-        for panel in 0..packed.panels() {
-            let to = panels.part(panel * packed.panel_bytes(), packed.panel_bytes());
-            self.device.upload(to, packed.panel_contents(panel))?;
+        };
+        let (codes, shape, panel_bytes) = match packed.weights() {
+            WeightType::Quantized(_) => {
+                let codes = Codes::new(packed).expect("`check` refuses what kernels do not read");
+                (Some(codes), codes.shape(each, outputs.gated(), chosen), packed.panel_bytes())
+            }
+            WeightType::Float(_) => {
+                let shape = LinearShape::new(each * PANEL, packed.depth(), outputs.gated(), chosen);
+                (None, shape, packed.depth().next_multiple_of(32) * PANEL * 2)
+            }
+        };
+        let panels = self.device.alloc("weights", own * experts * panel_bytes)?;
+        for expert in 0..experts {
+            for panel in 0..own {
+                let to = panels.part((expert * own + panel) * panel_bytes, panel_bytes);
+                let columns = columns.as_ref().map(|columns| &columns[panel * PANEL..][..PANEL]);
+                self.panel(packed, expert * each, panel, columns, to)?;
+            }
         }
         let order = match packed.order() {
             Some(order) => {
@@ -415,9 +433,64 @@ impl Uploader<'_> {
             }
             None => Region::default(),
         };
-        let expert_bytes = (packed.panels() / experts * packed.panel_bytes()) as u64;
-        let shape = codes.shape(packed.panels() / experts, gated, chosen);
-        Ok(Linear { panels, codes: Some(codes), order, bias, shape, expert_bytes })
+        let (shape, expert_bytes, split) = (shape.part(own), (own * panel_bytes) as u64, outputs.split(self.slice));
+        Ok(Linear { panels, codes, order, bias, shape, expert_bytes, split })
+    }
+
+    /// Uploads a panel to `to`: panel `panel` of those of `packed` from `first` on, or the one that is made of `columns` of these.
+    fn panel(
+        &mut self,
+        packed: &Packed,
+        first: usize,
+        panel: usize,
+        columns: Option<&[Option<usize>]>,
+        to: Region,
+    ) -> Result<(), Error> {
+        let whole = |columns: &[Option<usize>]| {
+            let start = columns[0].filter(|start| start.is_multiple_of(PANEL))?;
+            columns.iter().copied().eq((start..start + PANEL).map(Some)).then_some(start / PANEL)
+        };
+        let contents = match columns.map(|columns| (columns, whole(columns))) {
+            None => packed.panel_contents(first + panel),
+            Some((_, Some(panel))) => packed.panel_contents(first + panel),
+            Some((columns, None)) => {
+                self.panel.clear();
+                self.panel.resize(packed.panel_bytes(), 0);
+                for (to, column) in columns.iter().enumerate() {
+                    column.inspect(|column| packed.copy_column(first * PANEL + column, &mut self.panel, to));
+                }
+                &self.panel
+            }
+        };
+        match packed.weights() {
+            WeightType::Float(ElementType::Bf16) | WeightType::Quantized(_) => self.device.upload(to, contents),
+            WeightType::Float(ElementType::F32) => {
+                self.rounded = true;
+                let narrow = |bytes: &[u8]| bf16::from_f32(ElementType::F32.get(bytes, 0)).to_bits();
+                pair_up(contents, 4, packed.depth(), &narrow, &mut self.words);
+                self.device.upload(to, bytes_of(&self.words))
+            }
+            WeightType::Float(ElementType::F16) => {
+                let f16 = self.element == Element::F16;
+                self.rounded |= !f16;
+                let narrow = |bytes: &[u8]| match f16 {
+                    true => u16::from_le_bytes([bytes[0], bytes[1]]),
+                    false => bf16::from_f32(ElementType::F16.get(bytes, 0)).to_bits(),
+                };
+                pair_up(contents, 2, packed.depth(), &narrow, &mut self.words);
+                self.device.upload(to, bytes_of(&self.words))
+            }
+        }
+    }
+
+    /// Uploads weights of the norm of q or k: those of heads `own`, where each has its own.
+    fn head_norm(&mut self, weights: &[f32], own: Range<usize>, decoder: &Decoder) -> Result<Region, Error> {
+        let dim = decoder.head_dim;
+        let own = match decoder.qk_norm {
+            QkNorm::EachHead => &weights[own.start * dim..own.end * dim],
+            QkNorm::None | QkNorm::Head | QkNorm::Whole => weights,
+        };
+        self.floats("norms of heads", own)
     }
 
     /// Uploads the rows of an embedding that is quantised, widened.

@@ -27,7 +27,10 @@ impl Engine {
     /// wrong with the card.
     pub fn new(model: Arc<Model>, config: &Config) -> Result<Self, Error> {
         match config.device {
-            Device::Cpu => Self::with_kernels(model, config, Kernels::detect()),
+            Device::Cpu => {
+                check_one(config)?;
+                Self::with_kernels(model, config, Kernels::detect())
+            }
             Device::Cuda(card) => Self::on_card(model, config, card),
         }
     }
@@ -82,16 +85,16 @@ impl Engine {
     fn on_card(model: Arc<Model>, config: &Config, card: usize) -> Result<Self, Error> {
         // What cannot be run is refused before anything is taken.
         crate::cuda::check(&model, config)?;
-        let nvrtc = config.nvrtc_library.as_deref();
-        Self::on_device(model, config, crate::cuda::open(card, nvrtc, config.kernel_cache.as_deref())?)
+        let cards = crate::cuda::open(card, config)?;
+        Self::on_devices(model, config, cards)
     }
 
-    /// Makes an engine on a card, or on what stands in for one.
+    /// Makes an engine on cards that share the model, or on what stands in for them.
     #[cfg(any(feature = "cuda", test))]
-    pub(crate) fn on_device(
+    pub(crate) fn on_devices(
         model: Arc<Model>,
         config: &Config,
-        device: Box<dyn crate::cuda::Device>,
+        devices: Vec<Box<dyn crate::cuda::Device>>,
     ) -> Result<Self, Error> {
         crate::cuda::check(&model, config)?;
         let context = context(&model, config);
@@ -108,12 +111,13 @@ impl Engine {
         )?;
         let sizes = crate::cuda::Sizes::new(
             &model,
+            devices.len(),
             (most.token_budget, most.max_sequences),
             most.logits_rows(),
             context,
             most.page_tokens,
         );
-        let mut home = crate::cuda::Cuda::new(device, &model, sizes, threads(&config)?)?;
+        let mut home = crate::cuda::Cuda::new(devices, &model, sizes, threads(&config)?)?;
         if config.kv_bytes.is_none() {
             config.kv_bytes = Some(home.bytes_for_pages(config.gpu_memory_utilization)?);
         }
@@ -178,7 +182,7 @@ impl Engine {
 /// As [`Engine::new`].
 pub fn check_device(path: &Path, config: &Config) -> Result<(), Error> {
     match config.device {
-        Device::Cpu => Ok(()),
+        Device::Cpu => check_one(config),
         #[cfg(feature = "cuda")]
         Device::Cuda(_) => crate::cuda::check_path(path, config),
         #[cfg(not(feature = "cuda"))]
@@ -189,6 +193,17 @@ pub fn check_device(path: &Path, config: &Config) -> Result<(), Error> {
                 path.display()
             );
             Err(Error::setting("device", problem))
+        }
+    }
+}
+
+/// Checks that nobody wants several processors: a pool of threads is all of them.
+fn check_one(config: &Config) -> Result<(), Error> {
+    match config.tensor_parallel {
+        1 => Ok(()),
+        ranks => {
+            let problem = format!("{ranks} cards share a model, but the engine is cpu: cuda, or 1, would be right");
+            Err(Error::setting("tensor_parallel", problem))
         }
     }
 }

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     Config, Device, Engine, Error, Row, Sample, Sampling, TokenId, check_device,
-    cuda::{Emulated, Order},
+    cuda::{Device as _, Emulated, Order},
 };
 use kv_cache::{KvDtype, PageId};
 use std::sync::atomic::Ordering::Relaxed;
@@ -104,6 +104,23 @@ fn a_sequence_has_its_bits_in_any_batch_and_in_any_chunks() {
     }
 }
 
+#[test]
+fn cards_that_share_a_model_have_the_bits_of_one() {
+    // Outputs that no number of ranks divides; biases; norms of each head and after; a head that all have; experts; codes, and codes in an order.
+    for (path, ranks) in [
+        ("tests/golden/llama3-bf16-sharded", 3),
+        ("tests/golden/gptneox", 4),
+        ("tests/golden/cohere", 3),
+        ("tests/golden/gemma3", 4),
+        ("tests/golden/qwen3moe", 4),
+        ("tests/golden/mixtral", 2),
+        ("tests/golden/llama-gptq-int4-g32-actorder", 2),
+        ("tests/golden/llama-int8-w8a8", 2),
+    ] {
+        check_invariance(path, Unit::Card(Order::Forward), Unit::Cards(ranks));
+    }
+}
+
 /// A dense model, and one with experts.
 const INVARIANT: [&str; 2] = ["tests/golden/llama3-bf16-sharded", "tests/golden/qwen3moe"];
 
@@ -138,11 +155,21 @@ fn logits(engine: &mut Engine, tokens: &[TokenId], start: usize, pages: &[PageId
 
 #[test]
 fn pages_leave_and_land() {
+    let (one, three) = (Unit::Card(Order::Forward), Unit::Cards(3));
+    check_landing(one, one, None);
+    for kv_dtype in [None, Some(KvDtype::Int8)] {
+        // Whole pages leave several cards, and land on them.
+        check_landing(one, three, kv_dtype);
+        check_landing(three, one, kv_dtype);
+    }
+}
+
+/// Moves pages that `from` computes to `to`, and compares what both make of them.
+fn check_landing(from: Unit, to: Unit, kv_dtype: Option<KvDtype>) {
     use std::os::unix::fs::FileExt;
     let model = load("tests/golden/llama3-bf16-sharded");
-    let config = Config { kv_bytes: Some(1 << 20), ..small_config() };
-    let engine = || Unit::Card(Order::Forward).engine(model.clone(), &config);
-    let (mut source, mut target) = (engine(), engine());
+    let config = Config { kv_bytes: Some(1 << 20), kv_dtype, ..small_config() };
+    let (mut source, mut target) = (from.engine(model.clone(), &config), to.engine(model.clone(), &config));
     let tokens: Vec<TokenId> = (0..75).map(|at| at * 7 % 1000 + 3).collect();
     let (here, there) = ([3, 9, 4, 1, 7].map(PageId), [2, 11, 5, 6, 8].map(PageId));
     // Two pages stay at first, the others leave while they are computed.
@@ -223,7 +250,7 @@ fn asked(path: &str, steps: usize, samplings: &[Sampling]) -> Vec<[usize; 5]> {
     let device = Emulated::recording();
     let asked = device.asked();
     let config = Config { kv_bytes: Some(1 << 20), ..small_config() };
-    let mut engine = Engine::on_device(load(path), &config, Box::new(device)).expect("an engine");
+    let mut engine = Engine::on_devices(load(path), &config, vec![Box::new(device)]).expect("an engine");
     let pages: Vec<Vec<PageId>> =
         (0..samplings.len() as u32).map(|at| (at * 8..at * 8 + 8).map(PageId).collect()).collect();
     let counts = || {
@@ -276,6 +303,16 @@ fn a_step_that_decodes_is_one_copy_one_graph_and_one_wait_for_its_tokens() {
 }
 
 #[test]
+fn a_rank_that_fails_fails_the_others() {
+    let mut devices = Emulated::team(Order::Forward, 3);
+    devices.drain(1..).for_each(|mut peer| peer.leave());
+    let [device] = &mut devices[..] else { panic!("one is left") };
+    let (part, whole) = (device.alloc("a part", 256).expect("memory"), device.alloc("all", 768).expect("memory"));
+    let error = device.gather(part, 256, whole).expect_err("nobody is there").to_string();
+    assert!(error.contains("a peer is gone"), "{error}");
+}
+
+#[test]
 fn only_logits_that_are_needed_come_down() {
     let path = "tests/golden/llama";
     let warm = Sampling { temperature: 0.7, seed: 3, ..Sampling::default() };
@@ -305,6 +342,16 @@ fn what_a_card_does_not_run_is_refused_by_name_before_weights_are_loaded() {
     refused("tests/golden/deepseek_v3", None, &["latent attention", "DeepseekV3ForCausalLM"]);
     refused("tests/gguf/qwen2-q8_0.gguf", None, &["Q8_0"]);
     refused("tests/golden/llama", Some(KvDtype::F16), &["kv_dtype", "f16"]);
+    let shared = |path: &str, device: Device, tensor_parallel: usize, words: &[&str]| {
+        let config = Config { device, tensor_parallel, ..small_config() };
+        let error = check_device(&super::repository(path), &config).expect_err("nothing that runs").to_string();
+        words.iter().for_each(|word| assert!(error.contains(word), "{error:?} lacks {word:?}"));
+    };
+    let card = Device::Cuda(0);
+    shared("tests/golden/llama", card, 3, &["tensor_parallel", "3 cards", "6 heads and 2 of keys", "evenly: 1, 2, 6"]);
+    shared("tests/golden/llama", card, 0, &["tensor_parallel", "0 cards"]);
+    shared("tests/golden/olmo2", card, 5, &["tensor_parallel", "norms over all heads", "Olmo2ForCausalLM"]);
+    shared("tests/golden/llama", Device::Cpu, 2, &["tensor_parallel", "cpu"]);
     let config = Config { device: Device::Cuda(0), ..small_config() };
     for path in ["tests/golden/llama", "tests/golden/mixtral", "tests/golden/qwen3moe"] {
         check_device(&super::repository(path), &config).expect("a model that runs");

@@ -27,6 +27,11 @@ impl LinearShape {
         Self::in_segments(outputs, inputs, gated, chosen, 1)
     }
 
+    /// Returns the shape of `panels` of its panels. Their sums are cut as they are in the whole.
+    pub(crate) fn part(self, panels: usize) -> Self {
+        Self { panels: panels as u32, ..self }
+    }
+
     /// As [`LinearShape::new`], for runs of whole segments of `segment` steps.
     pub(super) fn in_segments(outputs: usize, inputs: usize, gated: bool, chosen: usize, segment: usize) -> Self {
         let (panels, steps) = (outputs.div_ceil(PANEL), inputs.div_ceil(STEP));

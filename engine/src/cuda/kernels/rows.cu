@@ -110,6 +110,47 @@ KERNEL(gather, GatherArguments, ROW_THREADS, 4) {
 }
 
 typedef struct {
+    FIELD(const void *, parts);  // [parts][rows][part_stride]
+    FIELD(void *, to);           // [rows][to_stride]
+    FIELD(u32, part_stride);
+    FIELD(u32, part_width);
+    FIELD(u32, width);           // of all parts
+    FIELD(u32, to_stride);
+} JoinArguments;
+
+// How many columns of its part are there: the last parts may have fewer than others, or none.
+DEVICE u32 join_end(const JoinArguments *args) {
+    u32 first = BLOCK_Y * args->part_width;
+    return first >= args->width ? 0 : args->width - first < args->part_width ? args->width - first : args->part_width;
+}
+
+// Puts parts of rows side by side, 16-bit floats, zero beyond the width.
+KERNEL(join_halves, JoinArguments, ROW_THREADS, 4) {
+    const u16 *from = (const u16 *)args.parts + ((u64)BLOCK_Y * GRID_X + BLOCK_X) * args.part_stride;
+    u16 *row = (u16 *)args.to + (u64)BLOCK_X * args.to_stride, *to = row + BLOCK_Y * args.part_width;
+    u32 at, end = join_end(&args);
+    for (at = THREAD; at < end; at += ROW_THREADS) to[at] = from[at];
+    if (BLOCK_Y + 1 == GRID_Y)
+        for (at = args.width + THREAD; at < args.to_stride; at += ROW_THREADS) row[at] = 0;
+}
+
+// The same of f32. What lies beyond the width stays.
+KERNEL(join_floats, JoinArguments, ROW_THREADS, 4) {
+    const float *from = (const float *)args.parts + ((u64)BLOCK_Y * GRID_X + BLOCK_X) * args.part_stride;
+    float *to = (float *)args.to + (u64)BLOCK_X * args.to_stride + BLOCK_Y * args.part_width;
+    u32 at, end = join_end(&args);
+    for (at = THREAD; at < end; at += ROW_THREADS) to[at] = from[at];
+}
+
+// Adds parts of rows to f32.
+KERNEL(join_add, JoinArguments, ROW_THREADS, 4) {
+    const float *from = (const float *)args.parts + ((u64)BLOCK_Y * GRID_X + BLOCK_X) * args.part_stride;
+    float *to = (float *)args.to + (u64)BLOCK_X * args.to_stride + BLOCK_Y * args.part_width;
+    u32 at, end = join_end(&args);
+    for (at = THREAD; at < end; at += ROW_THREADS) to[at] += from[at];
+}
+
+typedef struct {
     FIELD(const u16 *, from);   // [rows][stride]
     FIELD(const u32 *, order);  // [width]
     FIELD(u16 *, to);           // [rows][stride], elsewhere

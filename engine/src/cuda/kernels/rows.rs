@@ -136,6 +136,54 @@ impl Reorder {
     }
 }
 
+/// What [`Join`] makes of parts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum JoinTo {
+    /// 16-bit floats, zero beyond the width.
+    Halves,
+    /// f32.
+    Floats,
+    /// f32 that are added to those that are there.
+    Sums,
+}
+
+/// `to[row][part * part_width + i] = parts[part][row][i]`, up to the width.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Join {
+    pub(crate) rows: u32,
+    pub(crate) parts: u32,
+    /// `[parts][rows][part_stride]`.
+    pub(crate) from: u64,
+    pub(crate) part_stride: u32,
+    pub(crate) part_width: u32,
+    /// `[rows][to_stride]`.
+    pub(crate) to: u64,
+    pub(crate) width: u32,
+    pub(crate) to_stride: u32,
+    pub(crate) into: JoinTo,
+}
+
+impl Join {
+    pub(crate) fn call(&self) -> Call {
+        let args = Args::default().word(self.from).word(self.to).number(self.part_stride).number(self.part_width);
+        let name = match self.into {
+            JoinTo::Halves => "join_halves",
+            JoinTo::Floats => "join_floats",
+            JoinTo::Sums => "join_add",
+        };
+        let args = args.number(self.width).number(self.to_stride);
+        let call = call(name, Element::Bf16, self.rows, ROW_THREADS, args);
+        Call { grid: [self.rows, self.parts, 1], ..call }
+    }
+}
+
+impl JoinTo {
+    /// Returns the bytes of an element.
+    pub(crate) fn bytes(self) -> usize {
+        if self == JoinTo::Halves { 2 } else { 4 }
+    }
+}
+
 /// Logits `x` become `scale * x`, and `cap * tanh(x / cap)` of that.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cap {

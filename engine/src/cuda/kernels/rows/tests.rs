@@ -165,3 +165,40 @@ fn the_largest_is_the_lowest_of_equals() {
     row[3] = f32::INFINITY;
     check(&row, 3);
 }
+
+#[test]
+fn parts_are_put_side_by_side() {
+    let (rows, parts, part_stride, part_width) = (3, 4, 64, 20);
+    // The third part has but ten columns, the last none.
+    for width in [80, 50] {
+        let to_stride = 128;
+        let values: Vec<f32> = (0..rows * parts * part_stride).map(|at| at as f32).collect();
+        let narrow: Vec<u16> = (0..values.len() as u16).collect();
+        let (floats_in, halves_in) = (Memory::of_floats(&values), Memory::of_halves(&narrow));
+        let join = Join {
+            rows: rows as u32,
+            parts: parts as u32,
+            from: floats_in.address(),
+            part_stride: part_stride as u32,
+            part_width: part_width as u32,
+            to: 0,
+            width: width as u32,
+            to_stride: to_stride as u32,
+            into: JoinTo::Floats,
+        };
+        let source = |row: usize, at: usize| (at / part_width * rows + row) * part_stride + at % part_width;
+        let all = || (0..rows).flat_map(|row| (0..to_stride).map(move |at| (row, at)));
+        let expected = |there: f32| -> Vec<f32> {
+            let value = |(row, at)| if at < width { there + values[source(row, at)] } else { there };
+            all().map(value).collect()
+        };
+        let zeros = vec![0; rows * to_stride * 4];
+        assert_eq!(floats(&run(&zeros, |to| Join { to, ..join }.call())), expected(0.0));
+        let there = 0.5f32.to_le_bytes().repeat(rows * to_stride);
+        assert_eq!(floats(&run(&there, |to| Join { to, into: JoinTo::Sums, ..join }.call())), expected(0.5));
+        let (from, stale) = (halves_in.address(), vec![0xff; rows * to_stride * 2]);
+        let joined = run(&stale, |to| Join { from, to, into: JoinTo::Halves, ..join }.call());
+        let value = |(row, at)| if at < width { narrow[source(row, at)] } else { 0 };
+        assert_eq!(halves(&joined), all().map(value).collect::<Vec<u16>>());
+    }
+}
