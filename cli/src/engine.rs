@@ -30,7 +30,7 @@ impl Kind {
         })
     }
 
-    /// Checks, before weights are loaded, that a card runs what is asked of it.
+    /// Checks, before weights are loaded, that the device runs what is asked of it.
     ///
     /// # Errors
     /// Names what it does not run yet.
@@ -41,9 +41,10 @@ impl Kind {
         guesses: Speculate,
         config: &Config,
     ) -> anyhow::Result<()> {
-        let Self::Device(device @ Device::Cuda(_)) = self else { return Ok(()) };
+        let Self::Device(device) = self else { return Ok(()) };
         let asked = [("--lora", !adapters.lora.is_empty()), ("--speculate draft", guesses == Speculate::Draft)];
-        if let Some((flag, _)) = asked.iter().find(|(_, asked)| *asked) {
+        let refused = asked.iter().find(|(_, asked)| *asked && *device != Device::Cpu);
+        if let Some((flag, _)) = refused {
             bail!("--engine {device}: {flag} does not go with a card yet");
         }
         engine::check_device(&located.path, config).with_context(|| format!("--engine {device}"))

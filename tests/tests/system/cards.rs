@@ -52,15 +52,17 @@ async fn refusal(arguments: &[&str]) -> String {
 #[tokio::test]
 async fn what_a_card_does_not_run_yet_is_refused_before_weights_are_loaded() {
     let file = |name: &str| format!("{}/{name}", env!("CARGO_MANIFEST_DIR"));
-    for (model, more, words) in [
-        ("golden/deepseek_v2", &[][..], ["--engine cuda:0", "latent attention"]),
-        ("gguf/qwen2-q8_0.gguf", &[], ["--engine cuda:0", "Q8_0"]),
-        ("golden/llama", &["--speculate", "draft"], ["--engine cuda:0", "--speculate draft"]),
-        ("golden/llama", &["--kv-dtype", "f16"], ["kv_dtype", "f16"]),
+    for (engine, model, more, words) in [
+        ("cuda", "golden/deepseek_v2", &[][..], ["--engine cuda:0", "latent attention"]),
+        ("cuda", "gguf/qwen2-q8_0.gguf", &[], ["--engine cuda:0", "Q8_0"]),
+        ("cuda", "golden/llama", &["--speculate", "draft"], ["--engine cuda:0", "--speculate draft"]),
+        ("cuda", "golden/llama", &["--kv-dtype", "f16"], ["kv_dtype", "f16"]),
+        ("cuda", "golden/llama", &["--tensor-parallel", "3"], ["--engine cuda:0", "evenly: 1, 2, 6 would be right"]),
+        ("cpu", "golden/llama", &["--tensor-parallel", "2"], ["--engine cpu", "tensor_parallel"]),
     ] {
         let path = file(model);
         let output =
-            refusal(&[&["up", "--listen", "127.0.0.1:0", "--engine", "cuda", "--model", &path], more].concat()).await;
+            refusal(&[&["up", "--listen", "127.0.0.1:0", "--engine", engine, "--model", &path], more].concat()).await;
         words.iter().for_each(|word| assert!(output.contains(word), "{model}: {output:?} lacks {word:?}"));
         assert!(!output.contains("loading weights"), "{output}");
     }
