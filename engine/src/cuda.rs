@@ -77,6 +77,7 @@ use rows::Capacity;
 use slice::Slice;
 use std::{
     ops::Range,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -110,8 +111,6 @@ pub(crate) struct Cuda {
     sizes: Sizes,
     layers: usize,
     kv_heads: usize,
-    /// Whether tokens are drawn on the device.
-    races: bool,
     /// Layers of the pass that nobody was told of.
     untold: Range<usize>,
     /// Rows that are kept after all.
@@ -153,7 +152,6 @@ impl Cuda {
             sizes,
             layers: model.decoder.layers(),
             kv_heads: model.decoder.kv_heads,
-            races: model.decoder.vocab_size < Draw::MOST_COLUMNS,
             untold: 0..0,
             kept: Vec::new(),
             runs: Vec::new(),
@@ -188,10 +186,18 @@ impl Cuda {
         let (ranks, fault) = (&self.ranks, Mutex::new(None));
         self.crew.run(ranks.len(), &|at, _| {
             let mut rank = lock(&ranks[at]);
-            if let Err(error) = what(&mut rank) {
-                // The first is what others may fail of.
-                lock(&fault).get_or_insert(error);
-                rank.device.leave();
+            // Who panics is waited for by the others as well.
+            match catch_unwind(AssertUnwindSafe(|| what(&mut rank))) {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    // The first is what others may fail of.
+                    lock(&fault).get_or_insert(error);
+                    rank.device.leave();
+                }
+                Err(panic) => {
+                    rank.device.leave();
+                    resume_unwind(panic);
+                }
             }
         });
         fault.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
@@ -296,7 +302,7 @@ impl Home for Cuda {
     }
 
     fn races(&self) -> bool {
-        self.races
+        lock(&self.ranks[0]).races
     }
 
     fn find_tokens(&mut self, model: &Model, rows: Range<usize>) -> Result<(), Error> {
