@@ -35,7 +35,7 @@ pub use inbox::{Inbox, Input};
 pub use legs::{Duplicate, Legs};
 pub use life::{Parts, Slot, live};
 pub use load::Load;
-pub use meters::{Meters, StepTokens};
+pub use meters::Meters;
 pub use outbox::Router;
 pub use prefixes::Prefixes;
 pub use routers::{End, Routers};

@@ -3,12 +3,12 @@
 mod vllm;
 
 use crate::{Load, Parts};
-use engine::scheduler::{Scheduler, Usage};
+use engine::scheduler::{Computed, Scheduler, Stepped, Usage};
 use metrics::{
     Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
 };
 use std::time::{Duration, Instant};
-use timing::{Fit, Work};
+use timing::Fit;
 use vllm::Vllm;
 
 /// Handles of one worker's metrics, made once, and the pace that its load reports.
@@ -39,23 +39,6 @@ pub struct Meters {
 
 /// How often the log hears what became of drafts.
 const TELL_EVERY: Duration = Duration::from_secs(30);
-
-/// What a step computed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct StepTokens {
-    /// Tokens of chunks.
-    pub prompt: usize,
-    /// Sequences that took one token each, drafts aside.
-    pub single: usize,
-    /// Tokens guessed after those.
-    pub drafts: usize,
-    /// Sequences that had drafts.
-    pub guessed: usize,
-    /// Drafts that were right.
-    pub accepted: usize,
-    /// Tokens drawn: what sequences said in this step.
-    pub drawn: usize,
-}
 
 impl std::fmt::Debug for Meters {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -106,22 +89,25 @@ impl Meters {
         self.vllm.started(tokens, usage.cached_tokens);
     }
 
-    /// Counts a step of `work`.
-    pub fn step(&mut self, work: &Work, tokens: StepTokens, took: Duration) {
-        self.vllm.step(tokens);
-        let StepTokens { prompt, single, drafts, accepted, .. } = tokens;
+    /// Counts the step that came to `computed`, if one has ended.
+    pub fn computed(&mut self, computed: &Computed) {
+        let Some(stepped) = computed.stepped else { return };
+        let Stepped { work, tokens, prompt_tokens: prompt, draft_tokens: drafts, took } = stepped;
+        let accepted = computed.verified.iter().map(|verified| verified.accepted).sum();
+        self.vllm.step(prompt + computed.drawn.len(), drafts, computed.verified.len(), accepted);
+        let single = tokens - prompt - drafts;
         let histogram = match (prompt, single) {
             (_, 0) => &self.prefill_step,
             (0, _) => &self.decode_step,
             _ => &self.mixed_step,
         };
         histogram.record(took);
-        self.step_tokens.record((prompt + single + drafts) as f64);
+        self.step_tokens.record(tokens as f64);
         self.prefill_tokens.increment(prompt as u64);
         self.decode_tokens.increment((single + accepted) as u64);
         // What matters to whoever waits is the time of a token: a step that yields two for each counts as two.
         let yields = if prompt == 0 && single > 0 { (single + accepted) as f64 / single as f64 } else { 1.0 };
-        self.fit.add(work, took.div_f64(yields));
+        self.fit.add(&work, took.div_f64(yields));
         if drafts > 0 {
             self.speculated(drafts, accepted);
         }

@@ -6,11 +6,11 @@
 
 use crate::reservation::{self, Action, Awaited, Reservations};
 use attach::{
-    Borrowing, Command, End, Input, Keep, Leg, LegId, Legs, Load, Meters, Parts, Prefixes, Routers, StepTokens,
-    Stepper, StreamId, Submission,
+    Borrowing, Command, End, Input, Keep, Leg, LegId, Legs, Load, Meters, Parts, Prefixes, Routers, Stepper, StreamId,
+    Submission,
 };
 use engine::{
-    scheduler::{Drawn, Embedded, Ended, Fault, Finish, Plan, Request, SequenceId, Usage},
+    scheduler::{Drawn, Embedded, Ended, Fault, Finish, Plan, Request, SequenceId, Stepped, Usage},
     speculation::Speculator,
 };
 use kv_cache::CacheDelta;
@@ -64,14 +64,14 @@ impl Stepper for Runner {
             }
             self.reservations.open(&mut self.parts.scheduler);
             self.act();
-            let began = Instant::now();
+            let began = self.now();
             if let Some(speculator) = &mut self.speculator {
                 speculator.propose(&mut self.parts.scheduler);
             }
-            let plan = self.parts.scheduler.schedule(self.now());
+            let plan = self.parts.scheduler.schedule(began);
             self.meters.preempted(plan.preempted().len());
-            if !plan.is_empty() {
-                self.step(plan, began)?;
+            if !plan.is_empty() || self.parts.scheduler.is_under_way() {
+                self.step(plan)?;
                 self.flush();
                 self.parts.health.progressed(false);
             } else if plan.preempted().is_empty() {
@@ -286,10 +286,8 @@ impl Runner {
 
     // ---- a step ----
 
-    /// Carries out `plan`, the making of which, drafts included, began at `began`. An error says what broke the engine.
-    fn step(&mut self, plan: Plan, began: Instant) -> Result<(), String> {
-        let (prompt, drafts, tokens) = (plan.prompt_tokens(), plan.draft_tokens(), plan.tokens());
-        let work = plan.work();
+    /// Carries out `plan`, or begins it, and takes what the step that this ended came to. An error says what broke the engine.
+    fn step(&mut self, plan: Plan) -> Result<(), String> {
         let now = self.now();
         let Self { parts: Parts { engine, scheduler, .. }, epoch, meters, .. } = self;
         for &sequence in plan.started() {
@@ -298,12 +296,11 @@ impl Runner {
         }
         let started = Instant::now();
         let computed = scheduler.compute(plan, engine, &mut |_, _| {}, &|| epoch.elapsed());
-        let accepted = computed.verified.iter().map(|verified| verified.accepted).sum();
-        let (guessed, drawn) = (computed.verified.len(), computed.drawn.len());
-        let single = tokens - prompt - drafts;
-        meters.step(&work, StepTokens { prompt, single, drafts, guessed, accepted, drawn }, began.elapsed());
-        if let Some(speculator) = &mut self.speculator {
-            speculator.observe(&computed, tokens, prompt, started.elapsed());
+        meters.computed(&computed);
+        if let (Some(speculator), Some(Stepped { tokens, prompt_tokens, .. })) =
+            (&mut self.speculator, computed.stepped)
+        {
+            speculator.observe(&computed, tokens, prompt_tokens, started.elapsed());
         }
         for reported in computed.reported {
             self.routers.reported(self.sequences[&reported.id], reported);

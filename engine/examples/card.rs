@@ -1,8 +1,11 @@
-//! Prefill and decode speed of random weights of Llama 3.1 8B's shape on a card, one JSON object a line.
+//! Prefill and decode speed of random weights of Llama 3.1 8B's shape on a card, and how much of the host's time a step hides, one JSON object a line.
 //!
 //! `cargo run --release -p engine --example card -- [cuda:0] [NVRTC's library]`; `tests/gpu/run.sh` puts the card's own limits beside it.
 
-use engine::{Config, Device, Engine, Error, Model, ModelShape, Row, Sample, Sampling};
+use engine::{
+    Config, Device, Engine, Error, Model, ModelShape, Row, Sample, Sampling,
+    scheduler::{History, Limits, Request, Scheduler, Stop, Until},
+};
 use kv_cache::PageId;
 use std::time::Instant;
 
@@ -61,7 +64,86 @@ fn main() -> Result<(), Error> {
             bytes / seconds / 1e9
         );
     }
+    let (batch, context, steps) = (64, 512, 200);
+    let bare = back_to_back(&mut engine, batch, context, steps)? * 1e3;
+    let [in_step, ahead] = [false, true].map(|ahead| scheduled(&mut engine, batch, context, steps, ahead));
+    let (in_step, ahead) = (in_step? * 1e3, ahead? * 1e3);
+    let hidden = (in_step - ahead) / (in_step - bare);
+    println!(
+        r#"{{"work": "host", "batch": {batch}, "context": {context}, "ms_card": {bare:.3}, "ms_step_by_step": {in_step:.3}, "ms_one_step_ahead": {ahead:.3}, "hidden": {hidden:.3}}}"#
+    );
     Ok(())
+}
+
+/// Returns the seconds of a step of a scheduler's `batch` sequences, from planning it to having its tokens, each step ending before the next is planned or one
+/// step `ahead`.
+fn scheduled(engine: &mut Engine, batch: usize, context: usize, steps: usize, ahead: bool) -> Result<f64, Error> {
+    let layout = engine.memory().layout();
+    let limits = Limits {
+        pages: layout.pages as usize,
+        page_tokens: layout.page_tokens as usize,
+        token_budget: engine.config().token_budget as usize,
+        max_sequences: batch,
+        max_model_len: engine.max_model_len(),
+        max_waiting: batch,
+    };
+    let mut scheduler = Scheduler::new(limits)?;
+    scheduler.set_guessing(!ahead);
+    for first in 0..batch as u32 {
+        let prompt = (0..context as u32).map(|token| (first * 131 + token * 7) % 50_000).collect();
+        let request = Request {
+            history: History::new(b"", prompt, limits.page_tokens),
+            prompt_tokens: context,
+            adapter: None,
+            sampling: Sampling { temperature: 1.0, seed: first.into(), ..Sampling::default() },
+            grammar: None,
+            stop: Stop { max_tokens: 10 * steps, ..Stop::default() },
+            prompt_logprobs: None,
+            priority: 0,
+            until: Until::End,
+        };
+        scheduler.submit(request, Default::default()).expect("a line for all of them");
+    }
+    let began = Instant::now();
+    let mut turn = || {
+        let plan = scheduler.schedule(began.elapsed());
+        let computed = scheduler.compute(plan, engine, &mut |_, _| {}, &|| began.elapsed());
+        assert!(computed.faults.is_empty(), "{:?}", computed.faults);
+        (scheduler.backlog().tokens == batch, scheduler.is_under_way())
+    };
+    while !turn().0 {}
+    (0..20).for_each(|_| _ = turn());
+    let from = Instant::now();
+    (0..steps).for_each(|_| _ = turn());
+    let seconds = from.elapsed().as_secs_f64() / steps as f64;
+    // What is under way is ended before anybody else uses the engine.
+    if ahead {
+        let _ = engine.end();
+    }
+    Ok(seconds)
+}
+
+/// Returns the seconds of a step where the next is always there before it ends, and nobody looks at its tokens.
+fn back_to_back(engine: &mut Engine, batch: usize, context: usize, steps: usize) -> Result<f64, Error> {
+    let each = context / 16 + 1;
+    let pages: Vec<PageId> = (0..(batch * each) as u32).map(PageId).collect();
+    let sampling = Sampling { temperature: 1.0, ..Sampling::default() };
+    let sample = Some(sample(&sampling, &[]));
+    let row = |pages| Row { tokens: &[17], start: context - 1, pages, sample, ..Row::default() };
+    let rows: Vec<Row<'_>> = pages.chunks(each).map(row).collect();
+    let mut from = Instant::now();
+    for step in 0..steps + 20 {
+        if step == 20 {
+            from = Instant::now();
+        }
+        assert!(engine.begin(&rows)?, "rows that decode");
+        if step > 0 {
+            engine.end()?;
+        }
+    }
+    let seconds = from.elapsed().as_secs_f64() / steps as f64;
+    engine.end()?;
+    Ok(seconds)
 }
 
 /// Returns the median of `rounds` times in seconds, after one that is not counted.

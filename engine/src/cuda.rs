@@ -53,6 +53,8 @@ mod pages;
 mod rank;
 mod rows;
 mod slice;
+#[cfg(feature = "cuda")]
+mod staging;
 mod weights;
 
 pub(crate) use device::Device;
@@ -68,6 +70,7 @@ use crate::{
     home::{Home, Logits, Pass},
     model::checkpoint::ElementType,
 };
+use device::{MOST_SENT_BYTES, SLOTS};
 use graphs::Bucket;
 use kernels::{Draw, Element};
 use kv_cache::{KvDtype, PageId, PageLayout, TokenId};
@@ -120,6 +123,9 @@ pub(crate) struct Cuda {
     /// What was downloaded last.
     logits: Vec<f32>,
     found: Vec<TokenId>,
+    /// Passes that were begun, and those of them that ended.
+    begun: usize,
+    ended: usize,
     /// Threads that draw tokens.
     pool: Pool,
 }
@@ -157,6 +163,8 @@ impl Cuda {
             runs: Vec::new(),
             logits: vec![0.0; sizes.capacity.logits_rows * sizes.logits],
             found: vec![0; sizes.capacity.logits_rows],
+            begun: 0,
+            ended: 0,
             pool: Pool::new(threads)?,
         })
     }
@@ -201,6 +209,12 @@ impl Cuda {
             }
         });
         fault.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+    }
+
+    /// Returns what graph `pass` is done by, if by one.
+    fn bucket(&self, pass: &Pass<'_>) -> Option<Bucket> {
+        let Capacity { rows, sequences, .. } = self.sizes.capacity;
+        Bucket::of(pass, rows.min(sequences), self.sizes.context)
     }
 
     /// Returns the rank that is asked for what all of them have.
@@ -251,8 +265,7 @@ impl Home for Cuda {
         if let Some(row) = pass.spans.iter().position(|span| span.adapter.is_some()) {
             return Err(Error::Row(format!("row {row}: adapters do not run on a card yet")));
         }
-        let Capacity { rows, sequences, .. } = self.sizes.capacity;
-        let bucket = Bucket::of(pass, rows.min(sequences), self.sizes.context);
+        let bucket = self.bucket(pass);
         self.untold = 0..self.layers;
         self.each(&|rank| rank.begin(&model.decoder, memory.layout(), pass, bucket))?;
         if bucket.is_none() {
@@ -272,6 +285,33 @@ impl Home for Cuda {
         self.each(&|rank| rank.device.wait(0))?;
         std::mem::take(&mut self.untold).for_each(|layer| on_layer(layer as u32));
         Ok(())
+    }
+
+    fn begin(&mut self, model: &Model, memory: &KvMemory, pass: &Pass<'_>) -> Result<bool, Error> {
+        let Some(bucket) = self.bucket(pass).filter(|_| pass.tokens.len() * 4 <= MOST_SENT_BYTES) else {
+            return Ok(false);
+        };
+        let (slot, tokens) = (self.begun % SLOTS, pass.tokens.len() * 4);
+        self.each(&|rank| {
+            rank.begin(&model.decoder, memory.layout(), pass, Some(bucket))?;
+            rank.device.send(slot, rank.buffers.tokens.part(0, tokens))
+        })?;
+        self.begun += 1;
+        Ok(true)
+    }
+
+    fn end(&mut self, rows: usize) -> Result<(), Error> {
+        let slot = self.ended % SLOTS;
+        self.ended += 1;
+        let mut found = std::mem::take(&mut self.found);
+        let into = Mutex::new(bytes_of(&mut found[..rows]));
+        let outcome = self.each(&|rank| match rank.slice.rank {
+            0 => rank.device.receive(slot, &mut lock(&into)),
+            // One that nothing is asked of may still have failed.
+            _ => rank.device.receive(slot, &mut []),
+        });
+        self.found = found;
+        outcome
     }
 
     fn read_hidden(&mut self, row: usize, to: &mut [f32]) -> Result<(), Error> {

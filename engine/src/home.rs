@@ -30,6 +30,9 @@ pub(crate) struct Span<'a> {
     pub(crate) leaves: bool,
 }
 
+/// In place of a token, with the number of a row: the one that is found for that row of the pass begun before.
+pub(crate) const FOUND: TokenId = 1 << 31;
+
 /// A token of a step after which something is wanted.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Place {
@@ -99,6 +102,17 @@ pub(crate) trait Home: Debug + Send + Sync {
 
     /// Ends a step: calls `on_layer` for the layers that it was not called for.
     fn finish(&mut self, on_layer: &mut dyn FnMut(u32)) -> Result<(), Error>;
+
+    /// Begins a pass over rows that decode, each a sequence, and what finds their tokens ([`Home::find_tokens`]); waits for nothing, and may be done once more before
+    /// [`Home::end`]. Returns whether it did: only where [`Home::races`].
+    fn begin(&mut self, _model: &Model, _memory: &KvMemory, _pass: &Pass<'_>) -> Result<bool, Error> {
+        Ok(false)
+    }
+
+    /// Waits for the first of the passes that were begun: [`Home::found`] is of its `rows` rows then.
+    fn end(&mut self, _rows: usize) -> Result<(), Error> {
+        unreachable!("a home that begins passes ends them")
+    }
 
     /// Copies the hidden state of row `row`, as the head reads it, to `to`, `[hidden]`.
     fn read_hidden(&mut self, row: usize, to: &mut [f32]) -> Result<(), Error>;

@@ -16,6 +16,11 @@
 //!
 //! The scheduler owns the [`PagePool`]. A cycle is [`Scheduler::schedule`], the engine's step over [`Scheduler::rows`], and
 //! [`Scheduler::complete`]; [`Scheduler::compute`] does the last two.
+//!
+//! Where the engine can begin a step and end it later ([`Step::begin`](crate::Step::begin)), `compute` leaves it *under way* and ends the one before. The
+//! next plan is then made while tokens are drawn: it holds those sequences one token further, and names the row that draws it
+//! ([`Chunk::follows`]). A sequence that turns out to have ended has been computed once in vain. Plans that cannot be begun so wait until nothing is under way, and so
+//! does whatever would take pages from somebody.
 
 mod compute;
 mod history;
@@ -27,7 +32,7 @@ mod simulation;
 #[cfg(test)]
 mod tests;
 
-pub use compute::{Computed, Fault};
+pub use compute::{Computed, Fault, Stepped};
 pub use history::History;
 pub use landing::{Landing, NoRoom, Prefix};
 pub use plan::{Chunk, Plan};
@@ -119,6 +124,13 @@ pub struct Scheduler {
     /// Between `schedule` and `complete` the engine writes pages: what is given up meanwhile waits here.
     stepping: bool,
     after_step: Vec<Vec<PageId>>,
+    /// The step that was begun and has not ended, and what was given up before it was all that is left to write.
+    under_way: Option<Plan>,
+    after_under_way: Vec<Vec<PageId>>,
+    /// When the last step ended.
+    last_end: Duration,
+    /// Whether every step ends before the next is planned.
+    in_step: bool,
     /// Pages that others wrote since the last step.
     landed: Vec<PageId>,
     /// The memory of the last step's plan and rows, for the next.
@@ -156,6 +168,10 @@ impl Scheduler {
             next_number: 0,
             stepping: false,
             after_step: Vec::new(),
+            under_way: None,
+            after_under_way: Vec::new(),
+            last_end: Duration::ZERO,
+            in_step: false,
             landed: Vec::new(),
             spare_plan: Plan::default(),
             spare_rows: Vec::new(),
@@ -178,13 +194,17 @@ impl Scheduler {
         Ok(id)
     }
 
-    /// Decides what the next step computes.
+    /// Decides what the next step computes. While one is under way that may be nothing though there is something to do: then it is to end first.
     ///
     /// # Panics
-    /// When the plan before is neither completed nor abandoned.
+    /// When the plan before is neither completed nor abandoned, nor under way.
     pub fn schedule(&mut self, now: Duration) -> Plan {
         assert!(!self.stepping, "one step at a time");
         let mut plan = std::mem::take(&mut self.spare_plan);
+        plan.began = now;
+        if self.under_way.is_some() && !self.has_pages_to_go_ahead() {
+            return plan;
+        }
         self.plan_single_tokens(&mut plan, now);
         self.plan_drafts(&mut plan);
         self.plan_prompts(&mut plan, now);
@@ -199,14 +219,28 @@ impl Scheduler {
 
     /// Takes what the engine made of the rows of `plan` out of `yields`, and names the pages that are full now. What was cancelled meanwhile is ignored.
     pub fn complete(&mut self, plan: Plan, yields: &mut [Yield], now: Duration) -> Computed {
+        let asked = plan.chunks.iter().map(|chunk| chunk.sample);
+        assert!(yields.iter().map(Yield::is_answer).eq(asked), "tokens are drawn exactly where they were asked for");
+        self.take(plan, yields, now)
+    }
+
+    /// Does so where rows may have no answer: those whose next token the engine could not tell by itself, and those that follow them.
+    fn take(&mut self, plan: Plan, yields: &mut [Yield], now: Duration) -> Computed {
         assert_eq!(plan.chunks.len(), yields.len(), "a step answers every row");
-        let mut computed = Computed { drawn: Vec::with_capacity(plan.chunks.len()), ..Computed::default() };
+        let stepped = Some(self.stepped(&plan, now));
+        let mut computed = Computed { drawn: Vec::with_capacity(plan.chunks.len()), stepped, ..Computed::default() };
         for (chunk, made) in plan.chunks.iter().zip(yields) {
+            // Of one that followed a token which is not there, nothing holds.
+            let Some(sequence) = self.running.get_mut(&chunk.id).filter(|sequence| sequence.computed == chunk.start)
+            else {
+                continue;
+            };
+            if chunk.sample && !made.is_answer() {
+                sequence.fall_back();
+                continue;
+            }
             let (sampled, stuck) = (&mut made.sampled, made.stuck.take());
-            let answered = !sampled.is_empty() || stuck.is_some();
-            assert_eq!(answered, chunk.sample, "tokens are drawn exactly where they were asked for");
             assert!(sampled.len() <= 1 + chunk.drafts, "one token, and one for each draft that was right");
-            let Some(sequence) = self.running.get_mut(&chunk.id) else { continue };
             if chunk.drafts > 0 && !sampled.is_empty() {
                 let (id, drafts, accepted) = (chunk.id, chunk.drafts, sampled.len() - 1);
                 computed.verified.push(Verified { id, drafts, accepted });
@@ -248,7 +282,7 @@ impl Scheduler {
 
     /// Returns the sequences of which the next step computes a single token, the last one known: those that drafts may follow.
     pub fn decoding(&self) -> impl Iterator<Item = Decoding<'_>> {
-        let decodes = |sequence: &&Sequence| sequence.remaining() == 1 && sequence.grows();
+        let decodes = |sequence: &&Sequence| sequence.remaining() == 1 && sequence.grows() && sequence.ahead.is_none();
         self.running.iter().filter(move |(_, sequence)| decodes(sequence)).map(|(&id, sequence)| Decoding {
             id,
             sample: sequence.sample(sequence.request.history.tokens()),
@@ -259,9 +293,19 @@ impl Scheduler {
     /// Adds guesses at the next tokens of a sequence, in place of earlier ones. As many of them as have room are verified by the
     /// next step; what they are changes the number of tokens that it draws and never which.
     pub fn guess(&mut self, id: SequenceId, drafts: &[TokenId]) {
-        if let Some(sequence) = self.running.get_mut(&id) {
+        if let Some(sequence) = self.running.get_mut(&id).filter(|sequence| sequence.ahead.is_none()) {
             sequence.guess(drafts, self.max_len);
         }
+    }
+
+    /// Says whether sequences are given guesses. While they are, no step is left under way: guesses take the tokens before them.
+    pub fn set_guessing(&mut self, guessing: bool) {
+        self.in_step = guessing;
+    }
+
+    /// Says whether a step was begun that [`Scheduler::compute`] has yet to end.
+    pub fn is_under_way(&self) -> bool {
+        self.under_way.is_some()
     }
 
     /// Says whether there is such a sequence (still).
@@ -271,7 +315,10 @@ impl Scheduler {
 
     /// Takes back a plan whose step computed nothing.
     pub fn abandon(&mut self, plan: Plan) {
-        self.end_step(plan);
+        match self.under_way {
+            Some(_) => (self.stepping, self.spare_plan) = (false, plan.cleared()),
+            None => self.end_step(plan),
+        }
     }
 
     /// Returns the pages of a sequence, all that its known tokens need; none while it waits.
@@ -334,21 +381,26 @@ impl Scheduler {
     fn plan_single_tokens(&mut self, plan: &mut Plan, now: Duration) {
         self.grow_all(plan);
         for (&id, sequence) in &mut self.running {
-            if sequence.remaining() == 1 {
+            if sequence.is_single(self.max_len) {
                 if sequence.start(now) {
                     plan.started.push(id);
                 }
-                let sample = sequence.draws();
-                plan.push(Chunk { id, start: sequence.computed, tokens: 1, drafts: 0, sample });
+                plan.push(sequence.single(id));
             }
         }
+    }
+
+    /// Says whether all sequences of a single token can have a page for it without taking one from somebody.
+    fn has_pages_to_go_ahead(&self) -> bool {
+        let singles = self.running.values().filter(|sequence| sequence.is_single(self.max_len));
+        singles.map(Sequence::pages_missing).sum::<usize>() <= self.pool.stats().available()
     }
 
     /// Lets the drafts of those sequences ride along, first come first served.
     fn plan_drafts(&mut self, plan: &mut Plan) {
         let mut spare = self.pool.stats().available().saturating_sub(self.headroom());
         let mut budget = (self.token_budget - self.page_tokens).saturating_sub(plan.tokens);
-        for chunk in &mut plan.chunks {
+        for chunk in plan.chunks.iter_mut().filter(|chunk| chunk.follows.is_none()) {
             let sequence = self.running.get_mut(&chunk.id).expect("what is planned runs");
             let known = sequence.request.history.len();
             let wanted = sequence.request.history.drafts().min(budget);
@@ -367,7 +419,7 @@ impl Scheduler {
     /// Makes sure that all sequences that lack a single token have a page for it, taking pages from the end of the batch where
     /// there are none left.
     fn grow_all(&mut self, plan: &mut Plan) {
-        let single = |sequence: &Sequence| sequence.remaining() == 1 && sequence.pages_missing() > 0;
+        let single = |sequence: &Sequence| sequence.is_single(self.max_len) && sequence.pages_missing() > 0;
         let growing: Vec<SequenceId> =
             self.running.iter().filter(|(_, sequence)| single(sequence)).map(|(id, _)| *id).collect();
         for id in growing {
@@ -403,7 +455,7 @@ impl Scheduler {
             let tokens = self.chunk(start, remaining, plan);
             if tokens > 0 {
                 let sample = sequence.draws() && tokens == remaining;
-                plan.push(Chunk { id, start, tokens, drafts: 0, sample });
+                plan.push(Chunk { id, start, tokens, drafts: 0, sample, follows: None });
             }
         }
         self.admit(plan, None, now);
@@ -445,7 +497,8 @@ impl Scheduler {
             if sequence.admit(pages, cached, self.page_tokens, now) {
                 plan.started.push(id);
             }
-            plan.push(Chunk { id, start, tokens, drafts: 0, sample: sequence.draws() && start + tokens == known });
+            let sample = sequence.draws() && start + tokens == known;
+            plan.push(Chunk { id, start, tokens, drafts: 0, sample, follows: None });
             self.running.insert(id, sequence);
         }
     }
@@ -486,10 +539,13 @@ impl Scheduler {
         Ended { usage, hold: None }
     }
 
+    /// Gives back what no step writes any more. What was given up while the step under way was there already waits for that one, too.
     fn end_step(&mut self, plan: Plan) {
         self.stepping = false;
-        for pages in self.after_step.drain(..) {
-            self.pool.release(&pages);
+        self.after_under_way.drain(..).for_each(|pages| self.pool.release(&pages));
+        std::mem::swap(&mut self.after_step, &mut self.after_under_way);
+        if self.under_way.is_none() {
+            self.after_under_way.drain(..).for_each(|pages| self.pool.release(&pages));
         }
         self.spare_plan = plan.cleared();
     }

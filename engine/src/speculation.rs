@@ -68,6 +68,7 @@ impl Speculator {
     /// Adds drafts to the sequences of which the next step computes one token, as many as pay. To be called right before
     /// [`Scheduler::schedule`].
     pub fn propose(&mut self, scheduler: &mut Scheduler) {
+        scheduler.set_guessing(!matches!(self.proposer, Proposer::Broken));
         self.policy.retain(|id| scheduler.contains(id));
         let drafts = match &mut self.proposer {
             Proposer::Ngrams(ngrams) => {

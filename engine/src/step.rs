@@ -8,7 +8,7 @@ mod making;
 
 use crate::{
     Adapter, Config, Error, KvMemory, Logprobs, Model, Pooling, Sample, Sampled, Stuck, TokenId,
-    home::{Home, Pass, Place, Span},
+    home::{self, Home, Pass, Place, Span},
     reuse::reuse,
     sampling::{self, Race, Scratch},
     timed::Timed,
@@ -18,6 +18,7 @@ use limits::Limits;
 pub use making::check_device;
 pub(crate) use making::page_layout;
 use std::{
+    collections::VecDeque,
     ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
@@ -44,6 +45,9 @@ pub struct Row<'a> {
     pub sample: Option<Sample<'a>>,
     /// Present when the prompt's own log-probabilities are wanted.
     pub prompt_logprobs: Option<PromptLogprobs<'a>>,
+    /// Present where its one token is not known yet: it is what this row of the step begun before draws. A token that is none stands in its
+    /// place, in `tokens` and at the end of the sample's history. Only for [`Engine::begin`].
+    pub follows: Option<usize>,
     /// Present when the row is computed for an embedding, and for nothing else: [`Yield::hidden`] then has the hidden state of its
     /// last token, or of all.
     pub pooling: Option<Pooling>,
@@ -80,6 +84,19 @@ pub trait Step {
     /// As [`Engine::step`].
     fn step(&mut self, rows: &[Row<'_>], on_layer: &mut dyn FnMut(u32)) -> Result<&mut [Yield], Error>;
 
+    /// Begins such a step and returns without waiting for it, if it can; where it cannot, nothing has happened.
+    ///
+    /// # Errors
+    /// As [`Engine::begin`].
+    fn begin(&mut self, rows: &[Row<'_>]) -> Result<bool, Error>;
+
+    /// Waits for the first of the steps that were begun, and returns what it made of each row, until the next step. A row without an answer
+    /// is to be computed again, by `step`.
+    ///
+    /// # Errors
+    /// As [`Engine::end`].
+    fn end(&mut self) -> Result<&mut [Yield], Error>;
+
     /// Learns that others wrote to `pages`, which rows will read.
     ///
     /// # Errors
@@ -90,6 +107,14 @@ pub trait Step {
 impl Step for Engine {
     fn step(&mut self, rows: &[Row<'_>], on_layer: &mut dyn FnMut(u32)) -> Result<&mut [Yield], Error> {
         Engine::step(self, rows, on_layer)
+    }
+
+    fn begin(&mut self, rows: &[Row<'_>]) -> Result<bool, Error> {
+        Engine::begin(self, rows)
+    }
+
+    fn end(&mut self) -> Result<&mut [Yield], Error> {
+        Engine::end(self)
     }
 
     fn import(&mut self, pages: &[PageId]) -> Result<(), Error> {
@@ -125,6 +150,8 @@ pub struct Engine {
     /// Present when nothing is computed.
     timed: Option<Timed>,
     limits: Limits,
+    /// Rows of each step that was begun and has not ended, first the first.
+    begun: VecDeque<usize>,
     /// Tokens of the step at hand, flat.
     tokens: Vec<TokenId>,
     /// What the step at hand computes, row by row; empty between steps.
@@ -189,10 +216,12 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::Row`] names the row at fault; nothing is computed then.
+    ///
+    /// # Panics
+    /// While a step is begun that has not ended.
     pub fn step(&mut self, rows: &[Row<'_>], on_layer: &mut dyn FnMut(u32)) -> Result<&mut [Yield], Error> {
-        self.limits.check(rows)?;
-        self.check_kind(rows)?;
-        self.claim_pages(rows)?;
+        assert!(self.begun.is_empty(), "steps end in their order");
+        self.check(rows)?;
         let began = Instant::now();
         let _stay = self.timed.is_none().then(|| self.home.stay());
         let (mut spans, mut kept) = (reuse(std::mem::take(&mut self.spans)), reuse(std::mem::take(&mut self.kept)));
@@ -213,6 +242,56 @@ impl Engine {
         }
         self.collect(rows);
         Ok(&mut self.yields[..rows.len()])
+    }
+
+    /// Begins a step over `rows` and returns without waiting for it; there may be two that have not ended. Says whether it did: a card can, where each row is
+    /// one token after which one is drawn by itself, from logits as they are; where it did not, nothing has happened, and [`Engine::step`] says what
+    /// is wrong with rows that are.
+    ///
+    /// # Errors
+    /// [`Error::Card`] says what broke the card.
+    pub fn begin(&mut self, rows: &[Row<'_>]) -> Result<bool, Error> {
+        let before = self.begun.back().copied().unwrap_or(0);
+        let decodes = |row: &Row<'_>| row.runs_ahead() && row.follows.is_none_or(|row| row < before);
+        let can = self.timed.is_none() && self.home.races() && rows.len() <= self.limits.logits_rows();
+        if !can || self.begun.len() > 1 || !rows.iter().all(decodes) || self.check(rows).is_err() {
+            return Ok(false);
+        }
+        let (mut spans, mut kept) = (reuse(std::mem::take(&mut self.spans)), reuse(std::mem::take(&mut self.kept)));
+        self.list(rows, &mut spans, &mut kept);
+        for (token, row) in self.tokens.iter_mut().zip(rows) {
+            *token = row.follows.map_or(*token, |row| home::FOUND | row as TokenId);
+        }
+        let pass = Pass { tokens: &self.tokens, spans: &spans, places: &self.places, kept: &kept };
+        let begun = self.home.begin(&self.model, &self.memory, &pass);
+        (self.spans, self.kept) = (reuse(spans), reuse(kept));
+        if begun? {
+            self.begun.push_back(rows.len());
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    /// Waits for the first of the steps that were begun, and returns what it made of each row. A row without an answer is to be computed again by
+    /// [`Engine::step`]: it takes the host to tell its token, and what followed it is void.
+    ///
+    /// # Errors
+    /// [`Error::Card`] says what broke the card.
+    ///
+    /// # Panics
+    /// When none was begun.
+    pub fn end(&mut self) -> Result<&mut [Yield], Error> {
+        let rows = self.begun.pop_front().expect("a step was begun");
+        self.clear_yields(rows);
+        self.home.end(rows)?;
+        for (row, made) in self.yields[..rows].iter_mut().enumerate() {
+            match self.home.found(row) {
+                Some(Ok(token)) => made.sampled.push(Sampled { token, logprobs: None }),
+                Some(Err(stuck)) => made.stuck = Some(stuck),
+                None => {}
+            }
+        }
+        Ok(&mut self.yields[..rows])
     }
 
     /// Makes [`Engine::memory`] hold what `pages` hold, for others to read.
@@ -266,6 +345,13 @@ impl Engine {
     pub fn expert_traffic(&self) -> ExpertTraffic {
         let (chosen, read) = self.home.expert_bytes();
         ExpertTraffic { all: self.model.weights.expert_bytes(), chosen, read }
+    }
+
+    /// Says which row cannot be computed, and claims the pages that they write.
+    fn check(&mut self, rows: &[Row<'_>]) -> Result<(), Error> {
+        self.limits.check(rows)?;
+        self.check_kind(rows)?;
+        self.claim_pages(rows)
     }
 
     /// Says which row asks for what this engine has not.
@@ -410,6 +496,11 @@ impl Engine {
 }
 
 impl Yield {
+    /// Says whether what was to be drawn was, or why not.
+    pub(crate) fn is_answer(&self) -> bool {
+        !self.sampled.is_empty() || self.stuck.is_some()
+    }
+
     /// Makes it that of a row that asked for nothing.
     fn clear(&mut self) {
         self.sampled.clear();
@@ -425,6 +516,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Row<'_> {
+    /// Says whether it is one token after which one is drawn from logits as they are, and nothing else.
+    fn runs_ahead(&self) -> bool {
+        let plain = self.tokens.len() == 1 && self.sample.is_some() && self.prompt_logprobs.is_none();
+        plain && !self.leaves && self.adapter.is_none() && (self.is_plain(0) || self.race(0).is_some())
+    }
+
     /// Returns how many of its first tokens are followed by a token whose log-probabilities are wanted.
     fn reported(&self) -> usize {
         self.prompt_logprobs.map_or(0, |wanted| wanted.targets.len())

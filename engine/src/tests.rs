@@ -28,9 +28,10 @@ use std::{
     sync::Arc,
 };
 
-/// Returns a directory of the repository.
+/// Returns a directory of the repository: where it is now, which on a machine that the tests were carried to is another place.
 pub(crate) fn repository(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
+    let crate_dir = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    Path::new(&crate_dir).join("..").join(path)
 }
 
 pub(crate) fn load(path: &str) -> Arc<Model> {

@@ -83,6 +83,7 @@ struct Outcome {
     /// Of a prompt that leaves, of prompts beside each other, and of sequences that decode.
     logits: Vec<Vec<u32>>,
     blocks: Vec<Vec<u8>>,
+    tokens: Vec<Vec<TokenId>>,
 }
 
 /// The pages of five sequences.
@@ -109,7 +110,42 @@ fn outcome(engine: &mut Engine) -> Outcome {
     engine.export(&tables[1][..3]).expect("pages that are there");
     left.extend(blocks(engine, &tables[1][..3]));
     let bits = |logits: &Vec<f32>| logits.iter().map(|logit| logit.to_bits()).collect();
-    Outcome { logits: all.iter().map(bits).collect(), blocks: left }
+    Outcome { logits: all.iter().map(bits).collect(), blocks: left, tokens: ahead(engine) }
+}
+
+/// Continues the sequences of [`outcome`] but the first by the most likely tokens, by steps that end before the next begins and by ones that begin before, and checks
+/// that the tokens are the same. Returns them.
+fn ahead(engine: &mut Engine) -> Vec<Vec<TokenId>> {
+    let (tokens, tables, sampling) = (tokens(), tables(), Sampling::default());
+    fn row<'a>(history: &'a [TokenId], sampling: &'a Sampling, pages: &'a [PageId], follows: Option<usize>) -> Row<'a> {
+        let sample = Sample { sampling, history, prompt_tokens: 40, forbidden: &[], min_tokens: 0, grammar: None };
+        let (tokens, start) = (&history[history.len() - 1..], history.len() - 1);
+        Row { tokens, start, pages, sample: Some(sample), follows, ..Row::default() }
+    }
+    let mut known = vec![tokens[..41].to_vec(); 4];
+    for _ in 0..6 {
+        let rows: Vec<Row<'_>> =
+            known.iter().zip(&tables[1..]).map(|(known, pages)| row(known, &sampling, pages, None)).collect();
+        let drawn: Vec<_> = engine.step(&rows, &mut |_| {}).expect("good rows").to_vec();
+        known.iter_mut().zip(drawn).for_each(|(known, made)| known.push(made.sampled[0].token));
+    }
+    let mut drawn = vec![tokens[..41].to_vec(); 4];
+    for step in 0..7 {
+        if step < 6 {
+            // Of the token that a row follows it has only the place.
+            let mut history = tokens[..41].to_vec();
+            history.resize(41 + step, 0);
+            let rows: Vec<Row<'_>> =
+                (0..4).map(|at| row(&history, &sampling, &tables[1 + at], (step > 0).then_some(at))).collect();
+            assert!(engine.begin(&rows).expect("a card that works"), "rows that decode");
+        }
+        if step > 0 {
+            let made = engine.end().expect("a card that works");
+            drawn.iter_mut().zip(made).for_each(|(known, made)| known.push(made.sampled[0].token));
+        }
+    }
+    assert_eq!(drawn, known);
+    drawn
 }
 
 /// Checks that two engines mean the same by their logits, one of which rounds to bf16.
@@ -252,6 +288,10 @@ impl Stand {
         for card in ["cuda:1", "cuda:"] {
             let error = cards.step(&[row], &mut |_| {}).expect_err("a card that fails");
             assert!(matches!(&error, Error::Card { card: named, .. } if named.contains(card)), "{error:?}");
+        }
+        if row.sample.is_some() {
+            let begun = cards.begin(&[row]).and_then(|_| cards.end().map(drop));
+            assert!(matches!(begun, Err(Error::Card { .. })), "{begun:?}");
         }
         number(&self.driver, "mend_card");
     }

@@ -9,8 +9,7 @@
 //! prefill worker does of those; their pages may be kept for a peer that fetches them.
 
 use attach::{
-    Command, End, Input, Leg, LegId, Legs, Load, Meters, Parts, Prefixes, Routers, StepTokens, Stepper, StreamId,
-    Submission,
+    Command, End, Input, Leg, LegId, Legs, Load, Meters, Parts, Prefixes, Routers, Stepper, StreamId, Submission,
 };
 use engine::{
     TokenId,
@@ -77,7 +76,7 @@ impl Stepper for Runner {
                 return Ok(());
             }
             let plan = self.parts.scheduler.schedule(self.now());
-            if plan.is_empty() {
+            if plan.is_empty() && !self.parts.scheduler.is_under_way() {
                 self.flush();
                 self.parts.health.progressed(true);
                 self.wait();
@@ -244,16 +243,11 @@ impl Runner {
 
     // ---- a step ----
 
-    /// Carries out `plan`. An error says what broke the engine.
+    /// Carries out `plan`, or begins it, and takes what the step that this ended came to. An error says what broke the engine.
     fn step(&mut self, plan: Plan) -> Result<(), String> {
         plan.started().iter().for_each(|&sequence| self.begin(sequence));
-        let prompt = plan.prompt_tokens();
-        let single = plan.tokens() - prompt;
-        let work = plan.work();
-        let started = Instant::now();
         let computed = self.compute(plan);
-        let tokens = StepTokens { prompt, single, drawn: computed.drawn.len(), ..StepTokens::default() };
-        self.meters.step(&work, tokens, started.elapsed());
+        self.meters.computed(&computed);
         for reported in computed.reported {
             self.routers.reported(self.sequences[&reported.id], reported);
         }

@@ -1,17 +1,27 @@
-#!/bin/sh
+#!/bin/bash
 # What a card computes and how fast, for the day there is one: recorded references and batch invariance on the card, then prefill and decode
 # beside the card's own limits. Takes a few minutes; prints JSON, one object a line, and fails when anything differs from what it should be.
 #
-#     tests/gpu/run.sh [CARD] [FILE]      the card's number (0), and where the lines go as well (target/gpu.jsonl)
+#     tests/gpu/run.sh [CARD] [FILE]      the card's number (0), and where the lines go as well (target/gpu/lines.jsonl)
+#     tests/gpu/run.sh build              only builds what it runs, target/gpu/tests and target/gpu/card: carried along with the repository
+#                                         they run on a machine without Rust
 #
 # BATON_NVRTC_LIBRARY names NVRTC's library where the system's loader does not know it (PyPI: nvidia-cuda-nvrtc). Where python3 has PyTorch, the
 # limits come from it.
-set -eu
+set -euo pipefail
 
 cd "$(dirname "$0")/../.."
+mkdir -p target/gpu
+if command -v cargo >/dev/null; then
+    cargo build --release -p engine --example card
+    tests=$(cargo test -p engine --lib --no-run 2>&1 | tee /dev/stderr | sed -n 's/.*Executable.*(\(.*\))$/\1/p')
+    strip -o target/gpu/card target/release/examples/card
+    strip -o target/gpu/tests "$tests"
+fi
+[ "${1:-}" != build ] || exit 0
+
 card=${1:-0}
-to=${2:-target/gpu.jsonl}
-mkdir -p "$(dirname "$to")"
+to=${2:-target/gpu/lines.jsonl}
 : >"$to"
 
 say() { printf '%s\n' "$1" | tee -a "$to"; }
@@ -20,10 +30,10 @@ command -v nvidia-smi >/dev/null || { echo "run: nvidia-smi is missing: this mac
 name=$(nvidia-smi --id="$card" --query-gpu=name,driver_version --format=csv,noheader)
 say "{\"card\": \"$name\", \"commit\": \"$(git rev-parse --short HEAD 2>/dev/null || echo unknown)\", \"date\": \"$(date -u +%FT%TZ)\"}"
 
-BATON_CARD=$card cargo test --release -p engine --lib -- --ignored on_a_card
+CARGO_MANIFEST_DIR=$PWD/engine BATON_CARD=$card target/gpu/tests --ignored on_a_card
 say '{"tests": "passed"}'
 
 if python3 -c 'import torch' 2>/dev/null; then
     python3 tests/gpu/limits.py "$card" | tee -a "$to"
 fi
-cargo run --release -p engine --example card -- "cuda:$card" ${BATON_NVRTC_LIBRARY:+"$BATON_NVRTC_LIBRARY"} | tee -a "$to"
+target/gpu/card "cuda:$card" ${BATON_NVRTC_LIBRARY:+"$BATON_NVRTC_LIBRARY"} | tee -a "$to"

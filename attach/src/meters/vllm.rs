@@ -1,7 +1,6 @@
 //! What a worker measures under vLLM's names, for dashboards and autoscalers that know those: the engine's side. Requests, as clients see
 //! them, are the router's to count; no name is counted by both.
 
-use super::StepTokens;
 use engine::scheduler::Backlog;
 use kv_cache::PoolStats;
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
@@ -62,12 +61,13 @@ impl Vllm {
         self.cache_hits.increment(cached as u64);
     }
 
-    pub(super) fn step(&self, tokens: StepTokens) {
-        self.iteration_tokens.record((tokens.prompt + tokens.drawn) as f64);
-        if tokens.drafts > 0 {
-            self.drafts.increment(tokens.guessed as u64);
-            self.draft_tokens.increment(tokens.drafts as u64);
-            self.accepted_tokens.increment(tokens.accepted as u64);
+    /// Counts a step that read or drew `tokens` tokens, and verified `drafts` drafts of `guessed` sequences.
+    pub(super) fn step(&self, tokens: usize, drafts: usize, guessed: usize, accepted: usize) {
+        self.iteration_tokens.record(tokens as f64);
+        if drafts > 0 {
+            self.drafts.increment(guessed as u64);
+            self.draft_tokens.increment(drafts as u64);
+            self.accepted_tokens.increment(accepted as u64);
         }
     }
 

@@ -4,7 +4,7 @@
 //! ([`super::driver`]) and, for tests, one that runs the kernels on the processor and counts what is asked of it.
 //!
 //! Work is in order: what is asked of a device is done after what was asked before, and whoever wants a result waits for it. Only
-//! [`Device::download`], [`Device::fetch`] and [`Device::wait`] wait. Memory lives as long as the device; steps take none.
+//! [`Device::download`], [`Device::receive`], [`Device::fetch`] and [`Device::wait`] wait. Memory lives as long as the device; steps take none.
 
 use super::kernels::{Call, Kernel};
 use crate::Error;
@@ -38,6 +38,11 @@ pub(crate) struct Memory {
     pub(crate) own: u64,
 }
 
+/// Places that a device sends to.
+pub(crate) const SLOTS: usize = 2;
+/// Bytes of each.
+pub(crate) const MOST_SENT_BYTES: usize = 64 << 10;
+
 /// Calls that are replayed as one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Graph(pub(crate) usize);
@@ -61,6 +66,12 @@ pub(crate) trait Device: std::fmt::Debug + Send + Sync {
 
     /// Copies the start of `from` to `to`, and waits for it.
     fn download(&mut self, from: Region, to: &mut [u8]) -> Result<(), Error>;
+
+    /// Copies `from`, which is up to [`MOST_SENT_BYTES`], to the host: to slot `slot` of [`SLOTS`], whose last bytes nobody wants any more.
+    fn send(&mut self, slot: usize, from: Region) -> Result<(), Error>;
+
+    /// Waits for what was last sent to `slot`, and returns the start of it in `to`. What was asked after that goes on meanwhile.
+    fn receive(&mut self, slot: usize, to: &mut [u8]) -> Result<(), Error>;
 
     /// Makes a kernel ready, so that its first call does not wait for a compiler.
     fn prepare(&mut self, kernel: &Kernel) -> Result<(), Error>;

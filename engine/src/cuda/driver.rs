@@ -7,11 +7,12 @@
 
 use super::{
     cache::Cache,
-    device::{Device, Graph, Memory, Region},
+    device::{Device, Graph, MOST_SENT_BYTES, Memory, Region, SLOTS},
     kernels::{Call, Kernel},
     nccl::Ring,
     nvrtc::{self, Nvrtc},
     pages::MOST_BLOCK_BYTES,
+    staging::Staging,
 };
 use crate::Error;
 use cudarc::driver::{
@@ -32,7 +33,7 @@ use std::{
 const OLDEST_CUDA: c_int = 12_000;
 /// Oldest architecture: the first with bf16 in its tensor cores.
 const OLDEST_ARCHITECTURE: (c_int, c_int) = (8, 0);
-/// Bytes of page-locked memory that uploads of a step go through, and as many for downloads.
+/// Bytes of page-locked memory that uploads go through, and as many for downloads.
 const STAGING: usize = MOST_BLOCK_BYTES;
 
 /// A card with everything that was put on it.
@@ -54,26 +55,31 @@ pub(crate) struct Card {
     shared_bytes: c_int,
     memory: Vec<sys::CUdeviceptr>,
     own: u64,
-    up: Staging,
-    down: Staging,
+    /// What uploads go through, [`STAGING`] bytes, and which of them are in use.
+    up: *mut u8,
+    staging: Staging,
+    /// What downloads go through, as many, and the slots that it sends to behind them.
+    down: *mut u8,
+    slots: [Slot; SLOTS],
     marks: Vec<sys::CUevent>,
     graphs: Vec<sys::CUgraphExec>,
     /// Its rank among cards that share a model, and their connections.
     ring: Option<(usize, Arc<Ring>)>,
 }
 
-// SAFETY: handles of the driver may be used by any thread that has made their context current, which every method does; the memory behind
-// `Staging` belongs to this value alone.
+// SAFETY: handles of the driver may be used by any thread that has made their context current, which every method does; the page-locked
+// memory belongs to this value alone.
 unsafe impl Send for Card {}
 // SAFETY: what a shared reference gives is its name alone.
 unsafe impl Sync for Card {}
 
-/// Page-locked memory.
+/// Where a device sends to.
 #[derive(Debug)]
-struct Staging {
-    start: *mut u8,
-    /// Bytes in use by copies that may not be done.
-    used: usize,
+struct Slot {
+    /// Set when it was sent to.
+    sent: sys::CUevent,
+    /// What of the uploads was asked for before that.
+    uploads: u64,
 }
 
 impl Card {
@@ -152,8 +158,10 @@ impl Card {
             shared_bytes,
             memory: Vec::new(),
             own: 0,
-            up: Staging { start: null_mut(), used: 0 },
-            down: Staging { start: null_mut(), used: 0 },
+            up: null_mut(),
+            staging: Staging::new(STAGING),
+            down: null_mut(),
+            slots: std::array::from_fn(|_| Slot { sent: null_mut(), uploads: 0 }),
             marks: Vec::new(),
             graphs: Vec::new(),
             ring: None,
@@ -162,10 +170,12 @@ impl Card {
         for stream in [&mut opened.stream, &mut opened.copies] {
             *stream = stream::create(stream::StreamKind::NonBlocking).map_err(refused("make a stream"))?;
         }
-        for staging in [&mut opened.up, &mut opened.down] {
+        for (start, bytes) in [(&mut opened.up, STAGING), (&mut opened.down, STAGING + SLOTS * MOST_SENT_BYTES)] {
             // SAFETY: what is returned is freed with this value.
-            let start = unsafe { result::malloc_host(STAGING, 0) }.map_err(refused("lock memory for copies"))?;
-            staging.start = start.cast();
+            *start = unsafe { result::malloc_host(bytes, 0) }.map_err(refused("lock memory for copies"))?.cast();
+        }
+        for slot in &mut opened.slots {
+            slot.sent = event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(refused("make an event"))?;
         }
         Ok(opened)
     }
@@ -214,11 +224,18 @@ impl Card {
         unsafe { ctx::set_current(self.context) }.map_err(|error| self.fault("enter its context", error))
     }
 
+    /// Returns where slot `slot` is.
+    fn slot(&self, slot: usize) -> *mut u8 {
+        assert!(slot < SLOTS, "slot {slot} of {SLOTS}");
+        // SAFETY: the slots are behind the staging memory.
+        unsafe { self.down.add(STAGING + slot * MOST_SENT_BYTES) }
+    }
+
     /// Waits for everything, after which no memory is in use by a copy.
     fn synchronize(&mut self) -> Result<(), Error> {
         // SAFETY: the stream is ours.
         unsafe { stream::synchronize(self.stream) }.map_err(|error| self.fault("compute", error))?;
-        self.up.used = 0;
+        self.staging.done(self.staging.taken());
         Ok(())
     }
 
@@ -302,21 +319,22 @@ impl Device for Card {
         self.enter()?;
         let mut at = 0;
         while at < bytes.len() {
-            if STAGING - self.up.used < (bytes.len() - at).min(STAGING) {
-                self.synchronize()?;
-            }
-            let part = &bytes[at..bytes.len().min(at + STAGING - self.up.used)];
-            // SAFETY: the rest of the staging memory is in use by no copy, holds the part and lives until the copy is done; `to` was
-            // checked, and is ours.
+            let room = match self.staging.take((bytes.len() - at).min(STAGING)) {
+                Some(room) => room,
+                None => {
+                    self.synchronize()?;
+                    continue;
+                }
+            };
+            let part = &bytes[at..at + room.len()];
+            // SAFETY: this part of the staging memory is in use by no copy and lives until the copy is done; `to` was checked, and is ours.
             unsafe {
-                let staged = self.up.start.add(self.up.used);
+                let staged = self.up.add(room.start);
                 staged.copy_from_nonoverlapping(part.as_ptr(), part.len());
                 let staged = std::slice::from_raw_parts(staged, part.len());
                 result::memcpy_htod_async(to.address + at as u64, staged, self.stream)
             }
             .map_err(|error| self.fault("copy to it", error))?;
-            // The next part starts on a cache line.
-            self.up.used = (self.up.used + part.len()).next_multiple_of(64).min(STAGING);
             at += part.len();
         }
         Ok(())
@@ -328,14 +346,39 @@ impl Device for Card {
         for (index, part) in to.chunks_mut(STAGING).enumerate() {
             // SAFETY: the staging memory holds the part, and every copy into it was waited for; `from` was checked.
             unsafe {
-                let staged = std::slice::from_raw_parts_mut(self.down.start, part.len());
+                let staged = std::slice::from_raw_parts_mut(self.down, part.len());
                 result::memcpy_dtoh_async(staged, from.address + (index * STAGING) as u64, self.stream)
                     .map_err(|error| self.fault("copy from it", error))?;
             }
             self.synchronize()?;
             // SAFETY: the copy is done.
-            part.copy_from_slice(unsafe { std::slice::from_raw_parts(self.down.start, part.len()) });
+            part.copy_from_slice(unsafe { std::slice::from_raw_parts(self.down, part.len()) });
         }
+        Ok(())
+    }
+
+    fn send(&mut self, slot: usize, from: Region) -> Result<(), Error> {
+        assert!(from.bytes <= MOST_SENT_BYTES, "{} bytes to be sent", from.bytes);
+        self.enter()?;
+        // SAFETY: a slot holds as many bytes, and its last ones were waited for; `from`, stream and event are ours.
+        unsafe {
+            let staged = std::slice::from_raw_parts_mut(self.slot(slot), from.bytes);
+            result::memcpy_dtoh_async(staged, from.address, self.stream)
+                .and_then(|()| event::record(self.slots[slot].sent, self.stream))
+        }
+        .map_err(|error| self.fault("copy from it", error))?;
+        self.slots[slot].uploads = self.staging.taken();
+        Ok(())
+    }
+
+    fn receive(&mut self, slot: usize, to: &mut [u8]) -> Result<(), Error> {
+        assert!(to.len() <= MOST_SENT_BYTES, "{} bytes to be received", to.len());
+        self.enter()?;
+        // SAFETY: the event is ours.
+        unsafe { event::synchronize(self.slots[slot].sent) }.map_err(|error| self.fault("compute", error))?;
+        self.staging.done(self.slots[slot].uploads);
+        // SAFETY: the copy is done, and the slot is that long.
+        to.copy_from_slice(unsafe { std::slice::from_raw_parts(self.slot(slot), to.len()) });
         Ok(())
     }
 
@@ -358,7 +401,7 @@ impl Device for Card {
             for region in batch {
                 // SAFETY: the staging memory holds the batch, and every copy into it was waited for.
                 unsafe {
-                    let staged = std::slice::from_raw_parts_mut(self.down.start.add(at), region.bytes);
+                    let staged = std::slice::from_raw_parts_mut(self.down.add(at), region.bytes);
                     result::memcpy_dtoh_async(staged, region.address, self.copies)
                 }
                 .map_err(|error| self.fault("copy pages from it", error))?;
@@ -369,7 +412,7 @@ impl Device for Card {
             at = 0;
             for (index, region) in batch.iter().enumerate() {
                 // SAFETY: the copies are done.
-                to(first + index, unsafe { std::slice::from_raw_parts(self.down.start.add(at), region.bytes) });
+                to(first + index, unsafe { std::slice::from_raw_parts(self.down.add(at), region.bytes) });
                 at += region.bytes;
             }
             first += batch.len();
@@ -465,8 +508,10 @@ impl Drop for Card {
             self.marks.drain(..).for_each(|mark| _ = event::destroy(mark));
             self.modules.drain().for_each(|(_, module)| _ = module::unload(module));
             self.memory.drain(..).for_each(|address| _ = result::free_sync(address));
-            for staging in [&self.up, &self.down].into_iter().filter(|staging| !staging.start.is_null()) {
-                let _ = result::free_host(staging.start.cast());
+            let sent = self.slots.iter().map(|slot| slot.sent).filter(|event| !event.is_null());
+            sent.for_each(|event| _ = event::destroy(event));
+            for start in [self.up, self.down].into_iter().filter(|start| !start.is_null()) {
+                let _ = result::free_host(start.cast());
             }
             streams.for_each(|stream| _ = stream::destroy(stream));
             let _ = primary_ctx::release(self.device);

@@ -1,7 +1,7 @@
 //! A device whose kernels run on the processor ([`super::emulator`]), and which counts what is asked of it.
 
 use super::{
-    device::{Device, Graph, Memory, Region},
+    device::{Device, Graph, MOST_SENT_BYTES, Memory, Region, SLOTS},
     emulator::{self, Order},
     kernels::{Call, Kernel},
 };
@@ -44,6 +44,7 @@ pub(crate) struct Emulated {
     remembered: Option<Vec<Work>>,
     graphs: Vec<Vec<Work>>,
     marks: usize,
+    sent: [Vec<u8>; SLOTS],
     rank: usize,
     peers: Arc<Peers>,
 }
@@ -111,6 +112,7 @@ impl Emulated {
             remembered: None,
             graphs: Vec::new(),
             marks: 0,
+            sent: Default::default(),
             rank: 0,
             peers: Arc::new(Peers::new(1)),
         }
@@ -199,6 +201,23 @@ impl Device for Emulated {
         assert!(self.remembered.is_none() && to.len() <= from.bytes, "{} bytes of {}", to.len(), from.bytes);
         // SAFETY: as above.
         unsafe { to.as_mut_ptr().copy_from_nonoverlapping(from.address as *const u8, to.len()) };
+        Ok(())
+    }
+
+    fn send(&mut self, slot: usize, from: Region) -> Result<(), Error> {
+        assert!(self.remembered.is_none() && from.bytes <= MOST_SENT_BYTES, "{} bytes to be sent", from.bytes);
+        let sent = &mut self.sent[slot];
+        assert!(sent.is_empty(), "what is in slot {slot} is wanted");
+        // SAFETY: the region is part of a buffer of this device.
+        sent.extend_from_slice(unsafe { std::slice::from_raw_parts(from.address as *const u8, from.bytes) });
+        Ok(())
+    }
+
+    fn receive(&mut self, slot: usize, to: &mut [u8]) -> Result<(), Error> {
+        self.asked.waits.fetch_add(1, Relaxed);
+        self.asked.downloaded.fetch_add(to.len(), Relaxed);
+        to.copy_from_slice(&self.sent[slot][..to.len()]);
+        self.sent[slot].clear();
         Ok(())
     }
 

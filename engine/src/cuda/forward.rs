@@ -345,6 +345,8 @@ impl Rank {
             element: self.element,
             rows: at.rows as u32,
             tokens: self.parts.tokens.address,
+            found: self.buffers.tokens.address,
+            vocab: decoder.vocab_size as u32,
             table: table.address,
             to: at.residual.address,
             width: decoder.hidden as u32,

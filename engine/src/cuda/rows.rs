@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! used            [1]               rows that are no padding
-//! tokens          [rows]            which embedding
+//! tokens          [rows]            which embedding, or what was found for which row before
 //! positions       [rows]            which angles
 //! slots           [rows][2]         page, and token within it, where keys and values go
 //! kept            [rows]            the rows that go on when the last pages are written

@@ -127,7 +127,7 @@ impl Scheduler {
 
     /// Gives back the pages of a sequence that is over.
     pub fn give_back(&mut self, hold: Hold) {
-        if self.stepping {
+        if self.stepping || self.under_way.is_some() {
             self.after_step.push(hold.pages);
         } else {
             self.pool.release(&hold.pages);

@@ -1,6 +1,7 @@
 //! What one step computes.
 
 use super::SequenceId;
+use std::time::Duration;
 use timing::Work;
 
 /// A piece of one sequence.
@@ -16,6 +17,8 @@ pub struct Chunk {
     pub drafts: usize,
     /// Whether tokens are drawn at its end. A chunk that ends earlier ends with a full page.
     pub sample: bool,
+    /// Present where its one token is not known yet: it is what this row of the step under way draws.
+    pub follows: Option<usize>,
 }
 
 /// The chunks of one step, in the order of their rows. Hand it to [`super::Scheduler::complete`] or
@@ -27,6 +30,8 @@ pub struct Plan {
     pub(super) started: Vec<SequenceId>,
     pub(super) preempted: Vec<SequenceId>,
     pub(super) tokens: usize,
+    /// When it was begun to be made.
+    pub(super) began: Duration,
 }
 
 impl Plan {

@@ -139,6 +139,10 @@ pub(super) struct Sequence {
     pub(super) fetched: usize,
     /// What is pooled so far, where that is what it is computed for.
     embedding: Option<Embedding>,
+    /// Present while a step is under way that computes its last token and draws the next: its row there.
+    pub(super) ahead: Option<usize>,
+    /// A step that ran ahead could not tell what it drew: it takes the host to.
+    pub(super) undecided: bool,
 }
 
 impl Sequence {
@@ -162,6 +166,8 @@ impl Sequence {
             awaiting: false,
             fetched: 0,
             embedding,
+            ahead: None,
+            undecided: false,
         }
     }
 
@@ -228,10 +234,31 @@ impl Sequence {
         self.request.until == Until::End
     }
 
-    /// Returns how many pages it lacks before its known tokens can be computed.
+    /// Says whether the next step computes a single token of it: the last one known, or the one that the step under way draws, unless it is the
+    /// last of the sequence.
+    pub(super) fn is_single(&self, max_len: usize) -> bool {
+        self.remaining() == 1 && (self.ahead.is_none() || self.room(max_len) > 0)
+    }
+
+    /// Returns how many pages it lacks before its known tokens, and the one being drawn, can be computed.
     pub(super) fn pages_missing(&self) -> usize {
         let history = &self.request.history;
-        history.pages_for(history.len()).saturating_sub(self.pages.len())
+        history.pages_for(history.len() + usize::from(self.ahead.is_some())).saturating_sub(self.pages.len())
+    }
+
+    /// Returns the chunk of a single token. One that is not known yet has a place in the history, as a draft would.
+    pub(super) fn single(&mut self, id: SequenceId) -> Chunk {
+        if self.ahead.is_some() {
+            self.request.history.guess(&[0]);
+        }
+        let start = self.computed + usize::from(self.ahead.is_some());
+        Chunk { id, start, tokens: 1, drafts: 0, sample: self.draws(), follows: self.ahead }
+    }
+
+    /// Notes that a step which ran ahead could not tell its next token, so that what followed it is void.
+    pub(super) fn fall_back(&mut self) {
+        self.request.history.guess(&[]);
+        (self.ahead, self.undecided) = (None, true);
     }
 
     /// Takes `pages`, of which the first `cached` hold its prefix already, as its first step's are planned. Returns whether
@@ -281,6 +308,7 @@ impl Sequence {
     /// Appends a drawn token. Returns its index and, when it is the last one here, why.
     pub(super) fn append(&mut self, token: TokenId, max_len: usize, now: Duration) -> (usize, Option<Finish>) {
         self.first_token.get_or_insert(now);
+        self.undecided = false;
         let index = self.request.history.len() - self.request.prompt_tokens;
         self.know(token);
         let complete = self.request.grammar.as_ref().is_some_and(Matcher::is_complete);
@@ -321,7 +349,7 @@ impl Sequence {
 
     /// Returns what is computed of it by `chunk`.
     pub(super) fn row(&self, chunk: &Chunk) -> Row<'_> {
-        let Chunk { start, tokens, drafts, sample, .. } = *chunk;
+        let Chunk { start, tokens, drafts, sample, follows, .. } = *chunk;
         let (known, end) = (self.request.history.with_drafts(), start + tokens);
         let sample = sample.then(|| self.sample(&known[..end]));
         let adapter = self.request.adapter.as_deref();
@@ -332,7 +360,7 @@ impl Sequence {
         let tokens = &known[start..end];
         let leaves = matches!(self.request.until, Until::FirstToken);
         let pages = &self.pages;
-        let row = Row { tokens, start, pages, adapter, leaves, drafts, sample, pooling, ..Row::default() };
+        let row = Row { tokens, start, pages, adapter, leaves, drafts, sample, pooling, follows, ..Row::default() };
         let prompt = self.request.prompt_tokens;
         match self.prompt_logprobs() {
             Some(top) if start + 1 < prompt => {

@@ -41,6 +41,14 @@ impl Step for Fake {
         Ok(())
     }
 
+    fn begin(&mut self, _: &[Row<'_>]) -> Result<bool, Error> {
+        Ok(false)
+    }
+
+    fn end(&mut self) -> Result<&mut [Yield], Error> {
+        unreachable!("nothing is begun")
+    }
+
     fn step(&mut self, rows: &[Row<'_>], on_layer: &mut dyn FnMut(u32)) -> Result<&mut [Yield], Error> {
         if let Some(error) = (self.fails)(rows) {
             return Err(error);
@@ -135,7 +143,7 @@ fn the_last_of_the_batch_pays_for_the_first() {
     }
     let plan = scheduler.schedule(START);
     assert_eq!(plan.preempted(), [last]);
-    assert_eq!(plan.chunks(), [Chunk { id: first, start: 12, tokens: 1, drafts: 0, sample: true }]);
+    assert_eq!(plan.chunks(), [Chunk { id: first, start: 12, tokens: 1, drafts: 0, sample: true, follows: None }]);
     scheduler.abandon(plan);
     // The victim comes back when there is room. The end of its prefix went to the first one; what is cached is not computed again.
     assert!(scheduler.cancel(first, START).is_some());

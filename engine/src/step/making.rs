@@ -11,6 +11,7 @@ use crate::{
 };
 use kv_cache::{KvDtype, PageLayout};
 use std::{
+    collections::VecDeque,
     path::Path,
     sync::{Arc, Mutex},
 };
@@ -159,6 +160,7 @@ impl Engine {
             home,
             timed,
             limits,
+            begun: VecDeque::new(),
             tokens: Vec::with_capacity(limits.token_budget),
             spans: Vec::new(),
             kept: Vec::new(),

@@ -7,10 +7,14 @@ use super::{
 };
 use crate::{
     Config, Device, Engine, Error, Row, Sample, Sampling, TokenId, check_device,
+    cpu::kernels::Kernels,
     cuda::{Device as _, Emulated, Order},
+    scheduler::{Drawn, History, Limits, Request, Scheduler, Stop, Until},
 };
 use kv_cache::{KvDtype, PageId};
-use std::sync::atomic::Ordering::Relaxed;
+use std::{collections::HashMap, sync::atomic::Ordering::Relaxed, time::Duration};
+
+const START: Duration = Duration::ZERO;
 
 /// Compares what `unit` computes of the model at `path` with what was recorded, in chunks of two sizes and then token by token.
 fn check_on(path: &str, unit: Unit) {
@@ -302,6 +306,123 @@ fn a_step_that_decodes_is_one_copy_one_graph_and_one_wait_for_its_tokens() {
     }
 }
 
+/// Runs some requests to their end on `unit`, each step ending before the next is planned or one step ahead. Returns what each drew, and how often
+/// a step was left under way.
+fn run(path: &str, unit: Unit, ahead: bool) -> (Vec<Vec<TokenId>>, usize) {
+    let mut engine = unit.engine(load(path), &small_config());
+    let mut scheduler = Scheduler::new(Limits {
+        pages: engine.memory().layout().pages as usize,
+        page_tokens: engine.memory().layout().page_tokens as usize,
+        token_budget: 64,
+        max_sequences: 8,
+        max_model_len: 200,
+        max_waiting: 100,
+    })
+    .expect("limits that allow steps");
+    scheduler.set_guessing(!ahead);
+    let warm = |seed| Sampling { temperature: 1.2, seed, ..Sampling::default() };
+    let samplings = [
+        Sampling::default(),
+        warm(1),
+        Sampling { top_k: 20, ..warm(2) },
+        // What the host draws holds up only as long as it is there.
+        Sampling { logprobs: Some(1), ..warm(3) },
+        Sampling { top_p: 0.8, ..warm(4) },
+        warm(5),
+        warm(6),
+        Sampling { min_p: 0.1, ..warm(7) },
+        warm(8),
+        Sampling::default(),
+    ];
+    let request = |(at, sampling): (usize, Sampling)| Request {
+        history: History::new(b"", (0..10 + 7 * at as TokenId).map(|token| token * 31 % 1000).collect(), 16),
+        prompt_tokens: 10 + 7 * at,
+        adapter: None,
+        // Some end by a token that nobody knew would come, some by their length, one because it is as long as can be.
+        stop: Stop {
+            max_tokens: if at == 3 { 4 } else { 12 + 9 * at },
+            min_tokens: 0,
+            ids: (0..300).filter(|token| at % 3 == 2 && token % 4 == 0).collect(),
+        },
+        sampling,
+        grammar: None,
+        prompt_logprobs: None,
+        priority: 0,
+        until: Until::End,
+    };
+    let requests = samplings.into_iter().enumerate().map(request);
+    let ids: Vec<_> = requests.map(|request| scheduler.submit(request, START).expect("room in the line")).collect();
+    let (mut drawn, mut under_way): (HashMap<_, Vec<TokenId>>, _) = (HashMap::new(), 0);
+    while scheduler.backlog().running + scheduler.backlog().waiting > 0 || scheduler.is_under_way() {
+        let plan = scheduler.schedule(START);
+        let computed = scheduler.compute(plan, &mut engine, &mut |_, _| {}, &|| START);
+        assert!(computed.faults.is_empty(), "{:?}", computed.faults);
+        under_way += usize::from(scheduler.is_under_way());
+        for Drawn { id, sampled, .. } in computed.drawn {
+            drawn.entry(id).or_default().push(sampled.token);
+        }
+    }
+    assert_eq!(scheduler.pool().stats().held(), 0, "pages leaked");
+    (ids.iter().map(|id| drawn.remove(id).expect("a token at least")).collect(), under_way)
+}
+
+fn check_ahead(path: &str, unit: Unit) {
+    let (expected, none) = run(path, unit, false);
+    let (drawn, under_way) = run(path, unit, true);
+    assert_eq!(drawn, expected, "{path} {unit:?}");
+    assert!(none == 0 && under_way > 60, "{path}: {none} and {under_way} steps were left under way");
+    assert!(drawn.iter().any(|drawn| drawn.len() == 4) && drawn.iter().any(|drawn| drawn.len() > 80));
+}
+
+#[test]
+fn a_host_one_step_ahead_draws_the_same() {
+    check_ahead("tests/golden/llama", Unit::Card(Order::Forward));
+    check_ahead("tests/golden/qwen3moe", Unit::Card(Order::Backward));
+    check_ahead("tests/golden/llama", Unit::Cards(2));
+    let (_, none) = run("tests/golden/llama", Kernels::detect().into(), true);
+    assert_eq!(none, 0, "a processor has nothing to run ahead of");
+}
+
+#[test]
+fn what_is_begun_waits_for_nothing() {
+    let device = Emulated::recording();
+    let asked = device.asked();
+    let config = Config { kv_bytes: Some(1 << 20), ..small_config() };
+    let mut engine =
+        Engine::on_devices(load("tests/golden/llama"), &config, vec![Box::new(device)]).expect("an engine");
+    let pages: [&[PageId]; 2] = [&[0, 1, 2].map(PageId), &[3, 4, 5].map(PageId)];
+    let counts = || [&asked.allocations, &asked.uploads, &asked.calls, &asked.waits].map(|count| count.load(Relaxed));
+    let sampling = Sampling { temperature: 0.7, ..Sampling::default() };
+    let begin = |engine: &mut Engine, start: usize, follows: bool| {
+        let (history, sampling) = (vec![1; start + 1], &sampling);
+        let sample =
+            Sample { sampling, history: &history, prompt_tokens: 5, forbidden: &[], min_tokens: 0, grammar: None };
+        let row = |row| Row {
+            tokens: &[7],
+            start,
+            pages: pages[row],
+            sample: Some(sample),
+            follows: follows.then_some(row),
+            ..Row::default()
+        };
+        let before = counts();
+        let begun = engine.begin(&[row(0), row(1)]).expect("a card that works");
+        let after = counts();
+        (begun, std::array::from_fn(|at| after[at] - before[at]))
+    };
+    let (begun, _) = begin(&mut engine, 20, false);
+    assert!(begun, "the first makes the graph");
+    for start in 21..30 {
+        assert_eq!(begin(&mut engine, start, true), (true, [0, 1, 1, 0]));
+        assert_eq!(begin(&mut engine, start + 1, true), (false, [0; 4]), "a third waits");
+        let before = counts();
+        assert_eq!(engine.end().expect("a card that works").len(), 2);
+        assert_eq!(counts(), [before[0], before[1], before[2], before[3] + 1]);
+    }
+    assert_eq!(engine.end().expect("a card that works").len(), 2);
+    assert_eq!(begin(&mut engine, 20, true), (false, [0; 4]), "nothing is there that it could follow");
+}
+
 #[test]
 fn a_rank_that_fails_fails_the_others() {
     let mut devices = Emulated::team(Order::Forward, 3);
@@ -396,5 +517,11 @@ mod on_a_card {
     #[ignore = "needs a card"]
     fn draws_are_those_of_the_host() {
         check_draws("tests/golden/llama", REAL);
+    }
+
+    #[test]
+    #[ignore = "needs a card"]
+    fn a_host_one_step_ahead_draws_the_same() {
+        check_ahead("tests/golden/llama", REAL);
     }
 }

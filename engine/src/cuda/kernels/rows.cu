@@ -7,9 +7,11 @@
 enum { ROW_THREADS = 256 };
 
 typedef struct {
-    FIELD(const u32 *, tokens);  // [rows]
+    FIELD(const u32 *, tokens);  // [rows]: a token, or with its highest bit a row of found
+    FIELD(const u32 *, found);   // what is no token counts as the first
     FIELD(const void *, table);
     FIELD(float *, to);          // [rows][stride]
+    FIELD(u32, vocab);
     FIELD(u32, width);
     FIELD(u32, stride);
     FIELD(u32, kind);            // of the table: 0 rows of 16-bit floats, 1 rows of f32, 2 packed panels of 16-bit floats
@@ -20,6 +22,10 @@ typedef struct {
 KERNEL(embed, EmbedArguments, ROW_THREADS, 4) {
     u32 token = args.tokens[BLOCK_X], at, steps = (args.width + 31) / 32;
     float *to = args.to + (u64)BLOCK_X * args.stride;
+    if (token >> 31) {
+        token = args.found[token & 0x7fffffff];
+        if (token >= args.vocab) token = 0;
+    }
     for (at = THREAD; at < args.stride; at += ROW_THREADS) {
         float value = 0.0f;
         if (at < args.width) {

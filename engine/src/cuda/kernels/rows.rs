@@ -28,8 +28,11 @@ pub(crate) enum Table {
 pub(crate) struct Embed {
     pub(crate) element: Element,
     pub(crate) rows: u32,
-    /// u32 `[rows]`, each in the vocabulary.
+    /// u32 `[rows]`, each in the vocabulary, or [`crate::home::FOUND`] and a row of `found`.
     pub(crate) tokens: u64,
+    /// u32 `[rows]`: what was found before. What is no token counts as the first.
+    pub(crate) found: u64,
+    pub(crate) vocab: u32,
     pub(crate) table: u64,
     /// f32 `[rows][stride]`.
     pub(crate) to: u64,
@@ -41,8 +44,9 @@ pub(crate) struct Embed {
 
 impl Embed {
     pub(crate) fn call(&self) -> Call {
-        let args = Args::default().word(self.tokens).word(self.table).word(self.to);
-        let args = args.number(self.width).number(self.stride).number(self.kind as u32).float(self.scale);
+        let args = Args::default().word(self.tokens).word(self.found).word(self.table).word(self.to);
+        let args =
+            args.number(self.vocab).number(self.width).number(self.stride).number(self.kind as u32).float(self.scale);
         call("embed", self.element, self.rows, ROW_THREADS, args)
     }
 }

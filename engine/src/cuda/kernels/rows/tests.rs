@@ -1,5 +1,6 @@
 use super::*;
 use crate::cuda::kernels::tests::{Memory, close, floats, halves, noise, noises, pack, run, run_floats, words};
+use crate::{cuda::kernels::Draw, home::FOUND};
 
 const ELEMENTS: [Element; 2] = [Element::Bf16, Element::F16];
 
@@ -8,7 +9,9 @@ fn embeddings_are_looked_up_in_every_table() {
     for element in ELEMENTS {
         let (vocab, width, stride) = (100, 72, 128);
         let table: Vec<f32> = noises(1, vocab * width).into_iter().map(|value| element.round(value)).collect();
-        let tokens = Memory::of_words(&[0, 99, 64, 7, 7]);
+        // The last two rows take what was found; what is no token counts as the first.
+        let tokens = Memory::of_words(&[0, 99, 64, 7, 7, FOUND | 1, FOUND]);
+        let found = Memory::of_words(&[Draw::UNDECIDED, 31]);
         let narrow: Vec<u16> = table.iter().map(|value| element.narrow(*value)).collect();
         let tables = [
             (Table::Rows, Memory::of_halves(&narrow)),
@@ -18,8 +21,10 @@ fn embeddings_are_looked_up_in_every_table() {
         for (kind, memory) in &tables {
             let embed = Embed {
                 element,
-                rows: 5,
+                rows: 7,
                 tokens: tokens.address(),
+                found: found.address(),
+                vocab: vocab as u32,
                 table: memory.address(),
                 to: 0,
                 width: width as u32,
@@ -27,8 +32,8 @@ fn embeddings_are_looked_up_in_every_table() {
                 kind: *kind,
                 scale: 1.5,
             };
-            let got = run_floats(5 * stride, |to| Embed { to, ..embed }.call());
-            for (row, token) in [0, 99, 64, 7, 7].into_iter().enumerate() {
+            let got = run_floats(7 * stride, |to| Embed { to, ..embed }.call());
+            for (row, token) in [0, 99, 64, 7, 7, 31, 0].into_iter().enumerate() {
                 let expected = (0..stride).map(|at| if at < width { table[token * width + at] * 1.5 } else { 0.0 });
                 assert!(got[row * stride..][..stride].iter().copied().eq(expected), "{element:?} {kind:?} row {row}");
             }
