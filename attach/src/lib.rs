@@ -15,6 +15,7 @@
 
 mod adapters;
 mod address;
+mod cards;
 #[cfg(any(fuzzing, test))]
 pub mod fuzz;
 mod inbox;

@@ -2,7 +2,7 @@
 //!
 //! What a kind of worker does with its submissions is its [`Stepper`].
 
-use crate::{Inbox, Load, Profile, Stepper, advertised, serve, start_thread};
+use crate::{Inbox, Load, Profile, Stepper, advertised, cards, serve, start_thread};
 use anyhow::{Context, anyhow, bail, ensure};
 use cluster::{Capacity, Directory, LoadSummary, Member, ModelCard, Registration, Role, State};
 use engine::{
@@ -23,7 +23,10 @@ use tokio::{
     sync::{mpsc, oneshot, watch},
     time::{MissedTickBehavior, interval, timeout},
 };
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::AbortOnDropHandle,
+};
 
 /// Commands of routers that wait for the end of a step. Full: the routers' streams wait.
 const COMMANDS: usize = 1024;
@@ -159,6 +162,7 @@ struct Worker {
     /// How the step thread ended, and why if that was before its time.
     stepped: oneshot::Receiver<Result<(), String>>,
     served: tokio::task::JoinHandle<Result<(), tonic::transport::Error>>,
+    _cards: Option<AbortOnDropHandle<()>>,
 }
 
 impl Worker {
@@ -195,6 +199,7 @@ impl Worker {
             model: Some(engine.model().clone()),
         };
         let memory = engine.memory().clone();
+        let cards = cards::follow(&engine);
         let transfer =
             Transfer::start(slot.transfer.clone(), identity, memory.file(), events_sender, stop.clone()).await?;
         member.link = transfer.address();
@@ -214,7 +219,7 @@ impl Worker {
             start_thread(&format!("{}-step", slot.role_name()), stepper(parts)).context("start step thread")?;
         let served = tokio::spawn(serve(listener, profile, commands_sender, close.clone()));
         let close = close.drop_guard();
-        Ok(Self { member, transfer, load, drain, stop, _stop: guard, close, stepped, served })
+        Ok(Self { member, transfer, load, drain, stop, _stop: guard, close, stepped, served, _cards: cards })
     }
 
     /// Lets the step thread finish what it has.

@@ -3,8 +3,8 @@
 use crate::{
     model::Located,
     settings::{
-        Adapters, Common, Compute, Dialect, Door, EngineChoice, KvDtype, KvLoadFailure, LogFormat, Membership,
-        Placement, Tables, Worker,
+        Adapters, CardLibraries, Common, Compute, Dialect, Door, EngineChoice, KvDtype, KvLoadFailure, LogFormat,
+        Membership, Placement, Tables, Worker,
     },
 };
 use anyhow::{Context, anyhow, bail};
@@ -32,8 +32,7 @@ pub(crate) fn engine(compute: &Compute, tables: &Tables) -> anyhow::Result<engin
     }
     config.gpu_memory_utilization = compute.gpu_memory_utilization.unwrap_or(config.gpu_memory_utilization);
     config.tensor_parallel = compute.tensor_parallel.unwrap_or(config.tensor_parallel);
-    config.nccl_library = compute.nccl_library.clone().or(config.nccl_library);
-    config.nvrtc_library = compute.nvrtc_library.clone().or(config.nvrtc_library);
+    card_libraries(&compute.card_libraries, &mut config);
     config.kernel_cache = config.kernel_cache.or_else(|| Some(std::env::home_dir()?.join(".cache/baton/kernels")));
     config.threads = compute.threads.or(config.threads);
     config.kv_dtype = match compute.kv_dtype {
@@ -46,6 +45,12 @@ pub(crate) fn engine(compute: &Compute, tables: &Tables) -> anyhow::Result<engin
         Some(KvDtype::Int8) => Some(kv_cache::KvDtype::Int8),
     };
     Ok(config)
+}
+
+/// Notes in `config` where libraries are said to be.
+pub(crate) fn card_libraries(libraries: &CardLibraries, config: &mut engine::Config) {
+    config.nccl_library = libraries.nccl_library.clone().or(config.nccl_library.take());
+    config.nvrtc_library = libraries.nvrtc_library.clone().or(config.nvrtc_library.take());
 }
 
 /// Returns the engine's settings of a worker process.

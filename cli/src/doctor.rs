@@ -1,4 +1,5 @@
-//! `baton doctor`: which ways between members work on this host, how fast, and what is wrong with the others.
+//! `baton doctor`: which cards there are and what they take, which ways between members work on this host, how fast, and what is wrong with
+//! the others.
 //!
 //! Three steps, each on its own: [`facts`] are read from the system and from UCX, [`measure`] moves pages between two processes
 //! (or two hosts) by every transport, and [`findings`] says what follows from both. Only the last decides anything.
@@ -9,6 +10,7 @@ mod measure;
 
 use crate::settings::{Doctor as Settings, Tables};
 use anyhow::{Context, bail};
+use engine::cards::{Part, Survey};
 use facts::Facts;
 use findings::{Finding, Health, Path};
 use kv_transfer::{Config, TransportKind};
@@ -31,7 +33,10 @@ pub(crate) fn run(settings: &Settings, tables: &Tables) -> anyhow::Result<()> {
     if let Some(listen) = settings.listen {
         return runtime.block_on(measure::serve(Config { listen, ..config }));
     }
-    let facts = Facts::gather(std::path::Path::new("/"), &config.ucx, settings.kv_memory.map(|memory| memory.0));
+    let mut engine: engine::Config = tables.config("engine")?;
+    crate::config::card_libraries(&settings.card_libraries, &mut engine);
+    let pool_bytes = settings.kv_memory.map(|memory| memory.0);
+    let facts = Facts::gather(std::path::Path::new("/"), &config.ucx, &engine, pool_bytes);
     let measured: Vec<Measured> =
         runtime.block_on(measure::paths(settings.peer.as_deref(), &config, &passed_on(settings)));
     let paths = findings::of(&facts, &measured, settings.peer.is_some());
@@ -86,6 +91,7 @@ fn print(facts: &Facts, paths: &[Finding]) {
     for device in &facts.devices {
         println!("RDMA device    {device}");
     }
+    facts.cards.iter().for_each(print_cards);
     println!("locked memory  {}", facts.locked);
     println!("huge pages     {}", facts.huge_pages);
     println!();
@@ -93,6 +99,20 @@ fn print(facts: &Facts, paths: &[Finding]) {
     for Finding { path, health, gb_per_s, milliseconds, says } in paths {
         let figure = |value: &Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"));
         println!("{path:<6} {health:<9} {:>7} {:>9}  {says}", figure(gb_per_s), figure(milliseconds));
+    }
+}
+
+fn print_cards(survey: &Survey) {
+    let Survey { driver, cards, nvrtc, nccl, nvml } = survey;
+    let part = |name: &str, part: &Part| match part {
+        Part::Found(what) => println!("{name:<14} {what}"),
+        Part::Missing(why) => println!("{name:<14} none: {why}"),
+    };
+    part("NVIDIA driver", driver);
+    cards.iter().for_each(|card| println!("  card         {card}"));
+    // Without a driver nobody misses the rest.
+    if let Part::Found(_) = driver {
+        [("NVRTC", nvrtc), ("NCCL", nccl), ("NVML", nvml)].into_iter().for_each(|(name, found)| part(name, found));
     }
 }
 

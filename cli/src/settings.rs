@@ -95,12 +95,8 @@ pub(crate) struct Compute {
     /// Cards that share the model, from that of --engine on: each computes a part of every layer and keeps that part of the pages [default: 1]
     #[arg(long, value_name = "N", env = "BATON_TENSOR_PARALLEL", value_parser = at_least_one::<usize>)]
     pub(crate) tensor_parallel: Option<usize>,
-    /// NVRTC's libnvrtc.so, which compiles the kernels of a card [default: where the system and CUDA toolkits have it]
-    #[arg(long, value_name = "PATH", env = "BATON_NVRTC_LIBRARY")]
-    pub(crate) nvrtc_library: Option<PathBuf>,
-    /// NCCL's libnccl.so, by which cards that share a model exchange what they compute [default: where the system has it]
-    #[arg(long, value_name = "PATH", env = "BATON_NCCL_LIBRARY")]
-    pub(crate) nccl_library: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) card_libraries: CardLibraries,
     /// Element type of keys and values; all workers of a model need the same one [default: auto]
     #[arg(long, value_name = "TYPE", env = "BATON_KV_DTYPE")]
     pub(crate) kv_dtype: Option<KvDtype>,
@@ -425,9 +421,22 @@ pub(crate) struct Doctor {
     pub(crate) cluster_token_file: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) ucx: Ucx,
+    #[command(flatten)]
+    pub(crate) card_libraries: CardLibraries,
     /// Tell everything as JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Where NVIDIA's libraries are that a card takes.
+#[derive(Debug, Args)]
+pub(crate) struct CardLibraries {
+    /// NVRTC's libnvrtc.so, which compiles the kernels of a card [default: where the system and CUDA toolkits have it]
+    #[arg(long, value_name = "PATH", env = "BATON_NVRTC_LIBRARY")]
+    pub(crate) nvrtc_library: Option<PathBuf>,
+    /// NCCL's libnccl.so, by which cards that share a model exchange what they compute [default: where the system has it]
+    #[arg(long, value_name = "PATH", env = "BATON_NCCL_LIBRARY")]
+    pub(crate) nccl_library: Option<PathBuf>,
 }
 
 /// How UCX is found and what it may use.

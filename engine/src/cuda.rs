@@ -62,8 +62,6 @@ pub(crate) use weights::{check, check_path};
 #[cfg(test)]
 pub(crate) use {emulated::Emulated, emulator::Order};
 
-#[cfg(feature = "cuda")]
-use crate::Config;
 use crate::{
     Error, KvMemory, Model, Stuck,
     cpu::{nodes::Stay, pool::Pool},
@@ -83,6 +81,8 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{Mutex, MutexGuard, PoisonError},
 };
+#[cfg(feature = "cuda")]
+use {crate::Config, std::path::Path};
 
 /// Returns what keys and values of `model` are kept as when nobody says.
 pub(crate) fn kv_dtype(model: &Model) -> KvDtype {
@@ -102,6 +102,22 @@ pub(crate) fn open(card: usize, config: &Config) -> Result<Vec<Box<dyn Device>>,
     let mut cards = (card..card + config.tensor_parallel).map(open).collect::<Result<Vec<_>, _>>()?;
     driver::connect(&mut cards, config.nccl_library.as_deref())?;
     Ok(cards.into_iter().map(|card| Box::new(card) as Box<dyn Device>).collect())
+}
+
+#[cfg(feature = "cuda")]
+pub(crate) use {driver::survey, library::describe as describe_library};
+
+/// Looks for the compiler of kernels, and says which it is.
+#[cfg(feature = "cuda")]
+pub(crate) fn find_nvrtc(file: Option<&Path>) -> Result<String, String> {
+    let (major, minor) = nvrtc::Nvrtc::open(file)?.version();
+    Ok(format!("{major}.{minor}"))
+}
+
+/// Looks for what connects cards, and says where it is.
+#[cfg(feature = "cuda")]
+pub(crate) fn find_nccl(file: Option<&Path>) -> Result<String, String> {
+    nccl::find(file).map(|place| place.display().to_string())
 }
 
 /// A model on a card, or on several that share it.
@@ -246,6 +262,10 @@ fn own<T>(mutex: &mut Mutex<T>) -> &mut T {
 impl Home for Cuda {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn cards(&self) -> Vec<(String, [u8; 16])> {
+        self.ranks.iter().map(|rank| lock(rank).device.identity()).collect()
     }
 
     fn stay(&self) -> Stay {

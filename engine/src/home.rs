@@ -86,6 +86,11 @@ pub(crate) trait Home: Debug + Send + Sync {
     /// Names what computes, for people.
     fn name(&self) -> &str;
 
+    /// Returns the cards that it computes on: names in settings, and what tells each from all others.
+    fn cards(&self) -> Vec<(String, [u8; 16])> {
+        Vec::new()
+    }
+
     /// Keeps the calling thread where it computes best until what is returned is dropped.
     fn stay(&self) -> Stay;
 

@@ -9,6 +9,7 @@
 //! are written to their page. On one kind of processor a sequence's bits depend on nothing but the sequence; processors of
 //! different kinds differ in the last bits.
 
+pub mod cards;
 mod config;
 mod cpu;
 #[cfg(any(feature = "cuda", test))]

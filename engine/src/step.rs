@@ -194,6 +194,12 @@ impl Engine {
         &self.memory
     }
 
+    /// Returns the cards that it computes on.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn cards(&self) -> Vec<(String, [u8; 16])> {
+        self.home.cards()
+    }
+
     /// Returns the settings it was made with.
     pub fn config(&self) -> &Config {
         &self.config

@@ -5,7 +5,10 @@
 //! process has one driver.
 #![cfg(all(target_os = "linux", target_pointer_width = "64", feature = "cuda"))]
 
-use engine::{Config, Device, Engine, Error, Model, Row, Sample, Sampling, TokenId};
+use engine::{
+    Config, Device, Engine, Error, Model, Row, Sample, Sampling, TokenId,
+    cards::{self, Part, Reading},
+};
 use kv_cache::PageId;
 use libloading::Library;
 use std::{
@@ -167,6 +170,8 @@ struct Stand {
     driver: Library,
     nvrtc: Library,
     nccl: Library,
+    /// Before it is there, nobody knows what cards are doing.
+    nvml: Option<Library>,
     model: Arc<Model>,
     /// Of an engine on the first card.
     config: Config,
@@ -190,7 +195,14 @@ impl Stand {
             threads: Some(2),
             ..Config::default()
         };
-        Self { driver, nvrtc, nccl, model: Model::load(&path, &mut |_| {}).expect("a good checkpoint"), config }
+        Self {
+            driver,
+            nvrtc,
+            nccl,
+            nvml: None,
+            model: Model::load(&path, &mut |_| {}).expect("a good checkpoint"),
+            config,
+        }
     }
 
     /// Of an engine on all three cards.
@@ -234,6 +246,39 @@ impl Stand {
         check(Config { kv_bytes: Some(16384 * mib), ..self.shared() }, &["a processor", "pages", "out of memory"]);
         let none = Config { kv_bytes: None, gpu_memory_utilization: 1e-3, ..config() };
         check(none, &["gpu_memory_utilization", "weights and buffers"]);
+    }
+
+    /// Checks what is told of cards to people and dashboards, before NVIDIA's management library is there and after.
+    fn check_cards(&mut self, folder: &Path) {
+        let Config { nvrtc_library, nccl_library, .. } = &self.config;
+        let survey =
+            || cards::survey(nvrtc_library.as_deref(), nccl_library.as_deref()).expect("a binary that knows cards");
+        let found = |part: &Part, words: &str| match part {
+            Part::Found(what) | Part::Missing(what) => assert!(what.contains(words), "{what:?} lacks {words:?}"),
+        };
+        let (engine, told) = (self.engine(&self.shared()), survey());
+        assert_eq!(told.cards.len(), 3);
+        assert_eq!(told.cards[1], "cuda:1 a processor, compute capability 9.0, 4 GiB");
+        found(&told.driver, "CUDA 13.0");
+        found(&told.nvrtc, "13.0");
+        found(&told.nccl, "libnccl.so.2");
+        found(&told.nvml, "libnvidia-ml.so.1");
+        let problem = cards::Watch::open(&engine).expect_err("no such library");
+        assert!(problem.contains("libnvidia-ml.so.1"), "{problem}");
+
+        self.nvml = Some(library("libnvidia-ml.c", folder, "libnvidia-ml.so.1").0);
+        found(&survey().nvml, "12.570.1");
+        let watch = cards::Watch::open(&engine).expect("the library").expect("cards");
+        let reading = |at: usize, sensors: Option<()>| Reading {
+            card: format!("cuda:{at}"),
+            memory: Some((80 << 30, (at as u64 + 1) << 30)),
+            utilization: Some((40 + at) as f64 / 100.0),
+            power: sensors.map(|()| 350.5),
+            temperature: sensors.map(|()| 61.0),
+        };
+        assert_eq!(watch.read(), [reading(0, Some(())), reading(1, None), reading(2, Some(()))]);
+        let processor = self.engine(&Config { device: Device::Cpu, ..self.config.clone() });
+        assert!(cards::Watch::open(&processor).expect("nothing is opened").is_none());
     }
 
     /// Checks an engine on one card against the processor, and returns what it makes of some steps.
@@ -300,13 +345,15 @@ impl Stand {
 #[test]
 fn a_model_runs_behind_the_driver() {
     let folder = tempfile::tempdir().expect("a temporary directory");
-    let stand = Stand::new(folder.path());
+    let mut stand = Stand::new(folder.path());
     stand.check_refusals();
     let one = stand.check_one();
     stand.check_empty();
     stand.check_shared(&one);
     stand.check_empty();
     stand.check_failures();
+    stand.check_empty();
+    stand.check_cards(folder.path());
     stand.check_empty();
 
     // A second start compiles nothing. A library of its name that is open is the one that the system's loader has.

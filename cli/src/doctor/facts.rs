@@ -1,6 +1,7 @@
 //! What this host has, read from `/sys`, `/proc` and UCX.
 
 use crate::settings::Bytes;
+use engine::cards::{self, Survey as Cards};
 use kv_transfer::{Survey, UcxConfig};
 use serde::{Serialize, Serializer};
 use std::{
@@ -18,6 +19,8 @@ pub(super) struct Facts {
     /// The library and what it finds, or why it cannot be used.
     #[serde(serialize_with = "found_or_error")]
     pub(super) ucx: Result<Survey, String>,
+    /// Cards and what they take; `None` where this binary knows none.
+    pub(super) cards: Option<Cards>,
     /// InfiniBand and RoCE devices.
     pub(super) devices: Vec<Device>,
     /// How much memory this process may lock, which registering it does.
@@ -71,10 +74,11 @@ pub(super) struct Locked {
 
 impl Facts {
     /// Reads them from the files under `root`.
-    pub(super) fn gather(root: &Path, ucx: &UcxConfig, pool_bytes: Option<u64>) -> Self {
+    pub(super) fn gather(root: &Path, ucx: &UcxConfig, engine: &engine::Config, pool_bytes: Option<u64>) -> Self {
         let shmem = read(&root.join("sys/kernel/mm/transparent_hugepage/shmem_enabled"));
         Self {
             ucx: kv_transfer::survey(ucx),
+            cards: cards::survey(engine.nvrtc_library.as_deref(), engine.nccl_library.as_deref()),
             devices: devices(root),
             locked: locked(&read(&root.join("proc/self/limits")), &read(&root.join("proc/self/status"))),
             pool_bytes,
@@ -237,6 +241,7 @@ mod tests {
     fn programs_read_what_is_wrong() {
         let facts = Facts {
             ucx: Err("libucp.so.0 cannot be loaded".into()),
+            cards: None,
             devices: Vec::new(),
             locked: Locked { limit_bytes: None, exempt: false },
             pool_bytes: None,

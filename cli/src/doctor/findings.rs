@@ -217,6 +217,7 @@ mod tests {
         let resources = ["self/memory", "tcp/eth2", "rc_mlx5/mlx5_0:1"].map(str::to_owned).to_vec();
         Facts {
             ucx: Ok(Survey { version: (1, 18, 1), library: "libucp.so.0".into(), resources }),
+            cards: None,
             devices: vec![Device { name: "mlx5_0".into(), closed: None, ports: vec![port] }],
             locked: Locked { limit_bytes: None, exempt: false },
             pool_bytes: Some(8 << 30),

@@ -52,6 +52,9 @@ pub(crate) trait Device: std::fmt::Debug + Send + Sync {
     /// Names it for people.
     fn name(&self) -> &str;
 
+    /// Returns its name in settings, and what tells it from all other devices.
+    fn identity(&self) -> (String, [u8; 16]);
+
     /// Returns the bytes of shared memory that a block may have.
     fn most_shared(&self) -> u32;
 

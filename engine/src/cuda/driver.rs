@@ -33,6 +33,11 @@ use std::{
 const OLDEST_CUDA: c_int = 12_000;
 /// Oldest architecture: the first with bf16 in its tensor cores.
 const OLDEST_ARCHITECTURE: (c_int, c_int) = (8, 0);
+/// What an architecture is asked for by.
+const ARCHITECTURE: [CUdevice_attribute; 2] = [
+    CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+    CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+];
 /// Bytes of page-locked memory that uploads go through, and as many for downloads.
 const STAGING: usize = MOST_BLOCK_BYTES;
 
@@ -40,6 +45,7 @@ const STAGING: usize = MOST_BLOCK_BYTES;
 #[derive(Debug)]
 pub(crate) struct Card {
     name: String,
+    identity: (String, [u8; 16]),
     device: sys::CUdevice,
     architecture: (c_int, c_int),
     context: sys::CUcontext,
@@ -94,30 +100,7 @@ impl Card {
             let card = card.clone();
             move |error: DriverError| Error::card(&card, action, describe(error))
         };
-        // SAFETY: the driver's initialisers do nothing but set up its own state.
-        if !unsafe { sys::is_culib_present() } {
-            let problem = "libcuda.so.1 cannot be opened: there is no NVIDIA driver here, or this process (a container?) does not see it";
-            return Err(fault("open the driver", problem.into()));
-        }
-        result::init().map_err(|error| {
-            let hint = match error.0 {
-                CUresult::CUDA_ERROR_NO_DEVICE => "; no card is visible to this process (CUDA_VISIBLE_DEVICES?)",
-                CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => {
-                    "; the library and the kernel's module are of different drivers"
-                }
-                _ => "",
-            };
-            fault("start the driver", format!("{}{hint}", describe(error)))
-        })?;
-        let mut version = 0;
-        // SAFETY: the number is ours to write.
-        unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(refused("ask for the driver's version"))?;
-        if version < OLDEST_CUDA {
-            let (major, minor) = (version / 1000, version % 1000 / 10);
-            let problem = format!("it knows CUDA {major}.{minor}, and 12.0 is needed: install driver 525 or newer");
-            return Err(fault("use the driver", problem));
-        }
-        let count = result::device::get_count().map_err(refused("count cards"))?;
+        let (_, count) = start(&card)?;
         if ordinal >= count as usize {
             return Err(fault(
                 "find it",
@@ -128,12 +111,9 @@ impl Card {
         let name = result::device::get_name(device).map_err(refused("ask for its name"))?;
         // SAFETY: the device was found just above.
         let attribute = |attribute| unsafe { result::device::get_attribute(device, attribute) };
-        let architecture = (
-            attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
-                .map_err(refused("ask for its architecture"))?,
-            attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
-                .map_err(refused("ask for its architecture"))?,
-        );
+        let [major, minor] = ARCHITECTURE.map(|number| attribute(number).map_err(refused("ask for its architecture")));
+        let architecture = (major?, minor?);
+        let uuid = result::device::get_uuid(device).map_err(refused("ask which it is"))?;
         if architecture < OLDEST_ARCHITECTURE {
             let (major, minor) = architecture;
             let problem = format!("{name} has compute capability {major}.{minor}, and 8.0 (A100) or newer is needed");
@@ -146,6 +126,7 @@ impl Card {
         let context = unsafe { primary_ctx::retain(device) }.map_err(refused("make a context"))?;
         let mut opened = Self {
             name: format!("{card} {name}"),
+            identity: (card.clone(), uuid.bytes.map(|byte| byte as u8)),
             device,
             architecture,
             context,
@@ -244,6 +225,64 @@ impl Card {
     }
 }
 
+/// Starts the driver for `card`, and returns which CUDA it knows and how many cards it sees.
+///
+/// # Errors
+/// [`Error::Card`] says what is missing and what to do about it.
+fn start(card: &str) -> Result<(String, c_int), Error> {
+    let fault = |action: &str, problem: String| Error::card(card, action, problem);
+    // SAFETY: the driver's initialisers do nothing but set up its own state.
+    if !unsafe { sys::is_culib_present() } {
+        let problem = "libcuda.so.1 cannot be opened: there is no NVIDIA driver here, or this process (a container?) does not see it";
+        return Err(fault("open the driver", problem.into()));
+    }
+    result::init().map_err(|error| {
+        let hint = match error.0 {
+            CUresult::CUDA_ERROR_NO_DEVICE => "; no card is visible to this process (CUDA_VISIBLE_DEVICES?)",
+            CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => {
+                "; the library and the kernel's module are of different drivers"
+            }
+            _ => "",
+        };
+        fault("start the driver", format!("{}{hint}", describe(error)))
+    })?;
+    let mut version = 0;
+    // SAFETY: the number is ours to write.
+    let asked = unsafe { sys::cuDriverGetVersion(&mut version) }.result();
+    asked.map_err(|error| fault("ask for the driver's version", describe(error)))?;
+    let known = format!("CUDA {}.{}", version / 1000, version % 1000 / 10);
+    if version < OLDEST_CUDA {
+        let problem = format!("it knows {known}, and 12.0 is needed: install driver 525 or newer");
+        return Err(fault("use the driver", problem));
+    }
+    let count = result::device::get_count().map_err(|error| fault("count cards", describe(error)))?;
+    Ok((known, count))
+}
+
+/// Returns which CUDA the driver knows, and its cards for people.
+///
+/// # Errors
+/// Says why there are none.
+pub(crate) fn survey() -> Result<(String, Vec<String>), String> {
+    let (version, count) = start("").map_err(|error| match error {
+        Error::Card { problem, .. } => problem,
+        other => other.to_string(),
+    })?;
+    let card = |ordinal: c_int| {
+        let device = result::device::get(ordinal)?;
+        let name = result::device::get_name(device)?;
+        let [major, minor] = ARCHITECTURE.map(|attribute| {
+            // SAFETY: the device was found just above.
+            unsafe { result::device::get_attribute(device, attribute) }
+        });
+        // SAFETY: likewise.
+        let bytes = unsafe { result::device::total_mem(device) }?;
+        Ok(format!("cuda:{ordinal} {name}, compute capability {}.{}, {} GiB", major?, minor?, bytes >> 30))
+    };
+    let named = |ordinal| card(ordinal).unwrap_or_else(|error| format!("cuda:{ordinal}: {}", describe(error)));
+    Ok((version, (0..count).map(named).collect()))
+}
+
 /// Says what the driver's error is.
 fn describe(error: DriverError) -> String {
     let name = error.error_name().map(|name| name.to_string_lossy().into_owned());
@@ -285,6 +324,10 @@ pub(crate) fn connect(cards: &mut [Card], nccl: Option<&Path>) -> Result<(), Err
 impl Device for Card {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn identity(&self) -> (String, [u8; 16]) {
+        self.identity.clone()
     }
 
     fn most_shared(&self) -> u32 {

@@ -170,6 +170,10 @@ impl Device for Emulated {
         "emulated"
     }
 
+    fn identity(&self) -> (String, [u8; 16]) {
+        (format!("emulated:{}", self.rank), [0; 16])
+    }
+
     fn most_shared(&self) -> u32 {
         227 << 10
     }

@@ -29,7 +29,7 @@ pub(super) fn open(what: &str, file: Option<&Path>, places: &[&str]) -> Result<(
 }
 
 /// Says what is wrong, and with which name: that stands in the error's source.
-pub(super) fn describe(error: &libloading::Error) -> String {
+pub(crate) fn describe(error: &dyn Error) -> String {
     match error.source() {
         Some(source) => format!("{error}: {source}"),
         None => error.to_string(),

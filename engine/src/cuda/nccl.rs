@@ -11,7 +11,7 @@ use cudarc::driver::sys::CUstream;
 use libloading::Library;
 use std::{
     ffi::{CStr, c_char, c_int, c_void},
-    path::Path,
+    path::{Path, PathBuf},
     ptr::null_mut,
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -57,6 +57,23 @@ impl Functions {
     }
 }
 
+/// Opens the library `file` or the one that is found. Returns where it was, too.
+fn open(file: Option<&Path>) -> Result<(Library, Functions, PathBuf), String> {
+    let (library, place) = library::open("NCCL", file, &NAMES)?;
+    match Functions::of(&library) {
+        Ok(functions) => Ok((library, functions, place)),
+        Err(error) => Err(format!("{}: {}", place.display(), library::describe(&error))),
+    }
+}
+
+/// Looks for the library, and says where it is.
+///
+/// # Errors
+/// Says what is missing.
+pub(super) fn find(file: Option<&Path>) -> Result<PathBuf, String> {
+    open(file).map(|(_, _, place)| place)
+}
+
 /// The connections of some cards.
 #[derive(Debug)]
 pub(super) struct Ring {
@@ -79,9 +96,7 @@ impl Ring {
     /// # Errors
     /// Says what is missing or what NCCL says.
     pub(super) fn connect(file: Option<&Path>, cards: &[c_int]) -> Result<Self, String> {
-        let (library, place) = library::open("NCCL", file, &NAMES)?;
-        let functions =
-            Functions::of(&library).map_err(|error| format!("{}: {}", place.display(), library::describe(&error)))?;
+        let (library, functions, _) = open(file)?;
         let mut made = vec![null_mut(); cards.len()];
         // SAFETY: there is room for a communicator of each card.
         let code = unsafe { (functions.connect)(made.as_mut_ptr(), cards.len() as c_int, cards.as_ptr()) };

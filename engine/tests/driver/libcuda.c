@@ -277,6 +277,8 @@ Result cuDriverGetVersion(int *version) { *version = 13000; return SUCCESS; }
 Result cuDeviceGetCount(int *count) { *count = CARDS; return SUCCESS; }
 Result cuDeviceGet(int *device, int ordinal) { *device = ordinal; return ordinal < 0 || ordinal >= CARDS ? INVALID_DEVICE : SUCCESS; }
 Result cuDeviceGetName(char *name, int room, int device) { (void)device; snprintf(name, room, "a processor"); return SUCCESS; }
+Result cuDeviceTotalMem_v2(size_t *bytes, int device) { (void)device; *bytes = TOTAL; return SUCCESS; }
+Result cuDeviceGetUuid_v2(unsigned char *uuid, int device) { memset(uuid, 0xa0 + device, 16); return SUCCESS; }
 Result cuDeviceGetAttribute(int *value, int attribute, int device) {
     (void)device;
     *value = attribute == 75 ? 9 : attribute == 76 ? 0 : attribute == 97 ? 227 << 10 : -1;
