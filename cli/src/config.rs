@@ -32,6 +32,7 @@ pub(crate) fn engine(compute: &Compute, tables: &Tables) -> anyhow::Result<engin
     }
     config.gpu_memory_utilization = compute.gpu_memory_utilization.unwrap_or(config.gpu_memory_utilization);
     config.tensor_parallel = compute.tensor_parallel.unwrap_or(config.tensor_parallel);
+    config.nan_guard |= compute.nan_guard;
     card_libraries(&compute.card_libraries, &mut config);
     config.kernel_cache = config.kernel_cache.or_else(|| Some(std::env::home_dir()?.join(".cache/baton/kernels")));
     config.threads = compute.threads.or(config.threads);

@@ -95,6 +95,18 @@ pub(crate) struct Compute {
     /// Cards that share the model, from that of --engine on: each computes a part of every layer and keeps that part of the pages [default: 1]
     #[arg(long, value_name = "N", env = "BATON_TENSOR_PARALLEL", value_parser = at_least_one::<usize>)]
     pub(crate) tensor_parallel: Option<usize>,
+    /// Have a card look at every row before each layer and refuse those that hold a NaN or an infinity, saying where; every step waits for that
+    #[arg(
+        long,
+        env = "BATON_NAN_GUARD",
+        action = clap::ArgAction::Set,
+        num_args = 0..=1,
+        require_equals = true,
+        default_value = "false",
+        default_missing_value = "true",
+        hide_possible_values = true
+    )]
+    pub(crate) nan_guard: bool,
     #[command(flatten)]
     pub(crate) card_libraries: CardLibraries,
     /// Element type of keys and values; all workers of a model need the same one [default: auto]

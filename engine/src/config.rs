@@ -31,6 +31,8 @@ pub struct Config {
     pub tensor_parallel: usize,
     /// Share of a card's memory that this engine may have, above 0 and up to 1. The default leaves room for what the driver and others take.
     pub gpu_memory_utilization: f64,
+    /// Whether a card looks at every row before each layer, and refuses those that hold what is no number. Each step waits for that.
+    pub nan_guard: bool,
     /// NVRTC's library; unset = where the system's loader and CUDA toolkits have it.
     pub nvrtc_library: Option<PathBuf>,
     /// NCCL's library, by which cards that share a model exchange activations; unset = where the system's loader has it.
@@ -89,6 +91,7 @@ impl Default for Config {
             device: Device::Cpu,
             tensor_parallel: 1,
             gpu_memory_utilization: 0.9,
+            nan_guard: false,
             nvrtc_library: None,
             nccl_library: None,
             kernel_cache: None,

@@ -286,8 +286,18 @@ impl Home for Cuda {
             return Err(Error::Row(format!("row {row}: adapters do not run on a card yet")));
         }
         let bucket = self.bucket(pass);
-        self.untold = 0..self.layers;
         self.each(&|rank| rank.begin(&model.decoder, memory.layout(), pass, bucket))?;
+        if self.sizes.checked {
+            let fault = Mutex::new(None);
+            self.each(&|rank| match rank.slice.rank {
+                0 => rank.find_fault(pass).map(|found| *lock(&fault) = found),
+                _ => rank.catch_up(),
+            })?;
+            if let Some(problem) = fault.into_inner().unwrap_or_else(PoisonError::into_inner) {
+                return Err(Error::Row(problem));
+            }
+        }
+        self.untold = 0..self.layers;
         if bucket.is_none() {
             // Layers are told when they are final, while later ones are still computed.
             while let Some(layer) = self.untold.next() {
@@ -308,7 +318,8 @@ impl Home for Cuda {
     }
 
     fn begin(&mut self, model: &Model, memory: &KvMemory, pass: &Pass<'_>) -> Result<bool, Error> {
-        let Some(bucket) = self.bucket(pass).filter(|_| pass.tokens.len() * 4 <= MOST_SENT_BYTES) else {
+        let can = !self.sizes.checked && pass.tokens.len() * 4 <= MOST_SENT_BYTES;
+        let Some(bucket) = self.bucket(pass).filter(|_| can) else {
             return Ok(false);
         };
         let (slot, tokens) = (self.begun % SLOTS, pass.tokens.len() * 4);

@@ -1,11 +1,12 @@
 //! The decoder on a card: call by call, layer by layer.
 
 use super::{
+    bytes_of,
     device::Region,
     graphs::Bucket,
     kernels::{
-        self, Attention, Call, Cap, Choose, Cut, Draw, Embed, Finish, Gather, Group, HeadNorms, Join, JoinTo, Largest,
-        Mix, Norm, NormTo, Pages, Pairs, Reorder, Rotary, Share,
+        self, Attention, Call, Cap, Check, Choose, Cut, Draw, Embed, Finish, Gather, Group, HeadNorms, Join, JoinTo,
+        Largest, Mix, Norm, NormTo, Pages, Pairs, Reorder, Rotary, Share,
     },
     rank::{Buffers, ExpertBuffers, Rank, whole},
     rows::Capacity,
@@ -162,6 +163,7 @@ impl Rank {
             self.write_pages(decoder, &at, layer)?;
             self.finish_block(decoder, &at, layer)?;
         }
+        self.check(decoder, &at, self.weights.blocks.len())?;
         self.norm(decoder, &at, Some(self.weights.final_norm))?;
         self.launch_head(decoder, self.buffers.input, at.rows, races)
     }
@@ -194,11 +196,53 @@ impl Rank {
             }
             self.finish_block(decoder, &at, layer)?;
         }
+        self.check(decoder, &at, self.weights.blocks.len())?;
         self.norm(decoder, &at, Some(self.weights.final_norm))
+    }
+
+    /// Notes which rows hold what is no number, at a stage counted from 0: before a layer, or behind the last.
+    fn check(&mut self, decoder: &Decoder, at: &At, stage: usize) -> Result<(), Error> {
+        if !self.sizes.checked {
+            return Ok(());
+        }
+        let kept = stage == self.weights.blocks.len();
+        let check = Check {
+            rows: at.rows as u32,
+            from: at.residual.address,
+            stages: if kept { self.buffers.kept_stages } else { self.buffers.stages }.address,
+            width: decoder.hidden as u32,
+            stride: self.sizes.residual as u32,
+            stage: stage as u32 + 1,
+            first: kept || stage == 0,
+        };
+        self.call(&check.call())
+    }
+
+    /// Waits for the pass at hand and says which row of it first held what is no number, and where.
+    pub(super) fn find_fault(&mut self, pass: &Pass<'_>) -> Result<Option<String>, Error> {
+        let mut stages = vec![0; pass.tokens.len() + pass.places.len()];
+        let (all, kept) = stages.split_at_mut(pass.tokens.len());
+        self.device.download(self.buffers.stages, bytes_of(all))?;
+        if !kept.is_empty() {
+            self.device.download(self.buffers.kept_stages, bytes_of(kept))?;
+        }
+        let rows = (0..all.len()).chain(pass.kept_rows());
+        let faults = rows.zip(&stages).filter(|(_, stage)| **stage > 0);
+        let Some((row, stage)) = faults.min_by_key(|(_, stage)| **stage) else { return Ok(None) };
+        let of = |span: &&Span<'_>| (span.first..span.first + span.tokens).contains(&row);
+        let span = pass.spans.iter().position(|span| of(&span)).expect("a row is of a sequence");
+        let position = pass.spans[span].start + row - pass.spans[span].first;
+        let place = match *stage as usize - 1 {
+            0 => "in the embedding".to_owned(),
+            stage if stage == self.weights.blocks.len() => "behind the last layer".to_owned(),
+            stage => format!("before layer {stage}, counted from 0"),
+        };
+        Ok(Some(format!("row {span}: position {position} holds a NaN or an infinity {place} (nan_guard)")))
     }
 
     /// Computes q, k and v of a layer, and writes its pages.
     fn write_pages(&mut self, decoder: &Decoder, at: &At, layer: usize) -> Result<(), Error> {
+        self.check(decoder, at, layer)?;
         let block = self.weights.blocks[layer];
         let (input, qkv) = (self.buffers.input, self.buffers.qkv);
         self.norm(decoder, at, block.attention_norm)?;

@@ -21,7 +21,7 @@ pub(crate) use draw::Draw;
 pub(crate) use experts::{Choose, Cut, Group, Mix, Pairs};
 pub(crate) use linear::{Finish, Linear, LinearShape};
 pub(crate) use pages::{Attention, HeadNorms, Pages, Rotary, Share};
-pub(crate) use rows::{Cap, Embed, Gather, Join, JoinTo, Largest, Norm, NormTo, Reorder, Table};
+pub(crate) use rows::{Cap, Check, Embed, Gather, Join, JoinTo, Largest, Norm, NormTo, Reorder, Table};
 
 /// A file of kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

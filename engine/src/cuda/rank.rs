@@ -11,7 +11,7 @@ use super::{
     weights::{self, Uploaded},
 };
 use crate::{
-    Error, Model,
+    Config, Error, Model,
     cpu::packed::PANEL,
     model::{decoder::Decoder, experts::Mixture},
 };
@@ -31,6 +31,8 @@ pub(crate) struct Sizes {
     pub(super) logits: usize,
     /// Of a rank's own heads.
     pub(super) qkv: usize,
+    /// Whether rows are looked at for what is no number.
+    pub(super) checked: bool,
     /// `None` where no layer has experts.
     pub(super) experts: Option<ExpertSizes>,
 }
@@ -47,17 +49,17 @@ pub(super) struct ExpertSizes {
 
 impl Sizes {
     /// Of steps of up to `tokens` tokens of `sequences` sequences of up to `context` tokens in pages of `page_tokens`; `logits_rows` of them have logits
-    /// at a time. The model is shared by `ranks` ranks.
+    /// at a time. The rest is as `config` says.
     pub(crate) fn new(
         model: &Model,
-        ranks: usize,
+        config: &Config,
         (tokens, sequences): (usize, usize),
         logits_rows: usize,
         context: usize,
         page_tokens: usize,
     ) -> Self {
         let decoder = &model.decoder;
-        let mixture = decoder.mixture.as_ref();
+        let (ranks, mixture) = (config.tensor_parallel, decoder.mixture.as_ref());
         Self {
             capacity: Capacity {
                 rows: tokens,
@@ -73,6 +75,7 @@ impl Sizes {
             attended: whole(decoder.query_dim()),
             gated: whole(decoder.intermediate.max(mixture.map_or(0, |mixture| mixture.shared))),
             logits: whole(decoder.vocab_size),
+            checked: config.nan_guard,
             experts: mixture.map(|Mixture { routing, intermediate, .. }| ExpertSizes {
                 experts: routing.experts,
                 chosen: routing.chosen,
@@ -121,6 +124,9 @@ pub(super) struct Buffers {
     /// What this rank gives to its peers, and what it has of all of them; of no length where it has none.
     pub(super) part: Region,
     pub(super) parts: Region,
+    /// Where rows, and those that are kept, first hold what is no number; of no length where nobody asks.
+    pub(super) stages: Region,
+    pub(super) kept_stages: Region,
     /// Of no length where no layer has experts.
     pub(super) experts: ExpertBuffers,
 }
@@ -267,6 +273,8 @@ impl Buffers {
             states: alloc((sizes.capacity.sequences * each).min(STATES).max(each))?,
             part: alloc(part)?,
             parts: alloc(part * slice.ranks)?,
+            stages: alloc(if sizes.checked { rows * 4 } else { 0 })?,
+            kept_stages: alloc(if sizes.checked { rows * 4 } else { 0 })?,
             experts: match &sizes.experts {
                 Some(experts) => ExpertBuffers::reserve(&mut alloc, sizes, experts)?,
                 None => ExpertBuffers::default(),

@@ -112,7 +112,7 @@ impl Engine {
         )?;
         let sizes = crate::cuda::Sizes::new(
             &model,
-            devices.len(),
+            &config,
             (most.token_budget, most.max_sequences),
             most.logits_rows(),
             context,
@@ -199,8 +199,12 @@ pub fn check_device(path: &Path, config: &Config) -> Result<(), Error> {
     }
 }
 
-/// Checks that nobody wants several processors: a pool of threads is all of them.
+/// Checks that nobody wants of a processor what cards alone have; several of them is one pool of threads.
 fn check_one(config: &Config) -> Result<(), Error> {
+    if config.nan_guard {
+        let problem = "rows are looked at on a card alone, but the engine is cpu: cuda, or false, would be right";
+        return Err(Error::setting("nan_guard", problem));
+    }
     match config.tensor_parallel {
         1 => Ok(()),
         ranks => {

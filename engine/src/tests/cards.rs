@@ -1,18 +1,18 @@
 //! A card, played by the processor: what it computes beside what was recorded, its bits in any batch, and what it is asked for.
 
 use super::{
-    Runner, Unit, golden, invariance,
+    Runner, Unit, checkpoints, golden, invariance,
     invariance::{Plan, token_by_token},
     load, small_config, watched,
 };
 use crate::{
-    Config, Device, Engine, Error, Row, Sample, Sampling, TokenId, check_device,
+    Config, Device, Engine, Error, Model, Row, Sample, Sampling, TokenId, check_device,
     cpu::kernels::Kernels,
     cuda::{Device as _, Emulated, Order},
     scheduler::{Drawn, History, Limits, Request, Scheduler, Stop, Until},
 };
 use kv_cache::{KvDtype, PageId};
-use std::{collections::HashMap, sync::atomic::Ordering::Relaxed, time::Duration};
+use std::{collections::HashMap, fs, ops::Range, path::Path, sync::atomic::Ordering::Relaxed, time::Duration};
 
 const START: Duration = Duration::ZERO;
 
@@ -381,6 +381,61 @@ fn a_host_one_step_ahead_draws_the_same() {
     check_ahead("tests/golden/llama", Unit::Cards(2));
     let (_, none) = run("tests/golden/llama", Kernels::detect().into(), true);
     assert_eq!(none, 0, "a processor has nothing to run ahead of");
+}
+
+/// Writes `value` over the numbers `at ..` of the tensor `name` of a checkpoint of f32 in one file.
+fn overwrite(dir: &Path, name: &str, at: Range<usize>, value: f32) {
+    let file = dir.join("model.safetensors");
+    let mut bytes = fs::read(&file).expect("a file");
+    let length = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + length]).expect("a header");
+    let start = header[name]["data_offsets"][0].as_u64().expect("an offset") as usize + 8 + length;
+    bytes[start + at.start * 4..start + at.end * 4]
+        .as_chunks_mut::<4>()
+        .0
+        .iter_mut()
+        .for_each(|number| *number = value.to_le_bytes());
+    fs::write(file, bytes).expect("written");
+}
+
+#[test]
+fn a_guard_says_where_numbers_end() {
+    let dir = checkpoints::copy("llama");
+    let hidden = 96;
+    overwrite(dir.path(), "model.embed_tokens.weight", 7 * hidden..8 * hidden, f32::NAN);
+    // A norm that overflows for every token but those whose input is nothing.
+    overwrite(dir.path(), "model.layers.1.post_attention_layernorm.weight", 0..hidden, 3e38);
+    for unit in [Unit::Card(Order::Forward), Unit::Cards(2)] {
+        let model = Model::load(dir.path(), &mut |_| {}).expect("a checkpoint of numbers");
+        let mut engine = unit.engine(model, &Config { nan_guard: true, ..small_config() });
+        let mut fault = |tokens: &[TokenId], start: usize| {
+            let sampling = Sampling::default();
+            let sample = Sample {
+                sampling: &sampling,
+                history: tokens,
+                prompt_tokens: 1,
+                forbidden: &[],
+                min_tokens: 0,
+                grammar: None,
+            };
+            let row =
+                Row { tokens: &tokens[start..], start, pages: &[PageId(3)], sample: Some(sample), ..Row::default() };
+            assert!(!engine.begin(&[row]).expect("a card"), "whoever looks at each step does not run ahead");
+            let other = Row { tokens: &[5], pages: &[PageId(4)], ..Row::default() };
+            match engine.step(&[other, row], &mut |_| {}) {
+                Err(Error::Row(problem)) => problem,
+                other => panic!("{other:?}"),
+            }
+        };
+        let problem = fault(&[5, 6, 7, 8], 0);
+        assert!(problem.contains("row 1: position 2 holds a NaN or an infinity in the embedding"), "{problem}");
+        let problem = fault(&[5, 6, 8], 2);
+        assert!(problem.contains("before layer 2"), "{problem}");
+    }
+    let mut engine =
+        Unit::Card(Order::Forward).engine(load("tests/golden/llama"), &Config { nan_guard: true, ..small_config() });
+    let row = Row { tokens: &[5, 6, 7], pages: &[PageId(1)], ..Row::default() };
+    engine.step(&[row], &mut |_| {}).expect("numbers throughout");
 }
 
 #[test]

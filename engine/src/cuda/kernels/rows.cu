@@ -102,6 +102,28 @@ KERNEL(norm_add, NormArguments, ROW_THREADS, 4) {
 }
 
 typedef struct {
+    FIELD(const u32 *, from);  // [rows][stride] f32
+    FIELD(u32 *, stages);      // [rows]
+    FIELD(u32, width);
+    FIELD(u32, stride);
+    FIELD(u32, stage);         // above 0
+    FIELD(u32, first);         // whether nothing was said of these rows before
+} CheckArguments;
+
+// Notes the stage at which a row first has an infinity or a NaN; 0 where it has none.
+KERNEL(check, CheckArguments, ROW_THREADS, 4) {
+    SHARED(room);
+    const u32 *from = args.from + (u64)BLOCK_X * args.stride;
+    u32 *stage = args.stages + BLOCK_X, at;
+    float found = 0.0f;
+    for (at = THREAD; at < args.width; at += ROW_THREADS) {
+        if ((from[at] & 0x7f800000) == 0x7f800000) found = 1.0f;
+    }
+    found = block_sum(found, (float *)room);
+    if (THREAD == 0 && (args.first || *stage == 0)) *stage = found > 0.0f ? args.stage : 0;
+}
+
+typedef struct {
     FIELD(const u32 *, from);  // [any][stride]
     FIELD(const u32 *, rows);  // [kept]
     FIELD(u32 *, to);          // [kept][stride], elsewhere

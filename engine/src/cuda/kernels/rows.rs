@@ -111,6 +111,30 @@ pub(crate) struct Gather {
     pub(crate) stride: u32,
 }
 
+/// `stages[row] = stage` where `from[row]` has an infinity or a NaN and no stage is noted.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Check {
+    pub(crate) rows: u32,
+    /// f32 `[rows][stride]`.
+    pub(crate) from: u64,
+    /// u32 `[rows]`.
+    pub(crate) stages: u64,
+    pub(crate) width: u32,
+    pub(crate) stride: u32,
+    /// Above 0.
+    pub(crate) stage: u32,
+    /// Whether none is noted yet, whatever stands there; then 0 is written where there is none.
+    pub(crate) first: bool,
+}
+
+impl Check {
+    pub(crate) fn call(&self) -> Call {
+        let args = Args::default().word(self.from).word(self.stages).number(self.width).number(self.stride);
+        let args = args.number(self.stage).number(self.first.into());
+        call("check", Element::Bf16, self.rows, ROW_THREADS, args)
+    }
+}
+
 impl Gather {
     pub(crate) fn call(&self) -> Call {
         let args = Args::default().word(self.from).word(self.rows).word(self.to).number(self.stride);
