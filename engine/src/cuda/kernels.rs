@@ -40,6 +40,7 @@ impl Source {
     fn files(self) -> &'static [(&'static str, &'static str)] {
         const LINEAR: (&str, &str) = ("linear.cu", include_str!("kernels/linear.cu"));
         const PAGES: (&str, &str) = ("pages.cu", include_str!("kernels/pages.cu"));
+        const BLOCKS: (&str, &str) = ("blocks.cu", include_str!("kernels/blocks.cu"));
         match self {
             Source::Rows => &[("rows.cu", include_str!("kernels/rows.cu"))],
             Source::Draw => &[("draw.cu", include_str!("kernels/draw.cu"))],
@@ -47,7 +48,7 @@ impl Source {
             Source::Codes => &[LINEAR, ("codes.cu", include_str!("kernels/codes.cu"))],
             Source::Experts => &[("experts.cu", include_str!("kernels/experts.cu"))],
             Source::Rotary => &[PAGES, ("rotary.cu", include_str!("kernels/rotary.cu"))],
-            Source::Attention => &[PAGES, ("attention.cu", include_str!("kernels/attention.cu"))],
+            Source::Attention => &[PAGES, BLOCKS, ("attention.cu", include_str!("kernels/attention.cu"))],
         }
     }
 }

@@ -14,13 +14,9 @@
 // Bytes and products: a block of 64 keys of 128 elements is 32 KiB; for 64 queries it is 512 products of 2048 multiply-adds, 1024 cycles of
 // an H100 at most, at 32 bytes a cycle from the second-level cache, where other heads' blocks find it too. With 16 rows (one token of
 // a sequence) memory is what counts: two blocks of a warp on a processor have 72 KiB on their way, and 4.3 TB/s want 25.
-//
-// Scores are in units of log2. Probabilities are rounded as values are; what outputs are divided by is the sum of the rounded ones, or where
-// elements have scales, which multiply probabilities before they are rounded, of the probabilities.
 
 enum {
     DIM = 16 * DIM_TILES,
-    KEYS = 64,
     PART_BLOCKS = 8,
     ATT_ROWS = 16 * ATT_WARPS,
     KEY_STRIDE = DIM + 16,
@@ -60,22 +56,6 @@ DEVICE void clear(State *state) {
     }
     UNROLL for (at = 0; at < 2 * DIM_TILES; at++)
         UNROLL for (i = 0; i < 4; i++) state->out[at][i] = 0.0f;
-}
-
-// The factors by which a total and a part count when they are merged. Who has seen nothing changes nothing.
-typedef struct { float largest, total, part; } Shares;
-
-DEVICE Shares shares(float total, float part) {
-    Shares shares = {total, 1.0f, 0.0f};
-    if (part == -INFINITE) return shares;
-    shares.largest = total > part ? total : part;
-    shares.total = total == -INFINITE ? 0.0f : power2(total - shares.largest);
-    shares.part = power2(part - shares.largest);
-    return shares;
-}
-
-DEVICE float merged(float total, float part, Shares shares) {
-    return shares.part == 0.0f ? total * shares.total : fmaf(total, shares.total, part * shares.part);
 }
 
 // Ends a part: sums are those of all four lanes that share a row.
@@ -133,77 +113,20 @@ DEVICE u32 first_block(const AttentionArguments *args, u32 start) {
     return args->window && start + 1 > args->window ? (start + 1 - args->window) / KEYS : 0;
 }
 
-#if PAGES
-// Widens four elements, without their scale.
-DEVICE void widen_bytes(u32 bytes, u32 *to) {
-    float value[4];
-    int i;
-    UNROLL for (i = 0; i < 4; i++) {
-        u32 byte = bytes >> 8 * i & 0xff;
-#if PAGES == 1
-        // The exponent is too small by 120.
-        value[i] = bits_float(((byte & 0x7f) << 20) | ((byte & 0x80) << 24)) * bits_float((127u + 120) << 23);
-#else
-        value[i] = (float)(i8)byte;
-#endif
-    }
-    to[0] = narrow_pair(value[0], value[1]);
-    to[1] = narrow_pair(value[2], value[3]);
-}
-#endif
-
-// Brings the keys, or values, of a block's positions below `until` to shared memory, zeros for the others; `plane` and `scales` are bytes
-// from a page's start.
-DEVICE void load_block(const AttentionArguments *args, u8 *to, u32 stride, float *scales_to, const u32 *table, u32 kv_head, u32 plane,
-                       u32 scales, u32 first, u32 until) {
-    const Pages *pages = &args->pages;
-    u32 dim = pages->dim, mask = (1u << pages->page_shift) - 1, at;
-    for (at = THREAD; at < KEYS * 2 * DIM_TILES; at += ATT_WARPS * WARP) {
-        u32 key = at / (2 * DIM_TILES), chunk = at % (2 * DIM_TILES) * 8, position = first + key;
-        int seen = position < until;
-        const u8 *block = block_of(pages, seen ? table[position >> pages->page_shift] : 0);
-        const u8 *from = block + plane + ((u64)place(pages, kv_head, position & mask) * dim + chunk) * ELEMENT_BYTES;
-        u8 *at_to = to + (key * stride + chunk) * 2;
-#if PAGES
-        // Four bytes at a time, which dims are multiples of.
-        u32 words[4] = {0, 0, 0, 0};
-        if (seen && chunk < dim) widen_bytes(*(const u32 *)from, words);
-        if (seen && chunk + 4 < dim) widen_bytes(*(const u32 *)(from + 4), words + 2);
-        quad q = {{words[0], words[1], words[2], words[3]}};
-        *(quad *)at_to = q;
-        if (chunk == 0) {
-            u16 bits = seen ? ((const u16 *)(block + scales))[place(pages, kv_head, position & mask)] : 0;
-            scales_to[key] = bits_float((u32)bits << 16);
-        }
-#else
-        if (dim % 8 == 0) copy_async(at_to, seen && chunk < dim ? (const void *)from : pages->layer, seen && chunk < dim);
-        else {
-            copy_async_8(at_to, seen && chunk < dim ? (const void *)from : pages->layer, seen && chunk < dim);
-            copy_async_8(at_to + 8, seen && chunk + 4 < dim ? (const void *)(from + 8) : pages->layer, seen && chunk + 4 < dim);
-        }
-#endif
-    }
-#if !PAGES
-    (void)scales_to;
-    (void)scales;
-#endif
-}
-
 DEVICE void load_stage(const AttentionArguments *args, u8 *stage, const u32 *table, u32 kv_head, u32 block, u32 until) {
     float *scales = (float *)(stage + KEYS * (KEY_STRIDE + VALUE_STRIDE) * 2);
-    load_block(args, stage, KEY_STRIDE, scales, table, kv_head, 0, args->pages.key_scales, block * KEYS, until);
-    load_block(args, stage + KEYS * KEY_STRIDE * 2, VALUE_STRIDE, scales + KEYS, table, kv_head, args->pages.values, args->pages.value_scales,
-               block * KEYS, until);
+    const Pages *pages = &args->pages;
+    load_block(pages, stage, KEY_STRIDE, scales, table, kv_head, 0, pages->key_scales, block * KEYS, until, 2 * DIM_TILES, ATT_WARPS * WARP);
+    load_block(pages, stage + KEYS * KEY_STRIDE * 2, VALUE_STRIDE, scales + KEYS, table, kv_head, pages->values, pages->value_scales,
+               block * KEYS, until, 2 * DIM_TILES, ATT_WARPS * WARP);
 }
 
 // Adds a block of keys to the state of a warp's 16 rows; `positions` are those of rows g and g + 8, -1 for a row that is none.
 DEVICE void attend_block(const AttentionArguments *args, State *state, const u8 *queries, const u8 *stage, u32 first, const i32 *positions) {
     u32 lane = THREAD % WARP, g = lane / 4, q = lane % 4;
     const u16 *keys = (const u16 *)stage, *values = keys + KEYS * KEY_STRIDE;
-    float scores[8][4], scale = args->cap == 0.0f ? args->scale * 1.44269504f : args->scale / args->cap, sums[2] = {0.0f, 0.0f};
-#if PAGES
+    float scores[8][4], scale = args->cap == 0.0f ? args->scale * 1.44269504f : args->scale / args->cap, factors[2];
     const float *scales = (const float *)(stage + KEYS * (KEY_STRIDE + VALUE_STRIDE) * 2);
-#endif
     u32 probabilities[8][2];
     int tile, k, i;
     UNROLL for (tile = 0; tile < 8; tile++)
@@ -215,46 +138,20 @@ DEVICE void attend_block(const AttentionArguments *args, State *state, const u8 
         u32 rows[4] = {low[0], high[0], low[1], high[1]};
         UNROLL for (tile = 0; tile < 8; tile++) mma(scores[tile], rows, (const u32 *)(keys + (8 * tile + g) * KEY_STRIDE + 16 * k + 4 * q));
     }
-    UNROLL for (i = 0; i < 2; i++) {
-        float largest = -INFINITE, factor, reference;
-        int e;
-        UNROLL for (tile = 0; tile < 8; tile++)
-            UNROLL for (e = 0; e < 2; e++) {
-                float *score = &scores[tile][2 * i + e];
-                i32 position = (i32)(first + 8 * tile + 2 * q) + e;
-                *score *= scale;
+    UNROLL for (tile = 0; tile < 8; tile++)
+        UNROLL for (i = 0; i < 4; i++) {
+            float *score = &scores[tile][i];
+            i32 position = (i32)(first + 8 * tile + 2 * q) + i % 2, own = positions[i / 2];
+            *score *= scale;
 #if PAGES
-                *score *= scales[8 * tile + 2 * q + e];
+            *score *= scales[8 * tile + 2 * q + i % 2];
 #endif
-                if (args->cap != 0.0f) *score = args->cap * 1.44269504f * tanhf(*score);
-                if (position > positions[i] || (args->window && position + (i32)args->window <= positions[i])) *score = -INFINITE;
-                largest = *score > largest ? *score : largest;
-            }
-        float other = shuffle_xor(largest, 1);
-        largest = other > largest ? other : largest;
-        other = shuffle_xor(largest, 2);
-        largest = other > largest ? other : largest;
-        largest = state->largest[i] > largest ? state->largest[i] : largest;
-        reference = largest == -INFINITE ? 0.0f : largest;
-        factor = state->largest[i] == -INFINITE ? 1.0f : power2(state->largest[i] - reference);
-        state->largest[i] = largest;
-        state->sum[i] *= factor;
-        UNROLL for (tile = 0; tile < 2 * DIM_TILES; tile++)
-            UNROLL for (e = 0; e < 2; e++) state->out[tile][2 * i + e] *= factor;
-        UNROLL for (tile = 0; tile < 8; tile++) {
-            float low = power2(scores[tile][2 * i] - reference), high = power2(scores[tile][2 * i + 1] - reference);
-#if PAGES
-            sums[i] += low + high;
-            low *= scales[KEYS + 8 * tile + 2 * q];
-            high *= scales[KEYS + 8 * tile + 2 * q + 1];
-#endif
-            probabilities[tile][i] = narrow_pair(low, high);
-#if !PAGES
-            sums[i] += wide((u16)probabilities[tile][i]) + wide((u16)(probabilities[tile][i] >> 16));
-#endif
+            if (args->cap != 0.0f) *score = args->cap * 1.44269504f * tanhf(*score);
+            if (position > own || (args->window && position + (i32)args->window <= own)) *score = -INFINITE;
         }
-        state->sum[i] += sums[i];
-    }
+    soften(scores, scales + KEYS, state->largest, state->sum, factors, probabilities);
+    UNROLL for (tile = 0; tile < 2 * DIM_TILES; tile++)
+        UNROLL for (i = 0; i < 4; i++) state->out[tile][i] *= factors[i / 2];
     UNROLL for (k = 0; k < 4; k++) {
         u32 rows[4] = {probabilities[2 * k][0], probabilities[2 * k][1], probabilities[2 * k + 1][0], probabilities[2 * k + 1][1]};
         const u16 *row = values + (16 * k + lane % 16) * VALUE_STRIDE + lane / 16 * 8;

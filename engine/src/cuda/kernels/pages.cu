@@ -23,3 +23,49 @@ enum { ELEMENT_BYTES = 2 };
 DEVICE u32 place(const Pages *pages, u32 head, u32 token) { return (head << pages->page_shift) + token; }
 
 DEVICE u8 *block_of(const Pages *pages, u32 page) { return pages->layer + (u64)page * pages->block_bytes; }
+
+// Rounds to a byte as kv-cache/src/byte_code.rs does.
+DEVICE u8 byte_from(float value) {
+#if PAGES == 1
+    u32 bits = float_bits(value), magnitude = bits & 0x7fffffffu, code;
+    if (magnitude < (127u - 6) << 23) code = float_bits(bits_float(magnitude) + 16384.0f) - float_bits(16384.0f);
+    else {
+        code = ((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - ((127 - 7) << 3);
+        if (code > 0x7e) code = 0x7e;
+    }
+    return (u8)((bits >> 24 & 0x80) | code);
+#else
+    value = rintf(value);
+    return (u8)(i8)(value > 127.0f ? 127.0f : value < -127.0f ? -127.0f : value);
+#endif
+}
+
+// Writes a head, which a warp holds, to its place in a page; `plane` and `scales` are bytes from the block's start.
+DEVICE void write_head(const Pages *pages, const u32 *slot, u32 head, const float *values, u32 plane, u32 scales) {
+    u32 dim = pages->dim, lane = THREAD % WARP, at, where = place(pages, head, slot[1]);
+    u8 *block = block_of(pages, slot[0]), *to = block + plane + (u64)where * dim * ELEMENT_BYTES;
+#if PAGES
+    u32 magnitude = 0, other;
+    int mask;
+    float scale;
+    for (at = lane; at < dim; at += WARP) {
+        other = float_bits(values[at]) & 0x7fffffffu;
+        magnitude = other > magnitude ? other : magnitude;
+    }
+    for (mask = 16; mask; mask /= 2) {
+        other = shuffle_xor_bits(magnitude, mask);
+        magnitude = other > magnitude ? other : magnitude;
+    }
+    if (magnitude >= 0x7f800000u) scale = bits_float(0x7fc00000u);
+    else {
+        // The smallest bf16 that brings the largest within range; never so small that it is not normal.
+        scale = bits_float((float_bits(bits_float(magnitude) / (PAGES == 1 ? 448.0f : 127.0f)) + 0xffff) & 0xffff0000u);
+        if (scale < 1.17549435e-38f) scale = 1.17549435e-38f;
+    }
+    if (lane == 0) ((u16 *)(block + scales))[where] = (u16)(float_bits(scale) >> 16);
+    for (at = lane; at < dim; at += WARP) to[at] = magnitude >= 0x7f800000u ? 0 : byte_from(values[at] / scale);
+#else
+    (void)scales;
+    for (at = lane; at < dim; at += WARP) ((u16 *)to)[at] = narrow(values[at]);
+#endif
+}
