@@ -14,6 +14,10 @@
 //! linear      input             -> gated        16-bit floats [rows][intermediate]
 //! linear      gated             +> residual     or likewise
 //!
+//!             where attention is latent ([`latent`]), instead of rotary and attention:
+//! ...         qkv               -> pages, q     16-bit floats [rows][heads][rank + rope]
+//! ...         q, pages          -> attended     16-bit floats [rows][heads * value]
+//!
 //!             where a layer has experts, instead of the last two:
 //! linear      input             -> scores       f32 [rows][experts]
 //! choose      scores            -> chosen, weights [rows][chosen]; a pair is a row and one of its choices
@@ -43,6 +47,7 @@ mod emulator;
 mod forward;
 mod graphs;
 mod kernels;
+mod latent;
 #[cfg(feature = "cuda")]
 mod library;
 #[cfg(feature = "cuda")]

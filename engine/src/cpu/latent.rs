@@ -25,14 +25,11 @@ use crate::{
     Error, KvMemory,
     model::{
         decoder::NormKind,
-        latent::LatentShape,
+        latent::{LatentShape, NORM_EPS},
         weights::{Latent, Linear, LowRank},
     },
 };
 
-/// Added to the mean square under the root of the norms in here, whatever the configuration says of the others: so does the
-/// reference.
-const EPS: f32 = 1e-6;
 /// Tokens of one task of a row-wise operation.
 const CHUNK: usize = 16;
 
@@ -337,7 +334,7 @@ pub(crate) unsafe fn run<S: Simd>(simd: S, task: &LatentTask<'_>) {
                 // SAFETY: the row and its output are the caller's word.
                 unsafe {
                     let values = from.row(row);
-                    norm_head(NormKind::Rms, values, norm, EPS);
+                    norm_head(NormKind::Rms, values, norm, NORM_EPS);
                     format.store_slice(simd, to.add(row * to_stride), 0, values);
                 }
             }
@@ -349,7 +346,7 @@ pub(crate) unsafe fn run<S: Simd>(simd: S, task: &LatentTask<'_>) {
                 unsafe {
                     let values = from.row(row);
                     let (latent, key) = values.split_at_mut(norm.len());
-                    norm_head(NormKind::Rms, latent, norm, EPS);
+                    norm_head(NormKind::Rms, latent, norm, NORM_EPS);
                     turn(key, &cos[row * pairs..][..pairs], &sin[row * pairs..][..pairs], true);
                     pages.keys.write(simd, *slot, 0, values);
                 }

@@ -34,7 +34,7 @@ typedef int32_t i32;
 
 enum { LANES = 32, MOST_THREADS = 1024, STACK = 128 << 10, MOST_COPIES = 1024, GUARD = 64 << 10, MOST_SHARED = 256 << 10 };
 enum { READY, AT_WARP, AT_BARRIER, DONE };
-enum { WARP_BARRIER, SHUFFLE_XOR, SHUFFLE, MMA_BF16, MMA_F16, LOAD_TRANSPOSED };
+enum { WARP_BARRIER, SHUFFLE_XOR, SHUFFLE, MMA_BF16, MMA_F16, LOAD_TRANSPOSED, LOAD_MATRICES };
 
 // A copy in the background, or with no bytes the end of a group.
 typedef struct { void *to; const void *from; int bytes, valid; } Copy;
@@ -212,14 +212,15 @@ static inline void product(int operation, float *d, const u32 *a, const u32 *b, 
 #define mma_bf16(d, a, b) product(MMA_BF16, d, a, b, __LINE__)
 #define mma_f16(d, a, b) product(MMA_F16, d, a, b, __LINE__)
 
-typedef struct { u32 *to; const u16 *row; } Transposed;
+typedef struct { u32 *to; const u16 *row; } Matrices;
 
-static inline void transposed(u32 *to, const void *row, int line) {
-    Transposed operands = {to, (const u16 *)row};
-    meet(AT_WARP, LOAD_TRANSPOSED, line, &operands);
+static inline void matrices(int operation, u32 *to, const void *row, int line) {
+    Matrices operands = {to, (const u16 *)row};
+    meet(AT_WARP, operation, line, &operands);
 }
 
-#define load_transposed(to, row) transposed(to, row, __LINE__)
+#define load_transposed(to, row) matrices(LOAD_TRANSPOSED, to, row, __LINE__)
+#define load_matrices(to, row) matrices(LOAD_MATRICES, to, row, __LINE__)
 
 static void carry_out(const Copy *copy) {
     if (copy->valid) memcpy(copy->to, copy->from, (size_t)copy->bytes);
@@ -305,9 +306,16 @@ static void operate(int operation, void **operands) {
     case LOAD_TRANSPOSED:
         for (lane = 0; lane < LANES; lane++)
             for (matrix = 0; matrix < 4; matrix++) {
-                const u16 *first = ((Transposed *)operands[matrix * 8 + lane % 4 * 2])->row;
-                const u16 *second = ((Transposed *)operands[matrix * 8 + lane % 4 * 2 + 1])->row;
-                ((Transposed *)operands[lane])->to[matrix] = first[lane / 4] | (u32)second[lane / 4] << 16;
+                const u16 *first = ((Matrices *)operands[matrix * 8 + lane % 4 * 2])->row;
+                const u16 *second = ((Matrices *)operands[matrix * 8 + lane % 4 * 2 + 1])->row;
+                ((Matrices *)operands[lane])->to[matrix] = first[lane / 4] | (u32)second[lane / 4] << 16;
+            }
+        break;
+    case LOAD_MATRICES:
+        for (lane = 0; lane < LANES; lane++)
+            for (matrix = 0; matrix < 4; matrix++) {
+                const u16 *row = ((Matrices *)operands[matrix * 8 + lane / 4])->row + lane % 4 * 2;
+                ((Matrices *)operands[lane])->to[matrix] = row[0] | (u32)row[1] << 16;
             }
         break;
     }

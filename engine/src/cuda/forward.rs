@@ -6,12 +6,12 @@ use super::{
     graphs::Bucket,
     kernels::{
         self, Attention, Call, Cap, Check, Choose, Cut, Draw, Embed, Finish, Gather, Group, HeadNorms, Join, JoinTo,
-        Largest, Mix, Norm, NormTo, Pages, Pairs, Reorder, Rotary, Share,
+        Largest, LatentAttention, Mix, Norm, NormTo, Pages, Pairs, Reorder, Rotary, Share,
     },
     rank::{Buffers, ExpertBuffers, Rank, whole},
     rows::Capacity,
     slice::{Outputs, Split},
-    weights::{Dense, Experts, Inner, Linear, Mlp, NormWeights},
+    weights::{self, Dense, Experts, HeadAttention, Inner, Linear, Mlp, NormWeights},
 };
 use crate::{
     Error,
@@ -23,30 +23,42 @@ use std::{collections::HashSet, ops::Range};
 
 /// The rows that some of a pass works on.
 #[derive(Clone, Copy, Debug)]
-struct At {
-    rows: usize,
+pub(super) struct At {
+    pub(super) rows: usize,
     residual: Region,
-    qkv: Region,
+    pub(super) qkv: Region,
+    /// Which of the pass's rows these are, where they are not all.
+    pub(super) kept: Option<Region>,
     /// `[sequences][4]`, and which of them attend in the same way.
     sequences: Region,
     parts: [Part; 2],
 }
 
+impl At {
+    /// Returns where those of `part` begin.
+    pub(super) fn sequences_of(&self, part: &Part) -> u64 {
+        self.sequences.part(part.first * 16, part.count * 16).address
+    }
+}
+
+/// Bytes of states, what attends, and what merges parts where they are apart.
+type Attends = (u64, (Call, Option<Call>));
+
 /// Sequences that follow each other, or none.
 #[derive(Clone, Copy, Debug, Default)]
-struct Part {
+pub(super) struct Part {
     first: usize,
-    count: usize,
+    pub(super) count: usize,
     /// Rows of all of them, most rows of one, and positions of the longest; or more.
-    rows: usize,
-    most_rows: usize,
-    longest: usize,
+    pub(super) rows: usize,
+    pub(super) most_rows: usize,
+    pub(super) longest: usize,
 }
 
 impl Part {
-    /// Cuts `spans` where the first is that has more rows than a warp takes of `group` heads each: those before it, and the rest.
-    fn cut(spans: &[Span<'_>], group: usize) -> [Part; 2] {
-        let few = spans.iter().take_while(|span| span.tokens * group <= 16).count();
+    /// Cuts `spans` where the first is that has more tokens than `few`: those before it, and the rest.
+    fn cut(spans: &[Span<'_>], few: usize) -> [Part; 2] {
+        let few = spans.iter().take_while(|span| span.tokens <= few).count();
         [0..few, few..spans.len()].map(|range| {
             let spans = &spans[range.clone()];
             Part {
@@ -143,7 +155,7 @@ impl Rank {
     }
 
     /// Asks the device for a call, or lists its kernel while that is what calls are made for.
-    fn call(&mut self, call: &Call) -> Result<(), Error> {
+    pub(super) fn call(&mut self, call: &Call) -> Result<(), Error> {
         match &mut self.listed {
             Some(listed) => {
                 listed.insert(call.kernel);
@@ -157,8 +169,10 @@ impl Rank {
         let Bucket { rows, longest, races } = bucket;
         let all = Part { first: 0, count: rows, rows, most_rows: 1, longest };
         let (residual, qkv) = (self.buffers.residual, self.buffers.qkv);
-        let at = At { rows, residual, qkv, sequences: self.parts.sequences, parts: [all, Part::default()] };
+        let parts = [all, Part::default()];
+        let at = At { rows, residual, qkv, kept: None, sequences: self.parts.sequences, parts };
         self.embed(decoder, &at)?;
+        self.list_heads(rows)?;
         for layer in 0..self.weights.blocks.len() {
             self.write_pages(decoder, &at, layer)?;
             self.finish_block(decoder, &at, layer)?;
@@ -171,12 +185,16 @@ impl Rank {
     /// Asks for all of a pass, up to the head's inputs, and marks where each layer's pages are final.
     fn launch_pass(&mut self, decoder: &Decoder, pass: &Pass<'_>) -> Result<(), Error> {
         let Buffers { residual, qkv, kept_residual, kept_qkv, input, .. } = self.buffers;
-        let group = decoder.heads / decoder.kv_heads;
-        let (rows, parts) = (pass.tokens.len(), Part::cut(pass.spans, group));
-        let mut at = At { rows, residual, qkv, sequences: self.parts.sequences, parts };
+        let few = match &decoder.latent {
+            Some(_) => LatentAttention::few_tokens(decoder.heads),
+            None => Attention::few_tokens(decoder.heads / decoder.kv_heads),
+        };
+        let (rows, parts) = (pass.tokens.len(), Part::cut(pass.spans, few));
+        let mut at = At { rows, residual, qkv, kept: None, sequences: self.parts.sequences, parts };
         (self.rows, self.hidden, self.computed) = (pass.places.len(), input, 0..0);
         let last = self.weights.blocks.len() - 1;
         self.embed(decoder, &at)?;
+        self.list_heads(rows)?;
         for layer in 0..=last {
             self.write_pages(decoder, &at, layer)?;
             if self.listed.is_none() {
@@ -190,8 +208,10 @@ impl Rank {
                 if self.rows < at.rows {
                     self.gather(self.rows, residual, kept_residual, self.sizes.residual)?;
                     self.gather(self.rows, qkv, kept_qkv, self.sizes.qkv)?;
-                    (at.rows, at.residual, at.qkv) = (self.rows, kept_residual, kept_qkv);
-                    (at.sequences, at.parts) = (self.parts.kept_sequences, Part::cut(pass.kept, group));
+                    (at.rows, at.residual, at.qkv, at.kept) =
+                        (self.rows, kept_residual, kept_qkv, Some(self.parts.kept));
+                    (at.sequences, at.parts) = (self.parts.kept_sequences, Part::cut(pass.kept, few));
+                    self.list_heads(at.rows)?;
                 }
             }
             self.finish_block(decoder, &at, layer)?;
@@ -240,21 +260,43 @@ impl Rank {
         Ok(Some(format!("row {span}: position {position} holds a NaN or an infinity {place} (nan_guard)")))
     }
 
-    /// Computes q, k and v of a layer, and writes its pages.
+    /// Computes q, k and v of a layer, or what they come from, and writes its pages.
     fn write_pages(&mut self, decoder: &Decoder, at: &At, layer: usize) -> Result<(), Error> {
         self.check(decoder, at, layer)?;
         let block = self.weights.blocks[layer];
         let (input, qkv) = (self.buffers.input, self.buffers.qkv);
         self.norm(decoder, at, block.attention_norm)?;
-        self.linear(&block.qkv, at.rows, (input, self.sizes.residual), (qkv, self.sizes.qkv), Finish::Store)?;
-        self.rotate_and_write(decoder, at, layer)
+        match &block.attention {
+            weights::Attention::Heads(heads) => {
+                let (from, to) = ((input, self.sizes.residual), (qkv, self.sizes.qkv));
+                self.linear(&heads.qkv, at.rows, from, to, Finish::Store)?;
+                self.rotate_and_write(decoder, heads, at, layer)
+            }
+            weights::Attention::Latent(latent) => self.write_latents(decoder, latent, at, layer),
+        }
     }
 
     /// Attends, and computes the rest of a block.
     fn finish_block(&mut self, decoder: &Decoder, at: &At, layer: usize) -> Result<(), Error> {
         let block = self.weights.blocks[layer];
         let attended = self.buffers.attended;
-        self.attend(decoder, at, layer)?;
+        match &block.attention {
+            weights::Attention::Heads(_) => {
+                self.attend(at, &|rank, part| {
+                    let attention = rank.attention(decoder, at, layer, part);
+                    (attention.state_bytes(), attention.calls())
+                })?;
+                self.join_attended(decoder, at)?;
+            }
+            weights::Attention::Latent(latent) => {
+                self.latent_queries(decoder, latent, at, layer)?;
+                self.attend(at, &|rank, part| {
+                    let attention = rank.latent_attention(decoder, at, layer, part);
+                    (attention.state_bytes(), attention.calls())
+                })?;
+                self.latent_values(decoder, latent, at)?;
+            }
+        }
         if decoder.parallel {
             // The MLP reads the residual as attention did.
             self.norm(decoder, at, block.mlp_norm)?;
@@ -308,7 +350,7 @@ impl Rank {
         let cut = Cut::new(count, sizes.experts, most);
         let (list, tiles, expert_count) = (pairs.address, tiles.address, sizes.experts as u32);
         self.call(&Group { experts: chosen.address, pairs: count as u32, expert_count, cut, list, tiles }.call())?;
-        let by_row = Pairs { cut, list, tiles, expert_bytes: 0, sharers: sizes.chosen as u32 };
+        let by_row = Pairs { cut, list, tiles, expert_bytes: 0, sharers: sizes.chosen as u32, width: None };
         let finish = Finish::Gate(decoder.activation);
         self.linear_of_pairs(&experts.gate_up, by_row, count, (input, residual), (gated, sizes.gated), finish)?;
         let by_pair = Pairs { sharers: 1, ..by_row };
@@ -326,7 +368,7 @@ impl Rank {
         self.call(&mix.call())
     }
 
-    fn linear_of_pairs(
+    pub(super) fn linear_of_pairs(
         &mut self,
         linear: &Linear,
         pairs: Pairs,
@@ -356,7 +398,7 @@ impl Rank {
         let (finish, into) = match finish {
             Finish::Add => (Finish::Store, JoinTo::Sums),
             Finish::Store => (finish, JoinTo::Floats),
-            Finish::Gate(_) | Finish::Activate(_) => (finish, JoinTo::Halves),
+            Finish::Gate(_) | Finish::Activate(_) | Finish::Narrow => (finish, JoinTo::Halves),
         };
         let (part, part_stride) = (self.buffers.part.address, whole(split.own) as u32);
         self.call(&kernels::Linear { to: part, to_stride: part_stride, finish, ..linear }.call())?;
@@ -433,7 +475,7 @@ impl Rank {
         self.call(&norm.call())
     }
 
-    fn linear(
+    pub(super) fn linear(
         &mut self,
         linear: &Linear,
         rows: usize,
@@ -472,9 +514,15 @@ impl Rank {
     }
 
     /// Norms q and k, turns them, and writes k and v to the pages of layer `layer`.
-    fn rotate_and_write(&mut self, decoder: &Decoder, at: &At, layer: usize) -> Result<(), Error> {
+    fn rotate_and_write(
+        &mut self,
+        decoder: &Decoder,
+        heads: &HeadAttention,
+        at: &At,
+        layer: usize,
+    ) -> Result<(), Error> {
         let rope = decoder.layer_ropes[layer];
-        let norms = self.weights.blocks[layer].head_norms.map(|(q, k)| HeadNorms {
+        let norms = heads.norms.map(|(q, k)| HeadNorms {
             kind: decoder.norm,
             share: match decoder.qk_norm {
                 QkNorm::None | QkNorm::Head => Share::Same,
@@ -502,21 +550,24 @@ impl Rank {
         self.call(&rotary.call())
     }
 
-    /// Attends over the pages of layer `layer`: sequences of few rows apart from those of many, as many at a time as there is room for states.
-    fn attend(&mut self, decoder: &Decoder, at: &At, layer: usize) -> Result<(), Error> {
+    /// Attends over pages, by what `of` returns for some sequences: those of few rows apart from those of many, as many at a time as there is room for states.
+    fn attend(&mut self, at: &At, of: &dyn Fn(&Self, &Part) -> Attends) -> Result<(), Error> {
         for part in at.parts.into_iter().filter(|part| part.count > 0) {
-            let all = self.attention(decoder, at, layer, &part);
-            let each = Attention { sequence_count: 1, ..all }.state_bytes().max(1);
+            let each = of(self, &Part { count: 1, ..part }).0.max(1);
             assert!(each <= self.buffers.states.bytes as u64, "{each} bytes of states of a sequence");
             let most = ((self.buffers.states.bytes as u64 / each) as usize).clamp(1, part.count);
             for first in (part.first..part.first + part.count).step_by(most) {
                 let count = most.min(part.first + part.count - first);
-                let sequences = at.sequences.part(first * 16, count * 16).address;
-                let (call, merge) = Attention { sequences, sequence_count: count as u32, ..all }.calls();
+                let (_, (call, merge)) = of(self, &Part { first, count, ..part });
                 self.call(&call)?;
                 merge.map_or(Ok(()), |merge| self.call(&merge))?;
             }
         }
+        Ok(())
+    }
+
+    /// Exchanges what ranks have attended.
+    fn join_attended(&mut self, decoder: &Decoder, at: &At) -> Result<(), Error> {
         let to = (self.buffers.attended, self.sizes.attended);
         let split = Self::attended(decoder).split(self.slice);
         split.map_or(Ok(()), |split| self.join(split, at.rows as u32, to, JoinTo::Halves))
@@ -545,7 +596,7 @@ impl Rank {
             q: at.qkv.address,
             q_stride: self.sizes.qkv as u32,
             heads: self.heads(decoder),
-            sequences: at.sequences.address,
+            sequences: at.sequences_of(part),
             sequence_count: part.count as u32,
             tables: self.parts.tables.address,
             to: to.address,
@@ -558,7 +609,7 @@ impl Rank {
         }
     }
 
-    fn layer_pages(&self, layer: usize) -> Pages {
+    pub(super) fn layer_pages(&self, layer: usize) -> Pages {
         let pool = self.pages.as_ref().expect("pages are reserved before the first step");
         pool.layers[layer]
     }

@@ -4,14 +4,15 @@
 //! bytes in the order of the fields here: an address, or a `u32` or `f32` in the low bytes. So a launch is a [`Call`]: a kernel, a grid,
 //! and an array of words; nothing is allocated to make one. The grid is a function of the shape alone.
 //!
-//! Every kernel gives a row the same bits whatever the other rows, how many they are, and which variant computes it. `linear.cu` and
-//! `attention.cu` say how; the tests run them on the processor ([`super::emulator`]) and compare bits.
+//! Every kernel gives a row the same bits whatever the other rows, how many they are, and which variant computes it. `linear.cu`,
+//! `attention.cu` and `latent_attention.cu` say how; the tests run them on the processor ([`super::emulator`]) and compare bits.
 //!
 //! Buffers begin at multiples of 256 bytes, and rows of 16-bit floats at multiples of 16. Strides count elements.
 
 mod codes;
 mod draw;
 mod experts;
+mod latent;
 mod linear;
 mod pages;
 mod rows;
@@ -19,6 +20,7 @@ mod rows;
 pub(crate) use codes::Codes;
 pub(crate) use draw::Draw;
 pub(crate) use experts::{Choose, Cut, Group, Mix, Pairs};
+pub(crate) use latent::{LatentAttention, LatentKeys, LatentQueries};
 pub(crate) use linear::{Finish, Linear, LinearShape};
 pub(crate) use pages::{Attention, HeadNorms, Pages, Rotary, Share};
 pub(crate) use rows::{Cap, Check, Embed, Gather, Join, JoinTo, Largest, Norm, NormTo, Reorder, Table};
@@ -33,6 +35,8 @@ pub(crate) enum Source {
     Experts,
     Rotary,
     Attention,
+    Latent,
+    LatentAttention,
 }
 
 impl Source {
@@ -49,6 +53,10 @@ impl Source {
             Source::Experts => &[("experts.cu", include_str!("kernels/experts.cu"))],
             Source::Rotary => &[PAGES, ("rotary.cu", include_str!("kernels/rotary.cu"))],
             Source::Attention => &[PAGES, BLOCKS, ("attention.cu", include_str!("kernels/attention.cu"))],
+            Source::Latent => &[PAGES, ("latent.cu", include_str!("kernels/latent.cu"))],
+            Source::LatentAttention => {
+                &[PAGES, BLOCKS, ("latent_attention.cu", include_str!("kernels/latent_attention.cu"))]
+            }
         }
     }
 }

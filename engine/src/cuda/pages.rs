@@ -47,8 +47,9 @@ struct Piece {
 fn pieces(own: &PageLayout, all: &PageLayout, slice: Slice) -> Vec<Piece> {
     let page_tokens = own.page_tokens as usize;
     let planes = |here: Plane, there: Plane, dim: u32| {
-        let [element, scale] =
-            [dim as usize * own.dtype.bytes(), own.dtype.scale_bytes()].map(|bytes| bytes * page_tokens);
+        // A latent has no values beside it, and these no scales.
+        let scale = if dim == 0 { 0 } else { own.dtype.scale_bytes() };
+        let [element, scale] = [dim as usize * own.dtype.bytes(), scale].map(|bytes| bytes * page_tokens);
         let piece = move |here: usize, there: usize, head_bytes: usize| Piece {
             here,
             there: there + slice.kv_heads(all.kv_heads as usize).start * head_bytes,

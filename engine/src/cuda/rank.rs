@@ -4,7 +4,8 @@ use super::{
     Device,
     device::{Memory, Region},
     graphs::Graphs,
-    kernels::{self, Cut, Draw, Element, JoinTo, Kernel},
+    kernels::{self, Cut, Draw, Element, JoinTo, Kernel, LatentAttention},
+    latent::{LatentBuffers, LatentSizes},
     pages::Pool as Pages,
     rows::{Capacity, Parts, Rows},
     slice::Slice,
@@ -29,8 +30,9 @@ pub(crate) struct Sizes {
     pub(super) attended: usize,
     pub(super) gated: usize,
     pub(super) logits: usize,
-    /// Of a rank's own heads.
+    /// Of a rank's own heads; what leads into latent attention, where that is what a model has.
     pub(super) qkv: usize,
+    pub(super) latent: Option<LatentSizes>,
     /// Whether rows are looked at for what is no number.
     pub(super) checked: bool,
     /// `None` where no layer has experts.
@@ -59,7 +61,12 @@ impl Sizes {
         page_tokens: usize,
     ) -> Self {
         let decoder = &model.decoder;
-        let (ranks, mixture) = (config.tensor_parallel, decoder.mixture.as_ref());
+        let ranks = config.tensor_parallel;
+        let (mixture, latent) = (decoder.mixture.as_ref(), decoder.latent.as_ref());
+        let own_heads = || {
+            let keys = decoder.kv_dim().div_ceil(ranks).next_multiple_of(decoder.head_dim);
+            decoder.query_dim() / ranks + 2 * keys
+        };
         Self {
             capacity: Capacity {
                 rows: tokens,
@@ -69,10 +76,10 @@ impl Sizes {
             },
             context,
             residual: whole(decoder.hidden),
-            qkv: whole(
-                decoder.query_dim() / ranks + 2 * decoder.kv_dim().div_ceil(ranks).next_multiple_of(decoder.head_dim),
-            ),
-            attended: whole(decoder.query_dim()),
+            qkv: whole(latent.map_or_else(own_heads, |shape| shape.entry(decoder.heads))),
+            latent: latent.map(|shape| LatentSizes::new(shape, decoder.heads)),
+            // Single heads write values of latents, one beside the other.
+            attended: latent.map_or(whole(decoder.query_dim()), |shape| decoder.heads * shape.value),
             gated: whole(decoder.intermediate.max(mixture.map_or(0, |mixture| mixture.shared))),
             logits: whole(decoder.vocab_size),
             checked: config.nan_guard,
@@ -127,6 +134,8 @@ pub(super) struct Buffers {
     /// Where rows, and those that are kept, first hold what is no number; of no length where nobody asks.
     pub(super) stages: Region,
     pub(super) kept_stages: Region,
+    /// Of no length where attention is not latent.
+    pub(super) latent: LatentBuffers,
     /// Of no length where no layer has experts.
     pub(super) experts: ExpertBuffers,
 }
@@ -240,6 +249,7 @@ impl Buffers {
     ) -> Result<Self, Error> {
         let Capacity { rows, logits_rows, .. } = sizes.capacity;
         let most_shared = device.most_shared();
+        let latent = sizes.latent.map(|latent| LatentBuffers::reserve(device, rows, &latent, weights)).transpose()?;
         let mut alloc = |bytes: usize| device.alloc("what a step works in", bytes);
         let post_norms = decoder.names.attention_post_norm.or(decoder.names.mlp_post_norm).is_some();
         // What sums of parts need depends on how many rows there are, and not always more on more.
@@ -248,8 +258,15 @@ impl Buffers {
             (1..=rows).step_by(16).chain([rows]).map(bytes).max().unwrap_or(0)
         };
         // No less than a sequence of any length leaves.
-        let each =
-            sizes.context.div_ceil(512) * slice.kv_heads(decoder.kv_heads).len() * (decoder.head_dim / 2 + 12) * 128;
+        let each = match &decoder.latent {
+            Some(shape) => LatentAttention::most_state_bytes(decoder.heads, shape.rank, sizes.context),
+            None => {
+                let kv_heads = slice.kv_heads(decoder.kv_heads).len();
+                sizes.context.div_ceil(512) * kv_heads * (decoder.head_dim / 2 + 12) * 128
+            }
+        };
+        let widest = [sizes.residual, sizes.attended, sizes.gated, sizes.latent.map_or(0, |latent| latent.narrow)];
+        let widest = widest.into_iter().max().unwrap_or(0);
         let reordered = weights.linears().any(|linear| linear.order.bytes > 0);
         let partial = weights.linears().map(of).max().unwrap_or(0);
         let part = if slice.ranks > 1 { Self::part_bytes(slice, sizes, decoder) } else { 0 };
@@ -267,7 +284,7 @@ impl Buffers {
             edges: alloc(logits_rows * 8)?,
             leads: alloc(logits_rows * Draw::lead_bytes(decoder.vocab_size))?,
             lead_counters: alloc(logits_rows * 4)?,
-            ordered: alloc(if reordered { rows * sizes.residual.max(sizes.attended).max(sizes.gated) * 2 } else { 0 })?,
+            ordered: alloc(if reordered { rows * widest * 2 } else { 0 })?,
             partial: alloc(partial as usize)?,
             counters: alloc(kernels::Linear::most_counters() as usize * 4)?,
             states: alloc((sizes.capacity.sequences * each).min(STATES).max(each))?,
@@ -275,6 +292,7 @@ impl Buffers {
             parts: alloc(part * slice.ranks)?,
             stages: alloc(if sizes.checked { rows * 4 } else { 0 })?,
             kept_stages: alloc(if sizes.checked { rows * 4 } else { 0 })?,
+            latent: latent.unwrap_or_default(),
             experts: match &sizes.experts {
                 Some(experts) => ExpertBuffers::reserve(&mut alloc, sizes, experts)?,
                 None => ExpertBuffers::default(),

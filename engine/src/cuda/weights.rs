@@ -8,7 +8,7 @@
 
 use super::{
     device::{Device, Region},
-    kernels::{self, Choose, Codes, Element, Finish, LinearShape, Table},
+    kernels::{self, Choose, Codes, Element, Finish, LatentAttention, LinearShape, Table},
     slice::{Outputs, Slice, Split},
 };
 use crate::{
@@ -19,7 +19,8 @@ use crate::{
         checkpoint::ElementType,
         decoder::{Decoder, QkNorm},
         experts::Mixture,
-        weights::{self, Attention, Embedding, Layer, Norm, Plain, Weights},
+        latent::LatentShape,
+        weights::{self, Embedding, Layer, Norm, Plain, Weights},
     },
 };
 use half::bf16;
@@ -125,13 +126,48 @@ pub(crate) struct Experts {
     pub(crate) shared: Option<Dense>,
 }
 
+/// How a block attends.
+#[derive(Clone, Copy, Debug)]
+#[expect(clippy::large_enum_variant, reason = "one for each layer, made once")]
+pub(crate) enum Attention {
+    Heads(HeadAttention),
+    Latent(Latent),
+}
+
+/// Attention with keys and values for each head or group of heads.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct HeadAttention {
+    pub(crate) qkv: Linear,
+    /// Weights of the norms of q and of k.
+    pub(crate) norms: Option<(Region, Region)>,
+}
+
+/// Latent attention, as in [`weights::Latent`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Latent {
+    pub(crate) entry: Linear,
+    pub(crate) query: Option<LowRank>,
+    /// f32 `[rank]`.
+    pub(crate) norm: Region,
+    /// One head's panels after the other's, as those of experts.
+    pub(crate) key: Linear,
+    pub(crate) value: Linear,
+}
+
+/// What makes queries of what is narrow.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LowRank {
+    /// f32 `[rank]`.
+    pub(crate) norm: Region,
+    pub(crate) up: Linear,
+}
+
 /// One block.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Block {
     pub(crate) attention_norm: Option<NormWeights>,
-    pub(crate) qkv: Linear,
-    /// Weights of the norms of q and of k.
-    pub(crate) head_norms: Option<(Region, Region)>,
+    pub(crate) attention: Attention,
+    /// What follows attention of either kind.
     pub(crate) output: Linear,
     pub(crate) attention_post_norm: Option<NormWeights>,
     pub(crate) mlp_norm: Option<NormWeights>,
@@ -210,8 +246,9 @@ fn check_decoder(decoder: &Decoder, element: Element, config: &Config) -> Result
         let problem = format!("{ranks} cards: norms over all heads ({architecture}) run on one card alone");
         return Err(Error::setting("tensor_parallel", problem));
     }
-    if decoder.latent.is_some() {
-        return refused(format!("latent attention ({architecture}) does not run on a card yet"));
+    if ranks > 1 && decoder.latent.is_some() {
+        let problem = format!("{ranks} cards: latent attention ({architecture}) runs on one card alone");
+        return Err(Error::setting("tensor_parallel", problem));
     }
     if let Some(Mixture { routing, .. }) = &decoder.mixture
         && routing.experts > Choose::MOST
@@ -219,10 +256,23 @@ fn check_decoder(decoder: &Decoder, element: Element, config: &Config) -> Result
         let (experts, most) = (routing.experts, Choose::MOST);
         return refused(format!("{experts} experts of a layer ({architecture}) do not run on a card: up to {most} do"));
     }
-    if !head_dim.is_multiple_of(4) || *head_dim > 256 {
-        return refused(format!(
-            "heads of {head_dim} elements ({architecture}) do not run on a card: those of a multiple of 4 up to 256 do"
-        ));
+    match &decoder.latent {
+        Some(LatentShape { rank, rope, value, .. }) => {
+            let eights = [rank, rope, value].into_iter().all(|size| size.is_multiple_of(8));
+            let (most_rank, most_key) = (LatentAttention::MOST_RANK, LatentAttention::MOST_KEY);
+            if !eights || !(heads * value).is_multiple_of(32) || *rank > most_rank || *head_dim > most_key {
+                return refused(format!(
+                    "latents of {rank} elements beside {rope} that turn, for {heads} values of {value} ({architecture}), do not run on a card: \
+                     those of up to {most_rank}, {most_key} with what turns, do, all in multiples of 8, values in 32 over all heads"
+                ));
+            }
+        }
+        None if !head_dim.is_multiple_of(4) || *head_dim > 256 => {
+            return refused(format!(
+                "heads of {head_dim} elements ({architecture}) do not run on a card: those of a multiple of 4 up to 256 do"
+            ));
+        }
+        None => {}
     }
     if !config.page_tokens.is_power_of_two() {
         let problem = format!("{} is no power of two, which pages on a card need", config.page_tokens);
@@ -275,9 +325,6 @@ impl Uploaded {
         let Decoder { heads, kv_heads, head_dim, .. } = *decoder;
         let qkv = Outputs::Heads { heads, kv_heads, dim: head_dim };
         let mut block = |layer: &Layer| {
-            let Attention::Heads(attention) = &layer.attention else {
-                unreachable!("`check` refuses latent attention")
-            };
             let mlp = match &layer.mlp {
                 weights::Mlp::Dense(dense) => Mlp::Dense(to.dense(dense, decoder.intermediate, decoder.hidden)?),
                 weights::Mlp::Plain(Plain { up, down }) => {
@@ -288,18 +335,23 @@ impl Uploaded {
                     Mlp::Experts(to.experts(experts, mixture, decoder.hidden)?)
                 }
             };
-            let head_norms = match &attention.head_norms {
-                Some((q, k)) => {
-                    let own = (slice.range(heads), slice.kv_heads(kv_heads));
-                    Some((to.head_norm(q, own.0, decoder)?, to.head_norm(k, own.1, decoder)?))
+            let (attention, output) = match &layer.attention {
+                weights::Attention::Heads(weights::HeadAttention { qkv: linear, head_norms, output }) => {
+                    let norms = match head_norms {
+                        Some((q, k)) => {
+                            let own = (slice.range(heads), slice.kv_heads(kv_heads));
+                            Some((to.head_norm(q, own.0, decoder)?, to.head_norm(k, own.1, decoder)?))
+                        }
+                        None => None,
+                    };
+                    (Attention::Heads(HeadAttention { qkv: to.linear(linear, qkv)?, norms }), output)
                 }
-                None => None,
+                weights::Attention::Latent(latent) => (Attention::Latent(to.latent(latent, heads)?), &latent.output),
             };
             Ok(Block {
                 attention_norm: to.norm(layer.attention_norm.as_ref())?,
-                qkv: to.linear(&attention.qkv, qkv)?,
-                head_norms,
-                output: to.linear(&attention.output, residual)?,
+                attention,
+                output: to.linear(output, residual)?,
                 attention_post_norm: to.norm(layer.attention_post_norm.as_ref())?,
                 mlp_norm: to.norm(layer.mlp_norm.as_ref())?,
                 mlp,
@@ -331,16 +383,29 @@ impl Uploaded {
         Ok(Self { table, embedding_scale: weights.embedding_scale, blocks, final_norm, head, angles, rounded })
     }
 
-    /// Returns all linears but those of experts.
+    /// Returns all linears but those of experts, and of single heads.
     pub(crate) fn linears(&self) -> impl Iterator<Item = &Linear> {
         fn of_block(block: &Block) -> impl Iterator<Item = &Linear> {
             let (router, dense) = match &block.mlp {
                 Mlp::Dense(dense) => (None, Some(dense)),
                 Mlp::Experts(Experts { router, shared, .. }) => (Some(router), shared.as_ref()),
             };
-            [&block.qkv, &block.output].into_iter().chain(router).chain(dense.into_iter().flat_map(Dense::linears))
+            let (first, up) = match &block.attention {
+                Attention::Heads(attention) => (&attention.qkv, None),
+                Attention::Latent(latent) => (&latent.entry, latent.query.as_ref().map(|query| &query.up)),
+            };
+            let attention = [first, &block.output].into_iter().chain(up);
+            attention.chain(router).chain(dense.into_iter().flat_map(Dense::linears))
         }
         self.blocks.iter().flat_map(of_block).chain([&self.head])
+    }
+
+    /// Returns the blocks' latent attention, where they have it.
+    pub(crate) fn latents(&self) -> impl Iterator<Item = &Latent> {
+        self.blocks.iter().filter_map(|block| match &block.attention {
+            Attention::Latent(latent) => Some(latent),
+            Attention::Heads(_) => None,
+        })
     }
 }
 
@@ -378,6 +443,23 @@ impl Uploader<'_> {
             gate_up: self.linear_of(&experts.gate_up, Outputs::Gated(*intermediate), all)?,
             down: self.linear_of(&experts.down, Outputs::Plain(hidden), all)?,
             shared: experts.shared.as_ref().map(|dense| self.dense(dense, *shared, hidden)).transpose()?,
+        })
+    }
+
+    fn latent(&mut self, latent: &weights::Latent, heads: usize) -> Result<Latent, Error> {
+        let all = (heads, heads);
+        let query = match &latent.query {
+            Some(weights::LowRank { norm, up }) => {
+                Some(LowRank { norm: self.floats("norms", norm)?, up: self.linear(up, Outputs::All)? })
+            }
+            None => None,
+        };
+        Ok(Latent {
+            entry: self.linear(&latent.entry, Outputs::All)?,
+            query,
+            norm: self.floats("norms", &latent.norm)?,
+            key: self.linear_of(&latent.key, Outputs::All, all)?,
+            value: self.linear_of(&latent.value, Outputs::All, all)?,
         })
     }
 

@@ -20,6 +20,10 @@ use serde::Deserialize;
 use serde_json::Value;
 use std::borrow::Cow;
 
+/// Added to the mean square under the root of the norms of latent attention, whatever the configuration says of the others: so does the
+/// reference.
+pub(crate) const NORM_EPS: f32 = 1e-6;
+
 /// Elements of the parts of latent attention.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct LatentShape {
@@ -73,6 +77,11 @@ impl LatentShape {
     /// Returns the elements of a head's query as it is projected: first what meets the latent, then what is rotated.
     pub(crate) fn query(&self) -> usize {
         self.plain + self.rope
+    }
+
+    /// Returns the outputs of what leads into attention of `heads` heads: queries, or what makes them, and a key.
+    pub(crate) fn entry(&self, heads: usize) -> usize {
+        self.query_rank.unwrap_or(heads * self.query()) + self.key()
     }
 
     /// Returns what scores are multiplied by: YaRN enlarges queries and keys, also the parts that it does not turn

@@ -124,6 +124,12 @@ DEVICE void load_transposed(u32 *to, const void *row) {
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared_address(row)) : "memory");
 }
 
+// The same without transposing: lane l gets, of each matrix, row l / 4 in columns 2 (l % 4) and 2 (l % 4) + 1.
+DEVICE void load_matrices(u32 *to, const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared_address(row)) : "memory");
+}
+
 // Copies sixteen bytes from global to shared memory in the background; zeros where `valid` is not.
 DEVICE void copy_async(void *to, const void *from, int valid) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"

@@ -78,12 +78,18 @@ pub(crate) struct Pairs {
     pub(crate) expert_bytes: u64,
     /// Pairs that follow each other and have the same inputs; each has outputs of its own.
     pub(crate) sharers: u32,
+    /// Outputs of a pair that are written, a multiple of 8; `None` = those of whole panels. Gated ones are all written.
+    pub(crate) width: Option<u32>,
 }
 
 impl Pairs {
     /// Appends what stands behind the arguments of a linear.
     pub(super) fn append(&self, args: Args) -> Args {
-        args.word(self.list).word(self.tiles).word(self.expert_bytes).number(self.sharers)
+        args.word(self.list)
+            .word(self.tiles)
+            .word(self.expert_bytes)
+            .number(self.sharers)
+            .number(self.width.unwrap_or(u32::MAX))
     }
 }
 

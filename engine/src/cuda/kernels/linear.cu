@@ -24,9 +24,9 @@
 // **Experts.** Where `GROUPED` is 1 rows are pairs of a row and one of the experts that it chose, `row * chosen + choice`, and weights those of all
 // experts, one after the other. A block takes a *tile* of pairs of one expert, which `experts.cu` lists, and finds inputs and outputs through their
 // numbers: nothing is copied side by side, and an expert's weights are read once for a tile. All else is as above, so a pair's bits do not
-// depend on who shares its expert.
+// depend on who shares its expert. The heads of latent attention are as experts that every row goes to.
 
-enum { STORE, ADD, GATE, ACTIVATE };
+enum { STORE, ADD, GATE, ACTIVATE, NARROW };
 enum { SILU, GELU, GELU_TANH };
 
 typedef struct {
@@ -49,6 +49,7 @@ typedef struct {
     FIELD(const u32 *, tiles);    // [tiles][3]: an expert, where its pairs begin, how many there are; none in those that are left over
     FIELD(u64, expert_bytes);     // of weights
     FIELD(u32, sharers);          // pairs that follow each other and have the same inputs
+    FIELD(u32, width);            // outputs of a pair that are written, a multiple of 8
 #endif
 } LinearArguments;
 
@@ -76,9 +77,12 @@ DEVICE void write_narrow(u16 *to, const float *values) {
 DEVICE void finish(const LinearArguments *args, u32 row, u32 column, float *sums) {
     u64 at = (u64)row * args->to_stride + column;
     int i;
+#if GROUPED
+    if (column >= args->width) return;
+#endif
     add_bias(args, column, sums);
-    if (args->what == ACTIVATE) {
-        UNROLL for (i = 0; i < 8; i++) sums[i] = activate(sums[i], args->activation);
+    if (args->what == ACTIVATE || args->what == NARROW) {
+        if (args->what == ACTIVATE) UNROLL for (i = 0; i < 8; i++) sums[i] = activate(sums[i], args->activation);
         write_narrow((u16 *)args->to + at, sums);
         return;
     }

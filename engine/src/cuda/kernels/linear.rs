@@ -56,6 +56,8 @@ pub(crate) enum Finish {
     Gate(Activation),
     /// They go through the activation: 16-bit floats.
     Activate(Activation),
+    /// They are stored as 16-bit floats.
+    Narrow,
 }
 
 /// A linear: `sums[row][output] = bias + inputs[row] . weights[output]`.
@@ -213,6 +215,7 @@ impl Linear {
             Finish::Add => (1, 0),
             Finish::Gate(activation) => (2, activation as u32),
             Finish::Activate(activation) => (3, activation as u32),
+            Finish::Narrow => (4, 0),
         };
         assert!(what != 2 || splits <= 4, "{:?} splits a pair of half panels", self.shape);
         assert!(self.pairs.is_none() || self.bias == 0, "experts have no biases");

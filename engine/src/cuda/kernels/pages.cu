@@ -1,5 +1,6 @@
 // Where keys and values lie (kv-cache/src/layout.rs): a block holds a page of a layer, keys `[kv_heads][page_tokens][dim]`, then values
 // likewise, then, where elements are bytes, a bf16 scale for each token and head of keys and of values.
+// Keys of latents (engine/src/model/latent.rs) are values as well: one head, and none of the second.
 // PAGES says what elements are: 0 16-bit floats, 1 e4m3 times a scale, 2 integers times a scale.
 
 typedef struct {

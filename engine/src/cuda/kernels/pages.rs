@@ -1,6 +1,6 @@
-//! Kernels that know pages: `rotary.cu`, which writes them, and `attention.cu`, which reads them.
+//! Kernels that know pages of keys and values: `rotary.cu`, which writes them, and `attention.cu`, which reads them.
 
-use super::{Args, Call, Defines, Element, Kernel, Source};
+use super::{Args, Call, Defines, Element, Kernel, LatentAttention, Source};
 use crate::model::decoder::NormKind;
 use kv_cache::{KvDtype, PageLayout};
 
@@ -15,9 +15,9 @@ pub(crate) struct Pages {
     value_scales: u32,
     page_shift: u32,
     kv_heads: u32,
-    dim: u32,
+    pub(super) dim: u32,
     /// What `PAGES` is.
-    kind: u32,
+    pub(super) kind: u32,
 }
 
 impl Pages {
@@ -36,7 +36,16 @@ impl Pages {
             return Err(format!("pages of {} tokens; a power of two would be right", layout.page_tokens));
         }
         let dim = layout.key_dim;
-        if layout.value_dim != dim || !dim.is_multiple_of(4) || dim == 0 || dim > 256 {
+        let fits = |of: u32, most: u32| dim > 0 && dim <= most && dim.is_multiple_of(of);
+        if layout.value_dim == 0 {
+            // A latent is a value as well.
+            let (heads, most) = (layout.kv_heads, LatentAttention::MOST_KEY as u32);
+            if heads != 1 || !fits(8, most) {
+                return Err(format!(
+                    "{heads} keys of {dim} elements that are values as well; one, of a multiple of 8 up to {most}, would be right"
+                ));
+            }
+        } else if layout.value_dim != dim || !fits(4, 256) {
             return Err(format!(
                 "heads of {dim} and {} elements; up to 256, the same of both, and a multiple of 4 would be right",
                 layout.value_dim
@@ -56,7 +65,7 @@ impl Pages {
         })
     }
 
-    fn append(&self, args: Args) -> Args {
+    pub(super) fn append(&self, args: Args) -> Args {
         let args = args.word(self.layer).word(self.block_bytes).number(self.values).number(self.key_scales);
         args.number(self.value_scales).number(self.page_shift).number(self.kv_heads).number(self.dim)
     }
@@ -170,9 +179,13 @@ impl Attention {
         self.heads / self.pages.kv_heads
     }
 
-    /// Says whether a warp holds all rows of a sequence, so that blocks can be given to parts instead.
+    /// Returns how many tokens of a sequence have no more rows than a warp holds, of `group` heads each, so that blocks can be given to parts instead.
+    pub(crate) fn few_tokens(group: usize) -> usize {
+        16 / group
+    }
+
     fn is_short(&self) -> bool {
-        self.most_rows * self.group() <= 16
+        self.most_rows as usize <= Self::few_tokens(self.group() as usize)
     }
 
     /// Returns the parts that have blocks of their own; 1 = none has.
@@ -236,4 +249,4 @@ impl Attention {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -2,7 +2,7 @@
 //!
 //! Needs NVRTC of CUDA 13.0, which `tests/servers/install.sh` takes from PyPI, and no card. Without it the test is skipped and says so.
 
-use super::{Attention, Call, Codes, Element, Kernel, Linear, Pages, Rotary, Source};
+use super::{Attention, Call, Codes, Element, Kernel, LatentAttention, Linear, Pages, Rotary, Source};
 use crate::cuda::nvrtc::{Nvrtc, options};
 use kv_cache::{KvDtype, PageLayout};
 use std::{collections::BTreeMap, path::Path, sync::Mutex};
@@ -65,6 +65,33 @@ fn attention(dtype: KvDtype, dim: u32) -> impl Iterator<Item = Kernel> {
     calls.into_iter()
 }
 
+/// The kernels of DeepSeek's latents, for so many heads on a card with so much shared memory: those of rows, and attention.
+fn latents(dtype: KvDtype, heads: u32, most_shared: u32) -> [Kernel; 2] {
+    let layout = PageLayout { layers: 1, page_tokens: 16, kv_heads: 1, key_dim: 576, value_dim: 0, dtype, pages: 1 };
+    let rotary = rotary(dtype);
+    let attention = LatentAttention {
+        element: rotary.element,
+        rows: 1,
+        most_rows: 1,
+        longest: 8192,
+        q: 0,
+        heads,
+        sequences: 0,
+        sequence_count: 1,
+        tables: 0,
+        to: 0,
+        to_stride: 512,
+        rank: 512,
+        scale: 1.0,
+        pages: Pages::new(&layout, rotary.element, 0, 0).expect("pages"),
+        states: 0,
+        most_shared,
+    };
+    let call = attention.calls().0;
+    assert!(call.shared_bytes <= most_shared, "{} bytes of {most_shared}", call.shared_bytes);
+    [Kernel { source: Source::Latent, ..rotary }, call.kernel]
+}
+
 /// One kernel of each source and set of defines.
 fn kernels() -> Vec<Kernel> {
     let plain = |source, element| Kernel { name: "", source, element, defines: super::Defines::default() };
@@ -76,6 +103,10 @@ fn kernels() -> Vec<Kernel> {
     kernels.extend([KvDtype::Bf16, KvDtype::F16, KvDtype::Fp8, KvDtype::Int8].map(rotary));
     kernels.extend([64, 128, 256].into_iter().flat_map(|dim| attention(KvDtype::Bf16, dim)));
     kernels.extend([KvDtype::F16, KvDtype::Fp8, KvDtype::Int8].into_iter().flat_map(|dtype| attention(dtype, 128)));
+    let (narrow, wide) = (163 << 10, 227 << 10);
+    kernels.extend([narrow, wide].into_iter().flat_map(|shared| latents(KvDtype::Bf16, 128, shared)));
+    kernels.extend(latents(KvDtype::Bf16, 16, wide));
+    kernels.extend([KvDtype::F16, KvDtype::Fp8, KvDtype::Int8].into_iter().flat_map(|dtype| latents(dtype, 128, wide)));
     kernels
 }
 

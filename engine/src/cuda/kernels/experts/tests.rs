@@ -182,8 +182,8 @@ fn check_pairs(
     for sharers in [chosen, 1] {
         // Rows are shared by their pairs, or pairs have rows of their own.
         let inputs = pairs / sharers;
-        let grouped =
-            Pairs { cut, list: list.address(), tiles: tiles.address(), expert_bytes, sharers: sharers as u32 };
+        let (list, tiles) = (list.address(), tiles.address());
+        let grouped = Pairs { cut, list, tiles, expert_bytes, sharers: sharers as u32, width: None };
         let got = run(&vec![0xee; pairs * width], |to| {
             Linear { rows: pairs as u32, to, pairs: Some(grouped), ..*linear }.call()
         });

@@ -6,7 +6,7 @@ fn layout(dtype: KvDtype, kv_heads: u32, dim: u32) -> PageLayout {
     PageLayout { layers: 2, page_tokens: 16, kv_heads, key_dim: dim, value_dim: dim, dtype, pages: 70 }
 }
 
-const EVERY: [(KvDtype, Element); 6] = [
+pub(in crate::cuda::kernels) const EVERY: [(KvDtype, Element); 6] = [
     (KvDtype::Bf16, Element::Bf16),
     (KvDtype::F16, Element::F16),
     (KvDtype::Fp8, Element::Bf16),
@@ -40,8 +40,8 @@ fn stored(layout: &PageLayout, element: Element, values: &[f32]) -> (Vec<u8>, Ve
     (bytes, ((scale.to_bits() >> 16) as u16).to_le_bytes().to_vec(), wide)
 }
 
-/// Puts a head of a token into the pool's bytes, layer 1.
-fn put(
+/// Puts a head of a token into the pool's bytes, layer 1, and returns what stands there.
+pub(in crate::cuda::kernels) fn put(
     pool: &mut [u8],
     layout: &PageLayout,
     element: Element,
@@ -415,5 +415,9 @@ fn what_kernels_cannot_do_is_said() {
     check(PageLayout { page_tokens: 24, ..layout(KvDtype::Bf16, 1, 64) }, Element::Bf16, &["24", "power of two"]);
     check(layout(KvDtype::Bf16, 1, 260), Element::Bf16, &["260", "256"]);
     check(layout(KvDtype::Bf16, 1, 66), Element::Bf16, &["66", "multiple of 4"]);
-    check(PageLayout { value_dim: 0, ..layout(KvDtype::Bf16, 1, 64) }, Element::Bf16, &["64 and 0"]);
+    check(PageLayout { value_dim: 32, ..layout(KvDtype::Bf16, 1, 64) }, Element::Bf16, &["64 and 32"]);
+    let latents = |heads, dim| PageLayout { value_dim: 0, ..layout(KvDtype::Bf16, heads, dim) };
+    check(latents(1, 584), Element::Bf16, &["584", "576"]);
+    check(latents(1, 36), Element::Bf16, &["36", "multiple of 8"]);
+    check(latents(2, 64), Element::Bf16, &["2 keys"]);
 }
