@@ -95,6 +95,16 @@ class Rendered:
                 yield workload
 
 
+def with_component(component):
+    """Renders the example with a component."""
+    # kustomize takes relative paths alone.
+    with tempfile.TemporaryDirectory(dir=EXAMPLE.parent) as folder:
+        overlay = pathlib.Path(folder)
+        settings = {"namespace": "baton", "resources": ["../example"], "components": [f"../../components/{component}"]}
+        (overlay / "kustomization.yaml").write_text(yaml.safe_dump(settings))
+        return Rendered(overlay)
+
+
 EACH = {"base": BASE, "example": EXAMPLE}
 
 
@@ -275,7 +285,7 @@ class Pods(EachKustomization):
 
 
 class Links(EachKustomization):
-    """Hand-offs want a token, and TLS where it is asked for."""
+    """Hand-offs want a token, and TLS where it is asked for; workers get cards likewise."""
 
     def test_workers_are_given_the_token(self):
         for rendered in self.each():
@@ -316,18 +326,9 @@ class Links(EachKustomization):
 
     @unittest.skipUnless(shutil.which("kubectl"), "kubectl is not installed")
     def test_certificates_are_added_to_both_pools(self):
-        # kustomize takes relative paths alone.
-        with tempfile.TemporaryDirectory(dir=EXAMPLE.parent) as folder:
-            overlay = pathlib.Path(folder)
-            settings = {"namespace": "baton", "resources": ["../example"], "components": ["../../components/link-tls"]}
-            (overlay / "kustomization.yaml").write_text(yaml.safe_dump(settings))
-            rendered = Rendered(overlay)
-        version = kubernetes_validate.latest_version()
+        rendered = with_component("link-tls")
         maps = {manifest["metadata"]["name"] for manifest in rendered.of("ConfigMap")}
-        pools = [workload for workload in rendered.baton_workloads() if workload[0]["kind"] == "StatefulSet"]
-        self.assertEqual(len(pools), 2)
-        for manifest, _, pod, container in pools:
-            kubernetes_validate.validate(manifest, version, strict=True)
+        for manifest, _, pod, container in self.pools(rendered):
             (config,) = [volume["configMap"]["name"] for volume in pod["volumes"] if "configMap" in volume]
             self.assertIn(config, maps, name(manifest))
             secrets = {volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
@@ -335,6 +336,25 @@ class Links(EachKustomization):
             self.assertEqual(len(container["volumeMounts"]), 3, name(manifest))
             role = manifest["metadata"]["name"].removeprefix("baton-")
             self.assertIn({"name": "BATON_CONFIG", "value": f"/etc/baton/config/{role}.toml"}, container["env"])
+
+    @unittest.skipUnless(shutil.which("kubectl"), "kubectl is not installed")
+    def test_cards_are_given_to_both_pools(self):
+        for manifest, _, pod, container in self.pools(with_component("cards")):
+            env = {variable["name"]: variable for variable in container["env"]}
+            self.assertEqual(env["BATON_ENGINE"]["value"], "cuda", name(manifest))
+            # Pages get what the card's memory leaves.
+            self.assertNotIn("BATON_KV_MEMORY", env, name(manifest))
+            self.assertEqual(container["resources"]["limits"]["nvidia.com/gpu"], 1, name(manifest))
+            # The root file system cannot be written.
+            mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+            self.assertIn({"name": mounts[env["HOME"]["value"]], "emptyDir": {}}, pod["volumes"], name(manifest))
+
+    def pools(self, rendered):
+        pools = [workload for workload in rendered.baton_workloads() if workload[0]["kind"] == "StatefulSet"]
+        self.assertEqual(len(pools), 2)
+        for manifest, *_ in pools:
+            kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+        return pools
 
     def test_compose(self):
         secrets = compose()["secrets"]
