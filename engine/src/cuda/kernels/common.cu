@@ -17,6 +17,23 @@ DEVICE u32 narrow_pair(float low, float high) { return bf16_pair(low, high); }
 #define pair_fma bf16_pair_fma
 #endif
 
+// Rounds to the bits of the nearest e4m3, up to 448, as kv-cache/src/byte_code.rs does.
+DEVICE u8 e4m3_from(float value) {
+    u32 bits = float_bits(value), magnitude = bits & 0x7fffffffu, code;
+    if (magnitude < (127u - 6) << 23) code = float_bits(bits_float(magnitude) + 16384.0f) - float_bits(16384.0f);
+    else {
+        code = ((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - ((127 - 7) << 3);
+        if (code > 0x7e) code = 0x7e;
+    }
+    return (u8)((bits >> 24 & 0x80) | code);
+}
+
+// Rounds to the nearest integer from -127 to 127.
+DEVICE u8 int8_from(float value) {
+    value = rintf(value);
+    return (u8)(i8)(value > 127.0f ? 127.0f : value < -127.0f ? -127.0f : value);
+}
+
 // Outputs of a panel of packed weights (engine/src/cpu/packed.rs).
 enum { PANEL = 64, WARP = 32 };
 

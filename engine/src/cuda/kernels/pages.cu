@@ -25,21 +25,7 @@ DEVICE u32 place(const Pages *pages, u32 head, u32 token) { return (head << page
 
 DEVICE u8 *block_of(const Pages *pages, u32 page) { return pages->layer + (u64)page * pages->block_bytes; }
 
-// Rounds to a byte as kv-cache/src/byte_code.rs does.
-DEVICE u8 byte_from(float value) {
-#if PAGES == 1
-    u32 bits = float_bits(value), magnitude = bits & 0x7fffffffu, code;
-    if (magnitude < (127u - 6) << 23) code = float_bits(bits_float(magnitude) + 16384.0f) - float_bits(16384.0f);
-    else {
-        code = ((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - ((127 - 7) << 3);
-        if (code > 0x7e) code = 0x7e;
-    }
-    return (u8)((bits >> 24 & 0x80) | code);
-#else
-    value = rintf(value);
-    return (u8)(i8)(value > 127.0f ? 127.0f : value < -127.0f ? -127.0f : value);
-#endif
-}
+DEVICE u8 byte_from(float value) { return PAGES == 1 ? e4m3_from(value) : int8_from(value); }
 
 // Writes a head, which a warp holds, to its place in a page; `plane` and `scales` are bytes from the block's start.
 DEVICE void write_head(const Pages *pages, const u32 *slot, u32 head, const float *values, u32 plane, u32 scales) {
