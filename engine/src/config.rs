@@ -29,6 +29,9 @@ pub struct Config {
     pub device: Device,
     /// How many cards share the model, from that of `device` on: each computes a part of every layer, and keeps that part of the pages.
     pub tensor_parallel: usize,
+    /// Whether a sequence's bits depend on nothing but the sequence. Off, a card computes the linears of steps of many rows with cuBLASLt, which is faster, and
+    /// adds up in an order of its own. A processor is always exact.
+    pub exact: bool,
     /// Share of a card's memory that this engine may have, above 0 and up to 1. The default leaves room for what the driver and others take.
     pub gpu_memory_utilization: f64,
     /// Whether a card looks at every row before each layer, and refuses those that hold what is no number. Each step waits for that.
@@ -37,6 +40,8 @@ pub struct Config {
     pub nvrtc_library: Option<PathBuf>,
     /// NCCL's library, by which cards that share a model exchange activations; unset = where the system's loader has it.
     pub nccl_library: Option<PathBuf>,
+    /// cuBLASLt's library, for cards that need not be `exact`; unset = where the system's loader and CUDA toolkits have it.
+    pub cublaslt_library: Option<PathBuf>,
     /// Folder in which compiled kernels are kept from start to start; unset = they are compiled each time.
     pub kernel_cache: Option<PathBuf>,
 }
@@ -90,10 +95,12 @@ impl Default for Config {
             threads: None,
             device: Device::Cpu,
             tensor_parallel: 1,
+            exact: true,
             gpu_memory_utilization: 0.9,
             nan_guard: false,
             nvrtc_library: None,
             nccl_library: None,
+            cublaslt_library: None,
             kernel_cache: None,
         }
     }

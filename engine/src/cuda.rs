@@ -32,11 +32,15 @@
 //! race        logits, edges     -> tokens       in place of the largest of rows that race
 //! ```
 //!
+//! Where bits may depend on the batch, dense linears of many rows are products by a library instead ([`products`]).
+//!
 //! Memory is taken when the engine is made, and none by a step. A step's rows are described in words that are copied once ([`rows`]);
 //! what is asked of the device after that waits for nothing until the tokens are wanted.
 
 #[cfg(feature = "cuda")]
 mod cache;
+#[cfg(feature = "cuda")]
+mod cublaslt;
 mod device;
 #[cfg(feature = "cuda")]
 mod driver;
@@ -55,6 +59,7 @@ mod nccl;
 #[cfg(feature = "cuda")]
 mod nvrtc;
 mod pages;
+mod products;
 mod rank;
 mod rows;
 mod slice;
@@ -105,6 +110,9 @@ pub(crate) fn open(card: usize, config: &Config) -> Result<Vec<Box<dyn Device>>,
         driver::Card::open(card, config.nvrtc_library.as_deref(), cache)
     };
     let mut cards = (card..card + config.tensor_parallel).map(open).collect::<Result<Vec<_>, _>>()?;
+    if !config.exact {
+        cards.iter_mut().try_for_each(|card| card.multiply_by(config.cublaslt_library.as_deref()))?;
+    }
     driver::connect(&mut cards, config.nccl_library.as_deref())?;
     Ok(cards.into_iter().map(|card| Box::new(card) as Box<dyn Device>).collect())
 }

@@ -61,11 +61,13 @@ enum Unit {
     Kernels(&'static Kernels),
     /// A card that the processor plays, whose threads take turns in some order.
     Card(Order),
+    /// One with a library that multiplies where that need not be exact, but not so many inputs.
+    Library(u32),
     /// Several of them, which share the model.
     Cards(usize),
-    /// A real card.
+    /// A real card, exact or not.
     #[cfg(feature = "cuda")]
-    Real,
+    Real(bool),
 }
 
 impl From<&'static Kernels> for Unit {
@@ -79,6 +81,10 @@ impl Unit {
         match self {
             Unit::Kernels(kernels) => Engine::with_kernels(model, config, kernels),
             Unit::Card(order) => Engine::on_devices(model, config, vec![Box::new(Emulated::new(order))]),
+            Unit::Library(baffling) => {
+                let device = Emulated::new(Order::Forward).with_library(baffling);
+                Engine::on_devices(model, config, vec![Box::new(device)])
+            }
             Unit::Cards(ranks) => {
                 let config = Config { tensor_parallel: ranks, ..config.clone() };
                 let boxed = |device| Box::new(device) as Box<dyn crate::cuda::Device>;
@@ -86,11 +92,18 @@ impl Unit {
                 Engine::on_devices(model, &config, devices)
             }
             #[cfg(feature = "cuda")]
-            Unit::Real => {
+            Unit::Real(exact) => {
                 let setting = |name| std::env::vars().find(|(key, _)| key == name).map(|(_, value)| value);
                 let card = setting("BATON_CARD").map_or(0, |card| card.parse().expect("BATON_CARD: a number"));
-                let nvrtc_library = setting("BATON_NVRTC_LIBRARY").map(PathBuf::from);
-                Engine::new(model, &Config { device: Device::Cuda(card), nvrtc_library, ..config.clone() })
+                let library = |name| setting(name).map(PathBuf::from);
+                let config = Config {
+                    device: Device::Cuda(card),
+                    exact,
+                    nvrtc_library: library("BATON_NVRTC_LIBRARY"),
+                    cublaslt_library: library("BATON_CUBLASLT_LIBRARY"),
+                    ..config.clone()
+                };
+                Engine::new(model, &config)
             }
         }
         .expect("an engine")

@@ -1,5 +1,5 @@
 //! Cards behind NVIDIA's driver, where there is neither: the processor plays both, under their names (`driver/libcuda.c`, `driver/libnvrtc.c`), and what
-//! connects cards (`driver/libnccl.c`). What is tried here is how the engine calls them: in which order, with what, and what it makes of their errors.
+//! connects cards (`driver/libnccl.c`) and what multiplies on them (`driver/libcublasLt.c`). What is tried here is how the engine calls them: in which order, with what, and what it makes of their errors.
 //!
 //! The stand-in is opened before the engine asks for `libcuda.so`, which the system's loader then takes for the one that is meant. One test, because a
 //! process has one driver.
@@ -94,6 +94,11 @@ fn tables() -> Vec<Vec<PageId>> {
     (0..5).map(|at| (0..8).map(|page| PageId(at + 5 * page)).collect()).collect()
 }
 
+/// The pages of a sequence of up to 608 tokens.
+fn wide_table() -> [Vec<PageId>; 1] {
+    [(0..38).map(PageId).collect()]
+}
+
 fn tokens() -> Vec<TokenId> {
     (0..90).map(|at| at * 7 % 1000 + 3).collect()
 }
@@ -153,9 +158,14 @@ fn ahead(engine: &mut Engine) -> Vec<Vec<TokenId>> {
 
 /// Checks that two engines mean the same by their logits, one of which rounds to bf16.
 fn check_alike(found: &[f32], expected: &[f32], what: &str) {
+    check_within(0.05, found, expected, what);
+}
+
+/// Checks that logits differ by no more than `share` of the largest.
+fn check_within(share: f32, found: &[f32], expected: &[f32], what: &str) {
     let largest = expected.iter().map(|logit| logit.abs()).fold(0.0, f32::max);
     let worst = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    assert!(largest > 1.0 && worst <= 0.05 * largest, "{what}: they differ by {worst} of {largest}");
+    assert!(largest > 1.0 && worst <= share * largest, "{what}: they differ by {worst} of {largest}");
 }
 
 fn refused(model: &Arc<Model>, config: &Config, words: &[&str]) {
@@ -165,6 +175,12 @@ fn refused(model: &Arc<Model>, config: &Config, words: &[&str]) {
     words.iter().for_each(|word| assert!(text.contains(word), "{text:?} lacks {word:?}"));
 }
 
+/// Returns the model of the recorded references of that name.
+fn model(name: &str) -> Arc<Model> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(name);
+    Model::load(&path, &mut |_| {}).expect("a good checkpoint")
+}
+
 /// What stands in for NVIDIA's libraries.
 struct Stand {
     driver: Library,
@@ -172,6 +188,7 @@ struct Stand {
     nccl: Library,
     /// Before it is there, nobody knows what cards are doing.
     nvml: Option<Library>,
+    cublaslt: Library,
     model: Arc<Model>,
     /// Of an engine on the first card.
     config: Config,
@@ -182,11 +199,12 @@ impl Stand {
         let (driver, _) = library("libcuda.c", folder, "libcuda.so");
         let (nvrtc, nvrtc_file) = library("libnvrtc.c", folder, "libnvrtc.so");
         let (nccl, nccl_file) = library("libnccl.c", folder, "libnccl.so.2");
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/llama3-bf16-sharded");
+        let (cublaslt, cublaslt_file) = library("libcublasLt.c", folder, "libcublasLt.so.13");
         let config = Config {
             device: Device::Cuda(0),
             nvrtc_library: Some(nvrtc_file),
             nccl_library: Some(nccl_file),
+            cublaslt_library: Some(cublaslt_file),
             kernel_cache: Some(folder.join("cache")),
             kv_bytes: Some(8 << 20),
             token_budget: 256,
@@ -195,14 +213,12 @@ impl Stand {
             threads: Some(2),
             ..Config::default()
         };
-        Self {
-            driver,
-            nvrtc,
-            nccl,
-            nvml: None,
-            model: Model::load(&path, &mut |_| {}).expect("a good checkpoint"),
-            config,
-        }
+        Self { driver, nvrtc, nccl, cublaslt, nvml: None, model: model("llama3-bf16-sharded"), config }
+    }
+
+    /// Of an engine on the first card that need not be exact, for prompts that are long enough for a library.
+    fn inexact(&self) -> Config {
+        Config { exact: false, token_budget: 1024, ..self.config.clone() }
     }
 
     /// Of an engine on all three cards.
@@ -221,6 +237,7 @@ impl Stand {
     /// Checks that nobody has kept anything, or waits for somebody who is gone.
     fn check_empty(&self) {
         assert_eq!((number(&self.driver, "leaks"), number(&self.nccl, "connections")), (0, 0));
+        assert_eq!(number(&self.cublaslt, "objects"), 0);
         assert_eq!(number(&self.driver, "in_vain"), 0);
     }
 
@@ -242,6 +259,14 @@ impl Stand {
             Config { nccl_library: config().nvrtc_library, ..self.shared() },
             &["connect it with its peers", "libnvrtc.so"],
         );
+        check(
+            Config { cublaslt_library: gone("libgone.so"), ..self.inexact() },
+            &["cuda:0", "exact is off", "libgone.so", "nvidia-cublas-cu12", "--cublaslt-library"],
+        );
+        check(Config { cublaslt_library: config().nvrtc_library, ..self.inexact() }, &["libnvrtc.so", "cublasLt"]);
+        number(&self.cublaslt, "grow_old");
+        check(self.inexact(), &["version 12103", "CUDA 12.0"]);
+        number(&self.cublaslt, "grow_up");
         check(Config { kv_bytes: Some(8192 * mib), ..config() }, &["a processor", "pages", "out of memory"]);
         check(Config { kv_bytes: Some(16384 * mib), ..self.shared() }, &["a processor", "pages", "out of memory"]);
         let none = Config { kv_bytes: None, gpu_memory_utilization: 1e-3, ..config() };
@@ -309,6 +334,57 @@ impl Stand {
         assert_eq!(self.compiled(), compiled, "what steps do is made ready before");
     }
 
+    /// A card that need not be exact multiplies many rows by the library, and few by kernels of ours.
+    fn check_library(&self) {
+        let (tokens, one): (Vec<TokenId>, _) = ((0..600).map(|at| at * 7 % 1000 + 3).collect(), wide_table());
+        let products = || number(&self.cublaslt, "products");
+        let exact = {
+            let config = Config { token_budget: 1024, ..self.config.clone() };
+            logits(&mut self.engine(&config), &tokens[..521], 0, &one, false)
+        };
+        assert_eq!(products(), 0, "who is exact multiplies by kernels of ours");
+        self.check_empty();
+        let mut first = Vec::new();
+        for _ in 0..2 {
+            let mut card = self.engine(&self.inexact());
+            let (ready, choices) = (products(), number(&self.cublaslt, "choices"));
+            // Classes of 512 and 1024 rows of a few shapes.
+            assert!(choices >= 4 && ready >= 4, "{choices} ways, {ready} products");
+            let prompt = logits(&mut card, &tokens[..520], 0, &one, true);
+            assert!(products() > ready, "a long prompt goes through the library");
+            assert_eq!(number(&self.cublaslt, "choices"), choices, "ways are kept");
+            // That way is none for an odd number of rows, which is found out when they come.
+            let odd = logits(&mut card, &tokens[..521], 0, &one, false);
+            assert!(number(&self.cublaslt, "choices") > choices);
+            check_alike(&odd[0], &exact[0], "a long prompt");
+            let multiplied = products();
+            let short = logits(&mut card, &tokens[..80], 0, &one, false);
+            let next = logits(&mut card, &tokens[..81], 80, &one, false);
+            assert_eq!(products(), multiplied, "few rows go through kernels of ours");
+            let all = [prompt, odd, short, next];
+            assert!(first.is_empty() || first == all, "a start has the bits of another");
+            first = all.into();
+        }
+        self.check_empty();
+        // What the library has no way for is as exact as ever.
+        number(&self.cublaslt, "forget");
+        let multiplied = products();
+        assert!(logits(&mut self.engine(&self.inexact()), &tokens[..521], 0, &one, false) == exact);
+        assert_eq!(products(), multiplied);
+        number(&self.cublaslt, "remember");
+        self.check_empty();
+        // Inputs are rounded to what weights are, or weights widened.
+        for (name, share) in
+            [("llama-fp8-channel", 0.3), ("llama-int8-w8a8", 0.1), ("llama-gptq-int4-g32-actorder", 0.05)]
+        {
+            let engine = |config: &Config| Engine::new(model(name), config).expect("an engine");
+            let mut cpu = engine(&Config { device: Device::Cpu, exact: true, ..self.inexact() });
+            let found = logits(&mut engine(&self.inexact()), &tokens[..520], 0, &one, false);
+            check_within(share, &found[0], &logits(&mut cpu, &tokens[..520], 0, &one, false)[0], name);
+            self.check_empty();
+        }
+    }
+
     /// A card that fails in the middle of a step fails the step, for which the others do not wait: one that computes a prompt, and one that decodes.
     fn check_failures(&self) {
         let (tokens, tables, sampling) = (tokens(), tables(), Sampling::default());
@@ -353,6 +429,7 @@ fn a_model_runs_behind_the_driver() {
     stand.check_empty();
     stand.check_failures();
     stand.check_empty();
+    stand.check_library();
     stand.check_cards(folder.path());
     stand.check_empty();
 

@@ -1,4 +1,4 @@
-//! What a card does for a step, and nothing else: memory, copies, launches, marks, graphs.
+//! What a card does for a step, and nothing else: memory, copies, launches, products by a library, marks, graphs.
 //!
 //! Everything the CUDA home does goes through [`Device`], so that it can be watched and carried out without a card: there is the driver's
 //! ([`super::driver`]) and, for tests, one that runs the kernels on the processor and counts what is asked of it.
@@ -6,7 +6,7 @@
 //! Work is in order: what is asked of a device is done after what was asked before, and whoever wants a result waits for it. Only
 //! [`Device::download`], [`Device::receive`], [`Device::fetch`] and [`Device::wait`] wait. Memory lives as long as the device; steps take none.
 
-use super::kernels::{Call, Kernel};
+use super::kernels::{Call, Element, Kernel};
 use crate::Error;
 
 /// Memory of a device.
@@ -46,6 +46,60 @@ pub(crate) const MOST_SENT_BYTES: usize = 64 << 10;
 /// Calls that are replayed as one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Graph(pub(crate) usize);
+
+/// What weights and inputs of a [`Product`] are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Operand {
+    Floats(Element),
+    E4m3,
+    /// Signed; sums are i32.
+    Int8,
+}
+
+impl Operand {
+    pub(crate) fn bytes(self) -> usize {
+        match self {
+            Operand::Floats(_) => 2,
+            Operand::E4m3 | Operand::Int8 => 1,
+        }
+    }
+}
+
+/// The shape of a product: with the power of two above its rows, what decides how a library computes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct ProductShape {
+    pub(crate) operand: Operand,
+    /// Multiples of 32, as all widths and strides here.
+    pub(crate) outputs: u32,
+    pub(crate) inputs: u32,
+    /// Elements from row to row.
+    pub(crate) input_stride: u32,
+    pub(crate) to_stride: u32,
+    /// Whether sums are added to what is there.
+    pub(crate) adds: bool,
+}
+
+/// A product by a library of the device, which adds up as it likes: `to[row][output] = inputs[row] . weights[output]`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Product {
+    pub(crate) shape: ProductShape,
+    pub(crate) rows: u32,
+    /// `[outputs][inputs]`; all begin at a multiple of 256 bytes.
+    pub(crate) weights: u64,
+    /// `[rows][input_stride]`.
+    pub(crate) input: u64,
+    /// `[rows][to_stride]` f32, or i32.
+    pub(crate) to: u64,
+    /// Room for the library itself.
+    pub(crate) workspace: Region,
+}
+
+impl Product {
+    /// Returns the rows for which the library is asked how to compute it.
+    pub(crate) fn row_class(&self) -> u32 {
+        self.rows.next_power_of_two()
+    }
+}
 
 /// A card, or what stands in for one.
 pub(crate) trait Device: std::fmt::Debug + Send + Sync {
@@ -91,6 +145,16 @@ pub(crate) trait Device: std::fmt::Debug + Send + Sync {
 
     /// Runs a kernel.
     fn launch(&mut self, call: &Call) -> Result<(), Error>;
+
+    /// Says whether a library of the device multiplies such operands.
+    fn multiplies(&self, operand: Operand) -> bool;
+
+    /// Chooses how products of such a shape and as many rows, rounded up, are computed, and computes this one: what the library puts off until then is done.
+    /// Returns whether there is a way.
+    fn prepare_product(&mut self, product: &Product) -> Result<bool, Error>;
+
+    /// Multiplies.
+    fn multiply(&mut self, product: &Product) -> Result<(), Error>;
 
     /// Sets mark `mark`, a small number, behind what was asked so far; it may be set again.
     fn mark(&mut self, mark: usize) -> Result<(), Error>;

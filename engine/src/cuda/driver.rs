@@ -7,11 +7,13 @@
 
 use super::{
     cache::Cache,
-    device::{Device, Graph, MOST_SENT_BYTES, Memory, Region, SLOTS},
+    cublaslt::CublasLt,
+    device::{Device, Graph, MOST_SENT_BYTES, Memory, Operand, Product, Region, SLOTS},
     kernels::{Call, Kernel},
     nccl::Ring,
     nvrtc::{self, Nvrtc},
     pages::MOST_BLOCK_BYTES,
+    products::WORKSPACE,
     staging::Staging,
 };
 use crate::Error;
@@ -38,6 +40,8 @@ const ARCHITECTURE: [CUdevice_attribute; 2] = [
     CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
     CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
 ];
+/// Oldest architecture with e4m3 in its tensor cores.
+const OLDEST_WITH_E4M3: (c_int, c_int) = (8, 9);
 /// Bytes of page-locked memory that uploads go through, and as many for downloads.
 const STAGING: usize = MOST_BLOCK_BYTES;
 
@@ -71,6 +75,8 @@ pub(crate) struct Card {
     graphs: Vec<sys::CUgraphExec>,
     /// Its rank among cards that share a model, and their connections.
     ring: Option<(usize, Arc<Ring>)>,
+    /// Multiplies where that need not be exact.
+    products: Option<CublasLt>,
 }
 
 // SAFETY: handles of the driver may be used by any thread that has made their context current, which every method does; the page-locked
@@ -146,6 +152,7 @@ impl Card {
             marks: Vec::new(),
             graphs: Vec::new(),
             ring: None,
+            products: None,
         };
         opened.enter()?;
         for stream in [&mut opened.stream, &mut opened.copies] {
@@ -159,6 +166,24 @@ impl Card {
             slot.sent = event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(refused("make an event"))?;
         }
         Ok(opened)
+    }
+
+    /// Has many rows multiplied by the library `cublaslt`, or the one that is found.
+    ///
+    /// # Errors
+    /// [`Error::Card`] says what is missing.
+    pub(crate) fn multiply_by(&mut self, cublaslt: Option<&Path>) -> Result<(), Error> {
+        self.enter()?;
+        let mut version = 0;
+        // SAFETY: the number is ours to write.
+        unsafe { sys::cuDriverGetVersion(&mut version) }
+            .result()
+            .map_err(|error| self.fault("ask for the driver's version", error))?;
+        let opened = CublasLt::open(cublaslt, version, WORKSPACE);
+        let opened =
+            opened.map_err(|problem| Error::card(&self.name, "open what multiplies (exact is off)", problem))?;
+        self.products = Some(opened);
+        Ok(())
     }
 
     /// Returns what NVRTC calls its architecture: with what only this one has, where there is such a thing.
@@ -493,6 +518,28 @@ impl Device for Card {
             .map_err(|error| self.fault(call.kernel.name, error))
     }
 
+    fn multiplies(&self, operand: Operand) -> bool {
+        self.products.is_some() && (operand != Operand::E4m3 || self.architecture >= OLDEST_WITH_E4M3)
+    }
+
+    fn prepare_product(&mut self, product: &Product) -> Result<bool, Error> {
+        self.enter()?;
+        let products = self.products.as_mut().expect("a card that multiplies has a library");
+        let known = products.prepare(product).map_err(|problem| Error::card(&self.name, "find a product", problem))?;
+        if known {
+            self.multiply(product)?;
+        }
+        Ok(known)
+    }
+
+    fn multiply(&mut self, product: &Product) -> Result<(), Error> {
+        self.enter()?;
+        let products = self.products.as_mut().expect("a card that multiplies has a library");
+        // SAFETY: its regions are ours, as long as `products.rs` makes them, and live as long as this device.
+        unsafe { products.multiply(product, self.stream) }
+            .map_err(|problem| Error::card(&self.name, "multiply", problem))
+    }
+
     fn mark(&mut self, mark: usize) -> Result<(), Error> {
         self.enter()?;
         while self.marks.len() <= mark {
@@ -547,6 +594,7 @@ impl Drop for Card {
             self.ring.iter().for_each(|(_, ring)| ring.close());
             let streams = [self.stream, self.copies].into_iter().filter(|stream| !stream.is_null());
             streams.clone().for_each(|stream| _ = stream::synchronize(stream));
+            drop(self.products.take());
             self.graphs.drain(..).for_each(|graph| _ = graph::exec_destroy(graph));
             self.marks.drain(..).for_each(|mark| _ = event::destroy(mark));
             self.modules.drain().for_each(|(_, module)| _ = module::unload(module));

@@ -1,11 +1,14 @@
 //! A device whose kernels run on the processor ([`super::emulator`]), and which counts what is asked of it.
 
 use super::{
-    device::{Device, Graph, MOST_SENT_BYTES, Memory, Region, SLOTS},
+    device::{Device, Graph, MOST_SENT_BYTES, Memory, Operand, Product, ProductShape, Region, SLOTS},
     emulator::{self, Order},
-    kernels::{Call, Kernel},
+    kernels::{Call, Element, Kernel},
 };
-use crate::{Error, cpu::buffer::Buffer};
+use crate::{
+    Error,
+    cpu::{buffer::Buffer, scheme::widen_e4m3},
+};
 use std::{
     collections::HashSet,
     sync::{
@@ -29,6 +32,8 @@ pub(crate) struct Asked {
     pub(crate) downloaded: AtomicUsize,
     /// Calls, and graphs in their place.
     pub(crate) calls: AtomicUsize,
+    /// Those of a library, in graphs or not.
+    pub(crate) products: AtomicUsize,
 }
 
 /// The processor as a device. Memory ends at pages that cannot be touched.
@@ -41,6 +46,10 @@ pub(crate) struct Emulated {
     ready: HashSet<Kernel>,
     /// Whether kernels run; else only their calls are counted, and all memory stays zero.
     runs: bool,
+    /// The products that a library computes, where there is one.
+    ways: Option<HashSet<(ProductShape, u32)>>,
+    /// It has no way for those of so many inputs.
+    baffling: u32,
     remembered: Option<Vec<Work>>,
     graphs: Vec<Vec<Work>>,
     marks: usize,
@@ -55,6 +64,7 @@ pub(crate) struct Emulated {
 enum Work {
     Call(Call),
     Gather { part: Region, bytes: usize, whole: Region },
+    Multiply(Product),
 }
 
 /// Where ranks meet.
@@ -109,6 +119,8 @@ impl Emulated {
             order,
             ready: HashSet::new(),
             runs: true,
+            ways: None,
+            baffling: 0,
             remembered: None,
             graphs: Vec::new(),
             marks: 0,
@@ -122,6 +134,11 @@ impl Emulated {
     pub(crate) fn team(order: Order, ranks: usize) -> Vec<Self> {
         let peers = Arc::new(Peers::new(ranks));
         (0..ranks).map(|rank| Self { rank, peers: peers.clone(), ..Self::new(order) }).collect()
+    }
+
+    /// Gives it a library that multiplies, but not `baffling` inputs.
+    pub(crate) fn with_library(self, baffling: u32) -> Self {
+        Self { ways: Some(HashSet::new()), baffling, ..self }
     }
 
     /// Makes one that computes nothing.
@@ -148,6 +165,10 @@ impl Emulated {
                     unsafe { (to.address as *mut u8).copy_from_nonoverlapping(part as *const u8, *bytes) };
                 }
                 self.peers.meet(self.rank, part.address).map(drop)
+            }
+            Work::Multiply(product) => {
+                multiply(product);
+                Ok(())
             }
         }
     }
@@ -249,6 +270,26 @@ impl Device for Emulated {
         self.ask(Work::Gather { part, bytes, whole })
     }
 
+    fn multiplies(&self, _operand: Operand) -> bool {
+        self.ways.is_some()
+    }
+
+    fn prepare_product(&mut self, product: &Product) -> Result<bool, Error> {
+        let ways = self.ways.as_mut().expect("a device with a library");
+        let known = product.shape.inputs != self.baffling;
+        if known {
+            ways.insert((product.shape, product.row_class()));
+        }
+        Ok(known)
+    }
+
+    fn multiply(&mut self, product: &Product) -> Result<(), Error> {
+        let known = self.ways.as_ref().is_some_and(|ways| ways.contains(&(product.shape, product.row_class())));
+        assert!(known, "{product:?} was not made ready");
+        self.asked.products.fetch_add(1, Relaxed);
+        self.ask(Work::Multiply(*product))
+    }
+
     fn leave(&mut self) {
         self.peers.meeting.lock().expect("no rank panicked").left = true;
         self.peers.changed.notify_all();
@@ -279,5 +320,41 @@ impl Device for Emulated {
     fn replay(&mut self, graph: Graph) -> Result<(), Error> {
         self.asked.calls.fetch_add(1, Relaxed);
         self.graphs[graph.0].iter().try_for_each(|work| self.run(work))
+    }
+}
+
+/// Multiplies as its definition says.
+fn multiply(product: &Product) {
+    let Product { shape, rows, weights, input, to, .. } = *product;
+    let (rows, outputs, inputs) = (rows as usize, shape.outputs as usize, shape.inputs as usize);
+    let (input_stride, to_stride, bytes) =
+        (shape.input_stride as usize, shape.to_stride as usize, shape.operand.bytes());
+    let read = |from: u64, stride: usize, count: usize| -> Vec<f32> {
+        let length = ((count - 1) * stride + inputs) * bytes;
+        // SAFETY: as long as a product documents it in a buffer of this device, which nobody writes now.
+        let from = unsafe { std::slice::from_raw_parts(from as *const u8, length) };
+        let row = |row: usize| from[row * stride * bytes..][..inputs * bytes].chunks_exact(bytes);
+        let wide = |element: &[u8]| match shape.operand {
+            Operand::Floats(Element::Bf16) => half::bf16::from_le_bytes([element[0], element[1]]).to_f32(),
+            Operand::Floats(Element::F16) => half::f16::from_le_bytes([element[0], element[1]]).to_f32(),
+            Operand::E4m3 => widen_e4m3(element[0]),
+            Operand::Int8 => f32::from(element[0] as i8),
+        };
+        (0..count).flat_map(|index| row(index).map(wide)).collect()
+    };
+    let (weights, input) = (read(weights, inputs, outputs), read(input, input_stride, rows));
+    for (row, input) in input.chunks_exact(inputs).enumerate() {
+        for (output, weights) in weights.chunks_exact(inputs).enumerate() {
+            let sum: f64 = input.iter().zip(weights).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+            let to = (to as usize + (row * to_stride + output) * 4) as *mut f32;
+            // SAFETY: likewise; nobody else touches it now.
+            unsafe {
+                match (shape.operand, shape.adds) {
+                    (Operand::Int8, false) => to.cast::<i32>().write(sum as i32),
+                    (_, false) => to.write(sum as f32),
+                    (_, true) => to.write(to.read() + sum as f32),
+                }
+            }
+        }
     }
 }

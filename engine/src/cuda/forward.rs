@@ -151,7 +151,8 @@ impl Rank {
             self.launch_pass(decoder, &pass)?;
         }
         let listed = self.listed.take().expect("it was put there above");
-        listed.iter().try_for_each(|kernel| self.device.prepare(kernel))
+        listed.iter().try_for_each(|kernel| self.device.prepare(kernel))?;
+        self.prepare_products()
     }
 
     /// Asks the device for a call, or lists its kernel while that is what calls are made for.
@@ -269,7 +270,7 @@ impl Rank {
         match &block.attention {
             weights::Attention::Heads(heads) => {
                 let (from, to) = ((input, self.sizes.residual), (qkv, self.sizes.qkv));
-                self.linear(&heads.qkv, at.rows, from, to, Finish::Store)?;
+                self.large_linear(&heads.qkv, at.rows, from, to, Finish::Store)?;
                 self.rotate_and_write(decoder, heads, at, layer)
             }
             weights::Attention::Latent(latent) => self.write_latents(decoder, latent, at, layer),
@@ -322,7 +323,7 @@ impl Rank {
             Inner::Gated(gate_up) => (gate_up, Finish::Gate(decoder.activation)),
             Inner::Plain(up) => (up, Finish::Activate(decoder.activation)),
         };
-        self.linear(inner, at.rows, (input, self.sizes.residual), (gated, self.sizes.gated), finish)?;
+        self.large_linear(inner, at.rows, (input, self.sizes.residual), (gated, self.sizes.gated), finish)?;
         self.add(decoder, &dense.down, at, (gated, self.sizes.gated), norm)
     }
 
@@ -479,20 +480,30 @@ impl Rank {
         &mut self,
         linear: &Linear,
         rows: usize,
-        (from, from_stride): (Region, usize),
+        from: (Region, usize),
         to: (Region, usize),
         finish: Finish,
     ) -> Result<(), Error> {
-        let mut from = from;
-        if linear.order.bytes > 0 {
-            let (width, to) = ((linear.order.bytes / 4) as u32, self.buffers.ordered);
-            let (order, stride) = (linear.order.address, from_stride as u32);
-            self.call(&Reorder { rows: rows as u32, from: from.address, order, to: to.address, width, stride }.call())?;
-            from = to;
-        }
-        let call = linear.call(self.element, self.device.most_shared(), rows, from, from_stride);
+        let input = self.ordered(linear, rows, from)?;
+        let call = linear.call(self.element, self.device.most_shared(), rows, input, from.1);
         let (partial, counters) = (self.buffers.partial.address, self.buffers.counters.address);
         self.finished(linear.split, kernels::Linear { partial, counters, ..call }, to, finish)
+    }
+
+    /// Brings a linear's inputs into the order of its weights, where they have one; returns where they are.
+    pub(super) fn ordered(
+        &mut self,
+        linear: &Linear,
+        rows: usize,
+        (from, stride): (Region, usize),
+    ) -> Result<Region, Error> {
+        if linear.order.bytes == 0 {
+            return Ok(from);
+        }
+        let (width, to) = ((linear.order.bytes / 4) as u32, self.buffers.ordered);
+        let (rows, order, stride) = (rows as u32, linear.order.address, stride as u32);
+        self.call(&Reorder { rows, from: from.address, order, to: to.address, width, stride }.call())?;
+        Ok(to)
     }
 
     /// Adds a product to the residual, through a norm where there is one.
@@ -506,10 +517,10 @@ impl Rank {
     ) -> Result<(), Error> {
         let (residual, stride) = (at.residual, self.sizes.residual);
         if norm.is_none() {
-            return self.linear(linear, at.rows, from, (residual, stride), Finish::Add);
+            return self.large_linear(linear, at.rows, from, (residual, stride), Finish::Add);
         }
         let outcome = self.buffers.outcome;
-        self.linear(linear, at.rows, from, (outcome, stride), Finish::Store)?;
+        self.large_linear(linear, at.rows, from, (outcome, stride), Finish::Store)?;
         self.norm_rows(decoder, at, norm, outcome, (residual, NormTo::Add))
     }
 

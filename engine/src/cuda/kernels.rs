@@ -15,6 +15,7 @@ mod experts;
 mod latent;
 mod linear;
 mod pages;
+mod products;
 mod rows;
 
 pub(crate) use codes::Codes;
@@ -23,6 +24,7 @@ pub(crate) use experts::{Choose, Cut, Group, Mix, Pairs};
 pub(crate) use latent::{LatentAttention, LatentKeys, LatentQueries};
 pub(crate) use linear::{Finish, Linear, LinearShape};
 pub(crate) use pages::{Attention, HeadNorms, Pages, Rotary, Share};
+pub(crate) use products::{Narrow, Sums};
 pub(crate) use rows::{Cap, Check, Embed, Gather, Join, JoinTo, Largest, Norm, NormTo, Reorder, Table};
 
 /// A file of kernels.
@@ -32,6 +34,7 @@ pub(crate) enum Source {
     Draw,
     Linear,
     Codes,
+    Products,
     Experts,
     Rotary,
     Attention,
@@ -50,6 +53,7 @@ impl Source {
             Source::Draw => &[("draw.cu", include_str!("kernels/draw.cu"))],
             Source::Linear => &[LINEAR],
             Source::Codes => &[LINEAR, ("codes.cu", include_str!("kernels/codes.cu"))],
+            Source::Products => &[LINEAR, ("products.cu", include_str!("kernels/products.cu"))],
             Source::Experts => &[("experts.cu", include_str!("kernels/experts.cu"))],
             Source::Rotary => &[PAGES, ("rotary.cu", include_str!("kernels/rotary.cu"))],
             Source::Attention => &[PAGES, BLOCKS, ("attention.cu", include_str!("kernels/attention.cu"))],

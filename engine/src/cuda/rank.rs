@@ -7,6 +7,7 @@ use super::{
     kernels::{self, Cut, Draw, Element, JoinTo, Kernel, LatentAttention},
     latent::{LatentBuffers, LatentSizes},
     pages::Pool as Pages,
+    products::Products,
     rows::{Capacity, Parts, Rows},
     slice::Slice,
     weights::{self, Uploaded},
@@ -163,6 +164,8 @@ pub(crate) struct Rank {
     pub(super) sizes: Sizes,
     pub(super) weights: Uploaded,
     pub(super) buffers: Buffers,
+    /// Present where a library multiplies.
+    pub(super) products: Option<Products>,
     pub(super) words: Rows,
     pub(super) parts: Parts,
     /// `None` before [`Rank::reserve_pages`].
@@ -185,6 +188,7 @@ impl Rank {
         let element = weights::element(&model.weights);
         let weights = Uploaded::upload(&mut *device, slice, &model.decoder, &model.weights, element, sizes.context)?;
         let buffers = Buffers::reserve(&mut *device, slice, &sizes, &model.decoder, &weights, element)?;
+        let products = Products::reserve(&mut *device, &weights, element, sizes.capacity.rows)?;
         let region = device.alloc("the rows of a step", sizes.capacity.bytes())?;
         Ok(Self {
             device,
@@ -194,6 +198,7 @@ impl Rank {
             weights,
             hidden: buffers.input,
             buffers,
+            products,
             words: Rows::new(sizes.capacity),
             parts: sizes.capacity.parts(region),
             pages: None,

@@ -250,6 +250,10 @@ fn check_decoder(decoder: &Decoder, element: Element, config: &Config) -> Result
         let problem = format!("{ranks} cards: latent attention ({architecture}) runs on one card alone");
         return Err(Error::setting("tensor_parallel", problem));
     }
+    if ranks > 1 && !config.exact {
+        let problem = format!("off for {ranks} cards, whose bits would not be those of one: it is for one card alone");
+        return Err(Error::setting("exact", problem));
+    }
     if let Some(Mixture { routing, .. }) = &decoder.mixture
         && routing.experts > Choose::MOST
     {

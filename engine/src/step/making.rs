@@ -205,6 +205,10 @@ fn check_one(config: &Config) -> Result<(), Error> {
         let problem = "rows are looked at on a card alone, but the engine is cpu: cuda, or false, would be right";
         return Err(Error::setting("nan_guard", problem));
     }
+    if !config.exact {
+        let problem = "off is for a card, but the engine is cpu, which is exact: cuda, or on, would be right";
+        return Err(Error::setting("exact", problem));
+    }
     match config.tensor_parallel {
         1 => Ok(()),
         ranks => {

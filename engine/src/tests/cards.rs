@@ -267,6 +267,59 @@ fn a_card_draws_what_the_host_draws() {
     check_draws("tests/golden/gemma2", Unit::Card(Order::Backward));
 }
 
+#[test]
+fn a_library_multiplies_where_that_need_not_be_exact() {
+    let all = [&LLAMA[..], &QWEN, &GEMMA, &OTHERS, &EXPERTS].concat();
+    all.iter().for_each(|path| check_on(path, Unit::Library(0)));
+    // What it has no way for is computed as ever.
+    check_on("tests/golden/llama", Unit::Library(96));
+}
+
+/// Models whose weights of eight bits meet inputs of eight bits where a library multiplies, and what that may change. References that round inputs are no
+/// nearer: what is rounded to bf16 before falls to other codes.
+const NARROW: [(&str, golden::Tolerance); 3] = [
+    ("tests/golden/llama-fp8-tensor", golden::FP8_INPUTS),
+    ("tests/golden/llama-fp8-channel", golden::FP8_INPUTS),
+    ("tests/golden/llama-int8-w8a8", golden::INT8_INPUTS),
+];
+
+#[test]
+fn a_library_multiplies_quantised_weights() {
+    let widened = QUANTISED.iter().filter(|path| NARROW.iter().all(|(narrow, _)| narrow != *path));
+    widened.for_each(|path| check_on(path, Unit::Library(0)));
+    NARROW.into_iter().for_each(|(path, tolerance)| check_pages(path, Unit::Library(0), None, tolerance));
+}
+
+/// Computes prompts of 40 tokens of the model at `path`, and then of 5, on a recording device; returns what it was asked by each: memory, waits, products.
+fn asked_by_prompts(path: &str, device: Emulated) -> Vec<[usize; 3]> {
+    let asked = device.asked();
+    let mut engine = Engine::on_devices(load(path), &small_config(), vec![Box::new(device)]).expect("an engine");
+    let counts = || [&asked.allocations, &asked.waits, &asked.products].map(|count| count.load(Relaxed));
+    let pages: Vec<PageId> = (0..8).map(PageId).collect();
+    let step = |tokens: usize| {
+        let before = counts();
+        let row = Row { tokens: &vec![7; tokens], pages: &pages, ..Row::default() };
+        engine.step(&[row], &mut |_| {}).expect("a good row");
+        let after = counts();
+        std::array::from_fn(|at| after[at] - before[at])
+    };
+    [40, 40, 5].map(step).into()
+}
+
+#[test]
+fn products_of_a_library_take_no_memory_and_wait_for_nobody() {
+    for path in ["tests/golden/llama", "tests/golden/llama-fp8-channel", "tests/golden/llama-int8-w8a8"] {
+        let exact = asked_by_prompts(path, Emulated::recording());
+        let [_, waits, _] = exact[0];
+        assert!(exact.iter().all(|asked| *asked == [0, waits, 0]), "{path}: {exact:?}");
+        let all = asked_by_prompts(path, Emulated::recording().with_library(0));
+        let products = all[0][2];
+        assert!(products > 8 && all == [[0, waits, products], [0, waits, products], [0, waits, 0]], "{path}: {all:?}");
+        let some = asked_by_prompts(path, Emulated::recording().with_library(96))[0][2];
+        assert!(0 < some && some < products, "{path}: {some} of {products}");
+    }
+}
+
 /// Decodes `steps` steps of sequences of the model at `path`, one for each of `samplings`, on an engine whose card computes nothing, and returns what it
 /// was asked meanwhile: memory, uploads, calls, waits, bytes that come down.
 fn asked(path: &str, steps: usize, samplings: &[Sampling]) -> Vec<[usize; 5]> {
@@ -548,6 +601,13 @@ fn what_a_card_does_not_run_is_refused_by_name_before_weights_are_loaded() {
     shared("tests/golden/olmo2", card, 5, &["tensor_parallel", "norms over all heads", "Olmo2ForCausalLM"]);
     shared("tests/golden/deepseek_v3", card, 2, &["tensor_parallel", "latent attention", "DeepseekV3ForCausalLM"]);
     shared("tests/golden/llama", Device::Cpu, 2, &["tensor_parallel", "cpu"]);
+    let inexact = |device: Device, tensor_parallel: usize, words: &[&str]| {
+        let config = Config { device, tensor_parallel, exact: false, ..small_config() };
+        let error = check_device(&super::repository("tests/golden/llama"), &config).expect_err("nothing that runs");
+        words.iter().for_each(|word| assert!(error.to_string().contains(word), "{error} lacks {word:?}"));
+    };
+    inexact(Device::Cpu, 1, &["exact", "cpu"]);
+    inexact(card, 2, &["exact", "2 cards", "one card alone"]);
     let config = Config { device: Device::Cuda(0), ..small_config() };
     for path in ["tests/golden/llama", "tests/golden/mixtral", "tests/golden/qwen3moe", "tests/golden/deepseek_v2"] {
         check_device(&super::repository(path), &config).expect("a model that runs");
@@ -570,8 +630,8 @@ fn a_machine_without_a_card_says_so() {
 mod on_a_card {
     use super::*;
 
-    /// The card that `BATON_CARD` names, with NVRTC from `BATON_NVRTC_LIBRARY` where that is set.
-    const REAL: Unit = Unit::Real;
+    /// The card that `BATON_CARD` names, with NVRTC from `BATON_NVRTC_LIBRARY` where that is set, and cuBLASLt from `BATON_CUBLASLT_LIBRARY`.
+    const REAL: Unit = Unit::Real(true);
 
     #[test]
     #[ignore = "needs a card"]
@@ -580,6 +640,14 @@ mod on_a_card {
             .concat()
             .iter()
             .for_each(|path| check_on(path, REAL));
+    }
+
+    #[test]
+    #[ignore = "needs a card"]
+    fn recorded_references_by_a_library() {
+        let inexact = Unit::Real(false);
+        [&LLAMA[..], &QWEN, &GEMMA, &OTHERS, &EXPERTS].concat().iter().for_each(|path| check_on(path, inexact));
+        NARROW.into_iter().for_each(|(path, tolerance)| check_pages(path, inexact, None, tolerance));
     }
 
     #[test]

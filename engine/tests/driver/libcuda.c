@@ -26,7 +26,7 @@ enum {
 };
 
 enum { CARDS = 3, PATIENCE_SECONDS = 20 };
-enum { COPY, SET, RUN, RECORD, AWAIT, MEET };
+enum { COPY, SET, RUN, CALL, RECORD, AWAIT, MEET };
 
 typedef struct { int retained; size_t taken; int broken; } Context;
 typedef struct Module {
@@ -40,6 +40,8 @@ typedef struct Event Event;
 // Comes to `place`, where streams meet. Returns 0 when all have come, and with that lets all of them go on; -1 while others are to come, when it is asked
 // again from time to time; or an error. One thread at a time asks.
 typedef Result Meet(void *place, int rank, const void *from, void *to, size_t bytes);
+// Does what a library asked of a stream.
+typedef void Call(const uint64_t *args);
 
 typedef struct {
     int kind;
@@ -52,6 +54,7 @@ typedef struct {
     Function *function;
     unsigned grid[3], threads, shared_bytes;
     uint64_t args[32];
+    Call *call;
     Meet *meet;
     void *place;
     // Whether it has come to where it meets others.
@@ -136,6 +139,7 @@ static Result run_one(const Operation *operation) {
     switch (operation->kind) {
     case COPY: memcpy(operation->to, operation->from, operation->bytes); break;
     case SET: memset(operation->to, operation->value, operation->bytes); break;
+    case CALL: operation->call(operation->args); break;
     case RUN:
         if (operation->function->module->run(operation->function->entry, operation->args, operation->grid, operation->threads,
                                              operation->shared_bytes, 0, problem, sizeof problem)) {
@@ -233,6 +237,23 @@ static Result finish(Stream *stream) {
     size_t end = stream->queue.before + stream->queue.count;
     while (stream->queue.before + stream->queue.done < end && !stream->fault) advance(stream);
     return stream->fault;
+}
+
+// ---- For `libcublasLt.c`.
+
+// Whether the calling thread has a context.
+int in_context(void) { LOCKED; return current && current->retained; }
+
+// Asks a stream to call a function, with up to 32 words that are copied now; it uses `regions` regions of the card's memory.
+Result queue_call(Stream *stream, Call *call, const uint64_t *args, size_t words, const Address *starts, const size_t *bytes, int regions) {
+    IN_CONTEXT; OWN(stream);
+    for (int at = 0; at < regions; at++)
+        if (!holds(starts[at], bytes[at])) return INVALID_VALUE;
+    Operation *operation = push(stream->captures ? &stream->captured : &stream->queue);
+    operation->kind = CALL;
+    operation->call = call;
+    memcpy(operation->args, args, words * sizeof *args);
+    return SUCCESS;
 }
 
 // ---- For `libnccl.c`.

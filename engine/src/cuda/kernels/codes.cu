@@ -35,14 +35,20 @@ DEVICE const u8 *group_at(const CodesArguments *args, const u8 *panel, u32 input
 
 DEVICE u32 header_bytes(const CodesArguments *args) { return PANEL * (args->narrow ? 2 : 4) + OFFSETS * PANEL * 4; }
 
-DEVICE void codes_load(const CodesArguments *args, CodesStage *stage, const u8 *panel, u32 column, const LaneInputs *inputs, u32 step, u32 end) {
+// Loads a lane's codes of four outputs: eight inputs of each.
+DEVICE void words_load(const CodesArguments *args, quad *codes, const u8 *panel, u32 column, u32 step) {
     u32 q = THREAD % WARP % 4, first = step * 32 + 8 * q;
     quad none = {{0, 0, 0, 0}};
+    const u8 *words = group_at(args, panel, first) + header_bytes(args) + (u64)(first % args->group_inputs / CODES_OF_WORD * PANEL + column) * 4;
+    int at;
+    UNROLL for (at = 0; at < CODE_QUADS; at++)
+        codes[at] = first + at * CODES_OF_WORD < args->inputs ? load_once(words + at * PANEL * 4) : none;
+}
+
+DEVICE void codes_load(const CodesArguments *args, CodesStage *stage, const u8 *panel, u32 column, const LaneInputs *inputs, u32 step, u32 end) {
     int at;
     if (step >= end) return;
-    const u8 *words = group_at(args, panel, first) + header_bytes(args) + (u64)(first % args->group_inputs / CODES_OF_WORD * PANEL + column) * 4;
-    UNROLL for (at = 0; at < CODE_QUADS; at++)
-        stage->codes[at] = first + at * CODES_OF_WORD < args->inputs ? load_once(words + at * PANEL * 4) : none;
+    words_load(args, stage->codes, panel, column, step);
     UNROLL for (at = 0; at < 2 * STREAM_TILES; at++) stage->a[at] = load_inputs(inputs, at, step);
 }
 
@@ -168,3 +174,44 @@ KERNEL(linear_codes, CodesArguments, STREAM_WARPS * WARP, STREAM_BLOCKS) {
     leave_sums(room, totals);
     join_runs(&args.linear, room, BLOCK_X * halves, halves, &rows);
 }
+
+#if STREAM_TILES == 1 && !GROUPED
+typedef struct {
+    FIELD(CodesArguments, codes);  // of the linear whose weights are to be laid out
+    FIELD(u8 *, to);               // [panels * 64][32 steps] 16-bit floats; or e4m3 or signed integers of eight bits
+    FIELD(float *, scales);        // [panels * 64], of those of eight bits; null where weights are to be widened
+} LayCodesArguments;
+
+// Lays weights out output after output, as libraries have them: widened, or codes of eight bits as they are beside the one scale of each output. A warp
+// takes a step of half a panel.
+KERNEL(lay_codes, LayCodesArguments, STREAM_WARPS * WARP, 2) {
+    u32 lane = THREAD % WARP, g = lane / 4, q = lane % 4, steps = args.codes.linear.steps;
+    u32 index = BLOCK_X * STREAM_WARPS + THREAD / WARP, half = index / steps, step = index % steps;
+    u32 column = half % 2 * 32 + 4 * g, output = half * 32 + 4 * g;
+    u64 inputs = (u64)steps * 32, first = step * 32 + 8 * q;
+    quad codes[CODE_QUADS], b[4];
+    int i, j;
+    if (half >= 2 * args.codes.linear.panels) return;
+    const u8 *panel = (const u8 *)args.codes.linear.weights + (u64)(half / 2) * args.codes.panel_bytes, *group = group_at(&args.codes, panel, step * 32);
+    words_load(&args.codes, codes, panel, column, step);
+    widen_codes(codes, b);
+    UNROLL for (j = 0; j < 4; j++) {
+        float scale = args.codes.narrow ? f16_float(((const u16 *)group)[column + j]) : ((const float *)group)[column + j];
+#if CODE && !OFFSETS
+        if (args.scales) {
+            // Integers count from 128.
+            u32 *to = (u32 *)(args.to + (output + j) * inputs + first);
+            UNROLL for (i = 0; i < 2; i++) to[i] = codes[i].word[j] ^ (CODE == 1 ? 0x80808080u : 0);
+            if (first == 0) args.scales[output + j] = scale;
+            continue;
+        }
+#endif
+        float offset = OFFSETS ? ((const float *)(group + PANEL * (args.codes.narrow ? 2 : 4)))[column + j] : 0.0f;
+        quad pairs;
+        UNROLL for (i = 0; i < 4; i++)
+            pairs.word[i] = narrow_pair(scale * wide((u16)b[i].word[j]) + offset, scale * wide((u16)(b[i].word[j] >> 16)) + offset);
+        // To bring inputs into the order of codes is to bring codes into that of inputs.
+        *(quad *)((u16 *)args.to + (output + j) * inputs + first) = order_inputs(pairs);
+    }
+}
+#endif

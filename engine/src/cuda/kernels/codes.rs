@@ -1,9 +1,12 @@
 //! How quantised weights lie for `codes.cu`: as the CPU home packs them.
 
 use super::{Args, Defines, LinearShape};
-use crate::cpu::{
-    packed::{PANEL, Packed, WeightType},
-    scheme::Code,
+use crate::{
+    cpu::{
+        packed::{PANEL, Packed, WeightType},
+        scheme::Code,
+    },
+    cuda::device::Operand,
 };
 
 /// Steps of 32 inputs of a segment, where a group is longer.
@@ -20,6 +23,8 @@ pub(crate) struct Codes {
     inputs: u32,
     narrow: bool,
     offsets: bool,
+    /// What they are beside inputs of eight bits.
+    operand: Option<Operand>,
 }
 
 impl Codes {
@@ -44,7 +49,15 @@ impl Codes {
             steps if groups.inputs < inputs && !(steps as u32).is_multiple_of(SEGMENT_STEPS) => 1,
             _ => SEGMENT_STEPS,
         };
+        // Beside e4m3 inputs are of eight bits by convention; beside integers only where the checkpoint says so.
+        let operand = match scheme.code {
+            Code::Fp8 => Some(Operand::E4m3),
+            Code::Int8 if scheme.narrow_inputs => Some(Operand::Int8),
+            Code::Int8 | Code::Int4 => None,
+        };
+        let one_scale = groups.inputs >= inputs && !groups.offsets;
         Ok(Self {
+            operand: operand.filter(|_| one_scale),
             code: scheme.code,
             panel_bytes: packed.panel_bytes() as u64,
             group_bytes: groups.bytes as u32,
@@ -59,6 +72,15 @@ impl Codes {
     /// Returns the shape of the linear with these weights in `panels` panels; `gated` and `chosen` as in [`LinearShape::new`].
     pub(crate) fn shape(&self, panels: usize, gated: bool, chosen: usize) -> LinearShape {
         LinearShape::in_segments(panels * PANEL, self.inputs as usize, gated, chosen, self.segment_steps as usize)
+    }
+
+    /// Returns the operand of eight bits that the codes are, where each output has one scale and inputs are meant to have eight bits as well.
+    pub(crate) fn operand(&self) -> Option<Operand> {
+        self.operand
+    }
+
+    pub(super) fn panel_bytes(&self) -> u64 {
+        self.panel_bytes
     }
 
     /// Returns what the kernel is compiled with for tiles of `tiles` times 16 rows.
@@ -86,6 +108,7 @@ impl Codes {
             inputs: 0,
             narrow: false,
             offsets: false,
+            operand: None,
         };
         let of = move |(code, offsets), tiles| Self { code, offsets, ..any }.defines(tiles);
         let both = kinds.into_iter().flat_map(move |kind| [of(kind, 1), of(kind, 2)]);

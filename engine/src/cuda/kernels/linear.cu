@@ -247,6 +247,30 @@ KERNEL(linear_stream, LinearArguments, STREAM_WARPS * WARP, STREAM_BLOCKS) {
     leave_sums(room, sums);
     join_runs(&args, room, BLOCK_X * halves, halves, &rows);
 }
+
+#if STREAM_TILES == 1 && !GROUPED
+typedef struct {
+    FIELD(LinearArguments, linear);  // whose weights are to be laid out
+    FIELD(u32 *, to);                // [panels * 64][16 steps] pairs
+} LayFloatsArguments;
+
+// Lays weights out output after output, as libraries have them. A warp takes a step of half a panel as it does above, and turns squares of four
+// words in registers: it reads 128 bytes in a row and writes 64, and its neighbour those behind.
+KERNEL(lay_floats, LayFloatsArguments, STREAM_WARPS * WARP, 4) {
+    u32 lane = THREAD % WARP, g = lane / 4, q = lane % 4, steps = args.linear.steps;
+    u32 index = BLOCK_X * STREAM_WARPS + THREAD / WARP, half = index / steps, step = index % steps;
+    quad b[4];
+    int at, j;
+    if (half >= 2 * args.linear.panels) return;
+    const u32 *from = args.linear.weights + ((u64)(half / 2 * steps + step) * 16 + 4 * q) * PANEL + half % 2 * 32 + 4 * g;
+    u32 *to = args.to + ((u64)(half * 32 + 4 * g) * steps + step) * 16 + 4 * q;
+    UNROLL for (at = 0; at < 4; at++) b[at] = load_once(from + at * PANEL);
+    UNROLL for (j = 0; j < 4; j++) {
+        quad pairs = {{b[0].word[j], b[1].word[j], b[2].word[j], b[3].word[j]}};
+        *(quad *)(to + (u64)j * steps * 16) = pairs;
+    }
+}
+#endif
 #endif
 #endif
 

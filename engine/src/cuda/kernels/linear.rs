@@ -60,6 +60,24 @@ pub(crate) enum Finish {
     Narrow,
 }
 
+impl Finish {
+    /// Says whether panels hold gates and what they let through.
+    pub(super) fn is_gated(self) -> bool {
+        matches!(self, Finish::Gate(_))
+    }
+
+    /// Returns what kernels know it by, and the activation.
+    fn numbers(self) -> (u32, u32) {
+        match self {
+            Finish::Store => (0, 0),
+            Finish::Add => (1, 0),
+            Finish::Gate(activation) => (2, activation as u32),
+            Finish::Activate(activation) => (3, activation as u32),
+            Finish::Narrow => (4, 0),
+        }
+    }
+}
+
 /// A linear: `sums[row][output] = bias + inputs[row] . weights[output]`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Linear {
@@ -143,6 +161,9 @@ enum Way {
 }
 
 impl Linear {
+    /// What it is compiled with where it reads weights as few rows do.
+    pub(super) const STREAM: Defines = STREAM_16;
+
     /// Blocks from which on runs of one output need no blocks of their own.
     const BLOCKS: u32 = 132;
 
@@ -210,14 +231,7 @@ impl Linear {
     fn call_by(&self, way: Way) -> Call {
         let LinearShape { panels, steps, splits } = self.shape;
         assert!(splits <= steps && self.input_stride.is_multiple_of(8) && self.to_stride.is_multiple_of(8));
-        let (what, activation) = match self.finish {
-            Finish::Store => (0, 0),
-            Finish::Add => (1, 0),
-            Finish::Gate(activation) => (2, activation as u32),
-            Finish::Activate(activation) => (3, activation as u32),
-            Finish::Narrow => (4, 0),
-        };
-        assert!(what != 2 || splits <= 4, "{:?} splits a pair of half panels", self.shape);
+        assert!(!self.finish.is_gated() || splits <= 4, "{:?} splits a pair of half panels", self.shape);
         assert!(self.pairs.is_none() || self.bias == 0, "experts have no biases");
         let row_tiles = |rows: u32| self.pairs.map_or(self.rows.div_ceil(rows), |pairs| pairs.cut.count);
         let (name, defines, grid, threads, shared_bytes, partial) = match way {
@@ -240,9 +254,7 @@ impl Linear {
                 ("linear_tiled", tiling.defines, grid, tiling.warps * 32, tiling.stages * stage + totals, partial)
             }
         };
-        let args = Args::default().word(self.weights).word(self.bias).word(self.input).word(self.to);
-        let args = args.word(partial).word(self.counters).number(self.rows).number(panels).number(steps).number(splits);
-        let args = args.number(self.input_stride).number(self.to_stride).number(what).number(activation);
+        let args = self.words(partial);
         let args = self.pairs.map_or(args, |pairs| pairs.append(args));
         let (source, args) = match way {
             Way::Codes { codes, .. } => (Source::Codes, codes.append(args)),
@@ -250,6 +262,14 @@ impl Linear {
         };
         let kernel = Kernel { name, source, element: self.element, defines: defines.grouped(self.pairs.is_some()) };
         Call { kernel, grid, threads, shared_bytes, args }
+    }
+
+    /// Returns what every kernel of a linear is told; sums of runs go to `partial`.
+    pub(super) fn words(&self, partial: u64) -> Args {
+        let (LinearShape { panels, steps, splits }, (what, activation)) = (self.shape, self.finish.numbers());
+        let args = Args::default().word(self.weights).word(self.bias).word(self.input).word(self.to);
+        let args = args.word(partial).word(self.counters).number(self.rows).number(panels).number(steps).number(splits);
+        args.number(self.input_stride).number(self.to_stride).number(what).number(activation)
     }
 }
 

@@ -3,7 +3,7 @@ use crate::{
     cpu::scheme::{QuantizedRow, Scheme},
     cuda::kernels::{
         Element, Finish, Linear,
-        tests::{Memory, close, noise, run_floats},
+        tests::{Memory, close, floats, halves, noise, run, run_floats},
     },
 };
 
@@ -140,4 +140,58 @@ fn what_the_kernel_cannot_do_is_said() {
         Codes::new(&packed).expect_err("not possible")
     };
     assert!(problem(16).contains("groups of 16"));
+}
+
+#[test]
+fn weights_are_laid_out_widened() {
+    for (element, scheme) in [
+        (Element::Bf16, scheme(Code::Int4, 32, true, false)),
+        (Element::Bf16, scheme(Code::Int4, 128, true, true)),
+        (Element::F16, scheme(Code::Int4, 64, false, true)),
+        (Element::Bf16, scheme(Code::Int8, 32, true, true)),
+        (Element::F16, scheme(Code::Int8, 4096, false, false)),
+        (Element::Bf16, scheme(Code::Fp8, 128, false, false)),
+    ] {
+        let (outputs, inputs) = (70, 300);
+        let case = Case::new(element, scheme, outputs, inputs, 1);
+        let (all, width) = (case.packed.panels() * PANEL, inputs.next_multiple_of(32));
+        let left = halves(&run(&vec![0xff; all * width * 2], |to| case.linear(0, 1).lay(to, None)));
+        for (output, weights) in case.weights.chunks_exact(inputs).enumerate() {
+            for (input, (found, weight)) in left[output * width..].iter().zip(weights).enumerate() {
+                let error = (element.wide(*found) - weight).abs();
+                assert!(
+                    error <= weight.abs() / 256.0 + 1e-6,
+                    "{scheme:?}: {weight} of {output}, {input} is off by {error}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn weights_of_eight_bits_are_laid_out_as_they_are() {
+    for (code, operand) in [(Code::Fp8, Operand::E4m3), (Code::Int8, Operand::Int8)] {
+        let (outputs, inputs) = (130, 68);
+        let scheme = Scheme { narrow_inputs: true, ..Scheme::per_output(code, inputs) };
+        let case = Case::new(Element::Bf16, scheme, outputs, inputs, 1);
+        let linear = case.linear(0, 1);
+        assert_eq!(linear.codes.and_then(|codes| codes.operand()), Some(operand));
+        let (all, width) = (case.packed.panels() * PANEL, inputs.next_multiple_of(32));
+        // Scales stand behind the weights.
+        let left = run(&vec![0xff; all * (width + 4)], |to| linear.lay(to, Some(to + (all * width) as u64)));
+        let (codes, scales) = left.split_at(all * width);
+        let scales = floats(scales);
+        for (output, weights) in case.weights.chunks_exact(inputs).enumerate() {
+            for (bits, weight) in codes[output * width..].iter().zip(weights) {
+                let value = if code == Code::Fp8 { Code::Fp8.value(*bits) } else { f32::from(*bits as i8) };
+                let error = (scales[output] * value - weight).abs();
+                assert!(error <= weight.abs() * 1e-5 + 1e-6, "{code:?}: {weight} of {output} is off by {error}");
+            }
+        }
+    }
+    // Other integers are beside inputs of 16 bits, and so is what has several scales.
+    for scheme in [Scheme::per_output(Code::Int8, 64), scheme(Code::Fp8, 32, false, false)] {
+        let case = Case::new(Element::Bf16, scheme, 64, 64, 1);
+        assert_eq!(case.linear(0, 1).codes.and_then(|codes| codes.operand()), None);
+    }
 }
