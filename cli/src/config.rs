@@ -3,8 +3,8 @@
 use crate::{
     model::Located,
     settings::{
-        Adapters, CardLibraries, Common, Compute, Dialect, Door, EngineChoice, KvDtype, KvLoadFailure, LogFormat,
-        Membership, Placement, Tables, Worker,
+        Adapters, CardLibraries, Common, Compute, Dialect, Door, EngineChoice, Exact, KvDtype, KvLoadFailure,
+        LogFormat, Membership, Placement, Tables, Worker,
     },
 };
 use anyhow::{Context, anyhow, bail};
@@ -32,6 +32,7 @@ pub(crate) fn engine(compute: &Compute, tables: &Tables) -> anyhow::Result<engin
     }
     config.gpu_memory_utilization = compute.gpu_memory_utilization.unwrap_or(config.gpu_memory_utilization);
     config.tensor_parallel = compute.tensor_parallel.unwrap_or(config.tensor_parallel);
+    config.exact = compute.exact.map_or(config.exact, |exact| exact == Exact::On);
     config.nan_guard |= compute.nan_guard;
     card_libraries(&compute.card_libraries, &mut config);
     config.kernel_cache = config.kernel_cache.or_else(|| Some(std::env::home_dir()?.join(".cache/baton/kernels")));
@@ -52,6 +53,7 @@ pub(crate) fn engine(compute: &Compute, tables: &Tables) -> anyhow::Result<engin
 pub(crate) fn card_libraries(libraries: &CardLibraries, config: &mut engine::Config) {
     config.nccl_library = libraries.nccl_library.clone().or(config.nccl_library.take());
     config.nvrtc_library = libraries.nvrtc_library.clone().or(config.nvrtc_library.take());
+    config.cublaslt_library = libraries.cublaslt_library.clone().or(config.cublaslt_library.take());
 }
 
 /// Returns the engine's settings of a worker process.

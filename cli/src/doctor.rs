@@ -103,7 +103,7 @@ fn print(facts: &Facts, paths: &[Finding]) {
 }
 
 fn print_cards(survey: &Survey) {
-    let Survey { driver, cards, nvrtc, nccl, nvml } = survey;
+    let Survey { driver, cards, nvrtc, nccl, cublaslt, nvml } = survey;
     let part = |name: &str, part: &Part| match part {
         Part::Found(what) => println!("{name:<14} {what}"),
         Part::Missing(why) => println!("{name:<14} none: {why}"),
@@ -112,7 +112,8 @@ fn print_cards(survey: &Survey) {
     cards.iter().for_each(|card| println!("  card         {card}"));
     // Without a driver nobody misses the rest.
     if let Part::Found(_) = driver {
-        [("NVRTC", nvrtc), ("NCCL", nccl), ("NVML", nvml)].into_iter().for_each(|(name, found)| part(name, found));
+        let parts = [("NVRTC", nvrtc), ("NCCL", nccl), ("cuBLASLt", cublaslt), ("NVML", nvml)];
+        parts.into_iter().for_each(|(name, found)| part(name, found));
     }
 }
 

@@ -107,6 +107,9 @@ pub(crate) struct Compute {
         hide_possible_values = true
     )]
     pub(crate) nan_guard: bool,
+    /// Whether a sequence's bits depend on nothing but the sequence. Off, a card computes long prompts with cuBLASLt, which is faster [default: on]
+    #[arg(long, value_name = "WHETHER", env = "BATON_EXACT")]
+    pub(crate) exact: Option<Exact>,
     #[command(flatten)]
     pub(crate) card_libraries: CardLibraries,
     /// Element type of keys and values; all workers of a model need the same one [default: auto]
@@ -449,6 +452,9 @@ pub(crate) struct CardLibraries {
     /// NCCL's libnccl.so, by which cards that share a model exchange what they compute [default: where the system has it]
     #[arg(long, value_name = "PATH", env = "BATON_NCCL_LIBRARY")]
     pub(crate) nccl_library: Option<PathBuf>,
+    /// cuBLASLt's libcublasLt.so, for `--exact off` [default: where the system and CUDA toolkits have it]
+    #[arg(long, value_name = "PATH", env = "BATON_CUBLASLT_LIBRARY")]
+    pub(crate) cublaslt_library: Option<PathBuf>,
 }
 
 /// How UCX is found and what it may use.
@@ -511,6 +517,15 @@ impl Placement {
             Self::Local => router::Policy::Local,
         }
     }
+}
+
+/// What bits may depend on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Exact {
+    /// The sequence alone
+    On,
+    /// Also what is computed beside it, and in which parts
+    Off,
 }
 
 /// Element type of keys and values.

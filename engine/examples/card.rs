@@ -1,6 +1,7 @@
 //! Prefill and decode speed of random weights of Llama 3.1 8B's shape on a card, and how much of the host's time a step hides, one JSON object a line.
 //!
-//! `cargo run --release -p engine --example card -- [cuda:0] [NVRTC's library]`; `tests/gpu/run.sh` puts the card's own limits beside it.
+//! `cargo run --release -p engine --example card -- [cuda:0] [on|off] [NVRTC's library] [cuBLASLt's]`, where off is what `--exact off` is; `tests/gpu/run.sh`
+//! puts the card's own limits beside it.
 
 use engine::{
     Config, Device, Engine, Error, Model, ModelShape, Row, Sample, Sampling,
@@ -30,13 +31,28 @@ fn main() -> Result<(), Error> {
     let mut arguments = std::env::args().skip(1);
     let device = arguments.next().unwrap_or_else(|| "cuda:0".into()).parse();
     let device: Device = device.unwrap_or_else(|problem| panic!("{problem}"));
-    let nvrtc_library = arguments.next().map(Into::into);
+    let exact = match arguments.next().as_deref() {
+        None | Some("on") => true,
+        Some("off") => false,
+        Some(other) => panic!("on or off, not {other}"),
+    };
+    // Empty where the system's loader knows it.
+    let mut library = || arguments.next().filter(|path| !path.is_empty()).map(Into::into);
+    let (nvrtc_library, cublaslt_library) = (library(), library());
     let model = Model::random(&SHAPE, 1)?;
     let token_budget = 16_384;
-    let config = Config { device, nvrtc_library, token_budget, max_model_len: Some(32_768), ..Config::default() };
+    let config = Config {
+        device,
+        exact,
+        nvrtc_library,
+        cublaslt_library,
+        token_budget,
+        max_model_len: Some(32_768),
+        ..Config::default()
+    };
     let began = Instant::now();
     let mut engine = Engine::new(model.clone(), &config)?;
-    println!(r#"{{"work": "start", "seconds": {:.2}}}"#, began.elapsed().as_secs_f64());
+    println!(r#"{{"work": "start", "exact": {exact}, "seconds": {:.2}}}"#, began.elapsed().as_secs_f64());
 
     // A tied head is read once more than the parameters say, and not multiplied for tokens that draw nothing.
     let head = (SHAPE.vocab_size * SHAPE.hidden) as f64;
@@ -46,7 +62,7 @@ fn main() -> Result<(), Error> {
         let seconds = median(5, || prefill(&mut engine, tokens))?;
         let operations = (body + attention * tokens as f64) * tokens as f64 + 2.0 * head;
         println!(
-            r#"{{"work": "prefill", "tokens": {tokens}, "ms": {:.3}, "tokens_per_s": {:.0}, "tflops": {:.1}}}"#,
+            r#"{{"work": "prefill", "exact": {exact}, "tokens": {tokens}, "ms": {:.3}, "tokens_per_s": {:.0}, "tflops": {:.1}}}"#,
             seconds * 1e3,
             tokens as f64 / seconds,
             operations / seconds / 1e12
@@ -58,7 +74,7 @@ fn main() -> Result<(), Error> {
         let pages = layout.page_bytes() / layout.page_tokens as usize * context * batch;
         let bytes = model.info().weight_bytes as f64 + pages as f64;
         println!(
-            r#"{{"work": "decode", "batch": {batch}, "context": {context}, "ms": {:.3}, "tokens_per_s": {:.0}, "gb_per_s": {:.0}}}"#,
+            r#"{{"work": "decode", "exact": {exact}, "batch": {batch}, "context": {context}, "ms": {:.3}, "tokens_per_s": {:.0}, "gb_per_s": {:.0}}}"#,
             seconds * 1e3,
             batch as f64 / seconds,
             bytes / seconds / 1e9

@@ -1,7 +1,6 @@
 //! NVIDIA's cards as a person or a dashboard wants to know them: which there are, what is missing to use them, and what they are doing.
 
 use serde::Serialize;
-use std::path::Path;
 
 /// What there is to compute on cards with; what is missing says why.
 #[derive(Clone, Debug, Serialize)]
@@ -14,6 +13,8 @@ pub struct Survey {
     pub nvrtc: Part,
     /// What connects cards that share a model.
     pub nccl: Part,
+    /// What multiplies where bits may depend on the batch.
+    pub cublaslt: Part,
     /// What tells what cards are doing.
     pub nvml: Part,
 }
@@ -51,19 +52,25 @@ pub struct Reading {
 
 #[cfg(feature = "cuda")]
 mod nvidia {
-    use super::{Part, Path, Reading, Survey};
-    use crate::{Engine, cuda};
+    use super::{Part, Reading, Survey};
+    use crate::{Config, Engine, cuda};
     use nvml_wrapper::{Nvml, enum_wrappers::device::TemperatureSensor, error::NvmlError};
 
-    /// Looks for cards and what they take, in the libraries named or where the system has them.
-    pub fn survey(nvrtc: Option<&Path>, nccl: Option<&Path>) -> Option<Survey> {
+    /// Looks for cards and what they take, in the libraries that `config` names or where the system has them.
+    pub fn survey(config: &Config) -> Option<Survey> {
         let (driver, cards) = match cuda::survey() {
             Ok((version, cards)) => (Part::Found(version), cards),
             Err(problem) => (Part::Missing(problem), Vec::new()),
         };
         let nvml = Nvml::init().and_then(|nvml| nvml.sys_nvml_version()).map_err(|error| describe(&error));
-        let (nvrtc, nccl) = (cuda::find_nvrtc(nvrtc).into(), cuda::find_nccl(nccl).into());
-        Some(Survey { driver, cards, nvrtc, nccl, nvml: nvml.into() })
+        Some(Survey {
+            driver,
+            cards,
+            nvrtc: cuda::find_nvrtc(config.nvrtc_library.as_deref()).into(),
+            nccl: cuda::find_nccl(config.nccl_library.as_deref()).into(),
+            cublaslt: cuda::find_cublaslt(config.cublaslt_library.as_deref()).into(),
+            nvml: nvml.into(),
+        })
     }
 
     /// Says what is wrong; what stands behind it, too.
@@ -123,11 +130,11 @@ pub use nvidia::{Watch, survey};
 /// Of a binary that knows no cards.
 #[cfg(not(feature = "cuda"))]
 mod none {
-    use super::{Path, Reading, Survey};
-    use crate::Engine;
+    use super::{Reading, Survey};
+    use crate::{Config, Engine};
 
     /// Finds nothing.
-    pub fn survey(_: Option<&Path>, _: Option<&Path>) -> Option<Survey> {
+    pub fn survey(_: &Config) -> Option<Survey> {
         None
     }
 

@@ -133,6 +133,12 @@ pub(crate) fn find_nccl(file: Option<&Path>) -> Result<String, String> {
     nccl::find(file).map(|place| place.display().to_string())
 }
 
+/// Looks for what multiplies where bits may depend on the batch, and says which it is.
+#[cfg(feature = "cuda")]
+pub(crate) fn find_cublaslt(file: Option<&Path>) -> Result<String, String> {
+    cublaslt::find(file)
+}
+
 /// A model on a card, or on several that share it.
 #[derive(Debug)]
 pub(crate) struct Cuda {

@@ -275,9 +275,7 @@ impl Stand {
 
     /// Checks what is told of cards to people and dashboards, before NVIDIA's management library is there and after.
     fn check_cards(&mut self, folder: &Path) {
-        let Config { nvrtc_library, nccl_library, .. } = &self.config;
-        let survey =
-            || cards::survey(nvrtc_library.as_deref(), nccl_library.as_deref()).expect("a binary that knows cards");
+        let survey = || cards::survey(&self.config).expect("a binary that knows cards");
         let found = |part: &Part, words: &str| match part {
             Part::Found(what) | Part::Missing(what) => assert!(what.contains(words), "{what:?} lacks {words:?}"),
         };
@@ -287,6 +285,7 @@ impl Stand {
         found(&told.driver, "CUDA 13.0");
         found(&told.nvrtc, "13.0");
         found(&told.nccl, "libnccl.so.2");
+        found(&told.cublaslt, "libcublasLt.so");
         found(&told.nvml, "libnvidia-ml.so.1");
         let problem = cards::Watch::open(&engine).expect_err("no such library");
         assert!(problem.contains("libnvidia-ml.so.1"), "{problem}");

@@ -6,8 +6,8 @@
 #     tests/gpu/run.sh build              only builds what it runs, target/gpu/tests and target/gpu/card: carried along with the repository
 #                                         they run on a machine without Rust
 #
-# BATON_NVRTC_LIBRARY names NVRTC's library where the system's loader does not know it (PyPI: nvidia-cuda-nvrtc). Where python3 has PyTorch, the
-# limits come from it.
+# BATON_NVRTC_LIBRARY names NVRTC's library where the system's loader does not know it (PyPI: nvidia-cuda-nvrtc), and BATON_CUBLASLT_LIBRARY that of
+# cuBLASLt (nvidia-cublas), with which everything is measured again: --exact off. Where python3 has PyTorch, the limits come from it.
 set -euo pipefail
 
 cd "$(dirname "$0")/../.."
@@ -36,4 +36,6 @@ say '{"tests": "passed"}'
 if python3 -c 'import torch' 2>/dev/null; then
     python3 tests/gpu/limits.py "$card" | tee -a "$to"
 fi
-target/gpu/card "cuda:$card" ${BATON_NVRTC_LIBRARY:+"$BATON_NVRTC_LIBRARY"} | tee -a "$to"
+for exact in on off; do
+    target/gpu/card "cuda:$card" "$exact" "${BATON_NVRTC_LIBRARY:-}" "${BATON_CUBLASLT_LIBRARY:-}" | tee -a "$to"
+done

@@ -78,7 +78,7 @@ impl Facts {
         let shmem = read(&root.join("sys/kernel/mm/transparent_hugepage/shmem_enabled"));
         Self {
             ucx: kv_transfer::survey(ucx),
-            cards: cards::survey(engine.nvrtc_library.as_deref(), engine.nccl_library.as_deref()),
+            cards: cards::survey(engine),
             devices: devices(root),
             locked: locked(&read(&root.join("proc/self/limits")), &read(&root.join("proc/self/status"))),
             pool_bytes,

@@ -30,7 +30,7 @@ use std::{
     collections::HashMap,
     ffi::{CStr, c_char, c_int, c_void},
     mem::MaybeUninit,
-    path::Path,
+    path::{Path, PathBuf},
     ptr::{from_ref, null_mut},
 };
 
@@ -162,32 +162,46 @@ struct Way {
     algorithm: Algorithm,
 }
 
+/// Opens the library `file`, or the one that is found for a driver that knows CUDA `driver`, as it counts. Returns where it was, and its version, too.
+fn open(file: Option<&Path>, driver: c_int) -> Result<(Library, Functions, PathBuf, usize), String> {
+    let places = if driver < 13_000 { &PLACES[1..] } else { &PLACES };
+    let (library, place) = library::open("cuBLASLt", file, places).map_err(|problem| {
+        format!("{problem}: it comes with CUDA's toolkit, or with PyPI's nvidia-cublas-cu12 or nvidia-cublas (--cublaslt-library)")
+    })?;
+    let functions =
+        Functions::of(&library).map_err(|error| format!("{}: {}", place.display(), library::describe(&error)))?;
+    // SAFETY: it may be asked at any time.
+    let version = unsafe { (functions.version)() };
+    if version < OLDEST {
+        let place = place.display();
+        return Err(format!("{place} is cuBLASLt of version {version}, and {OLDEST} (CUDA 12.0) or newer is needed"));
+    }
+    Ok((library, functions, place, version))
+}
+
+/// Looks for the library, and says which it is.
+///
+/// # Errors
+/// Says what is missing and where it comes from.
+pub(super) fn find(file: Option<&Path>) -> Result<String, String> {
+    open(file, c_int::MAX).map(|(_, _, place, version)| format!("{version} ({})", place.display()))
+}
+
 impl CublasLt {
     /// Opens the library `file`, or the one that is found for a driver that knows CUDA `driver`, as it counts. It may use `workspace` bytes.
     ///
     /// # Errors
     /// Says what is missing and where it comes from.
     pub(super) fn open(file: Option<&Path>, driver: c_int, workspace: usize) -> Result<Self, String> {
-        let places = if driver < 13_000 { &PLACES[1..] } else { &PLACES };
-        let (library, place) = library::open("cuBLASLt", file, places).map_err(|problem| {
-            format!("{problem}: it comes with CUDA's toolkit, or with PyPI's nvidia-cublas-cu12 or nvidia-cublas (--cublaslt-library)")
-        })?;
-        let place = place.display();
-        let functions = Functions::of(&library).map_err(|error| format!("{place}: {}", library::describe(&error)))?;
-        // SAFETY: it may be asked at any time.
-        let version = unsafe { (functions.version)() };
-        if version < OLDEST {
-            return Err(format!(
-                "{place} is cuBLASLt of version {version}, and {OLDEST} (CUDA 12.0) or newer is needed"
-            ));
-        }
+        let (library, functions, place, version) = open(file, driver)?;
         let mut opened =
             Self { functions, handle: null_mut(), preference: null_mut(), ways: HashMap::new(), _library: library };
         // SAFETY: the card's context is current; both are ours to write, and given back with this value.
         unsafe {
             opened.functions.check((opened.functions.create)(&mut opened.handle)).map_err(|problem| {
                 format!(
-                    "{place}: {problem}; version {version} for a driver that knows CUDA {}.{}",
+                    "{}: {problem}; version {version} for a driver that knows CUDA {}.{}",
+                    place.display(),
                     driver / 1000,
                     driver % 1000 / 10
                 )

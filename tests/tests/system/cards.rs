@@ -59,6 +59,8 @@ async fn what_a_card_does_not_run_yet_is_refused_before_weights_are_loaded() {
         ("cuda", "golden/llama", &["--kv-dtype", "f16"], ["kv_dtype", "f16"]),
         ("cuda", "golden/llama", &["--tensor-parallel", "3"], ["--engine cuda:0", "evenly: 1, 2, 6 would be right"]),
         ("cpu", "golden/llama", &["--tensor-parallel", "2"], ["--engine cpu", "tensor_parallel"]),
+        ("cpu", "golden/llama", &["--exact", "off"], ["--engine cpu", "exact"]),
+        ("cuda", "golden/llama", &["--exact", "off", "--tensor-parallel", "2"], ["--engine cuda:0", "one card alone"]),
     ] {
         let path = file(model);
         let output =
