@@ -221,6 +221,14 @@ mod tests {
     }
 
     #[test]
+    fn templates_judge_roles() {
+        for role in ["system", "developer", "user", "assistant", "tool", "function", "critic", ""] {
+            let plain = plain_message(0, json!({"role": role, "content": "x"})).unwrap();
+            assert_eq!(plain, json!({"role": role, "content": "x"}));
+        }
+    }
+
+    #[test]
     fn wrong_messages_are_named() {
         let check = |message: Value, expected: &str| {
             let error = plain_message(3, message).unwrap_err().to_string();
