@@ -9,7 +9,7 @@ use engine::{
     Adapters, Engine,
     scheduler::{self, Scheduler},
 };
-use kv_transfer::{Identity, Transfer};
+use kv_transfer::{Identity, Pool, Transfer};
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
@@ -200,8 +200,8 @@ impl Worker {
         };
         let memory = engine.memory().clone();
         let cards = cards::follow(&engine);
-        let transfer =
-            Transfer::start(slot.transfer.clone(), identity, memory.file(), events_sender, stop.clone()).await?;
+        let pool = Pool { file: memory.file(), backing: engine.backing() };
+        let transfer = Transfer::start(slot.transfer.clone(), identity, pool, events_sender, stop.clone()).await?;
         member.link = transfer.address();
 
         let (load_sender, load) = watch::channel(Load::default());

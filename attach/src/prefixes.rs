@@ -101,7 +101,7 @@ impl Prefixes {
     pub fn take(
         &mut self,
         event: Event,
-        engine: &mut Engine,
+        engine: &Engine,
         scheduler: &mut Scheduler,
         transfer: &Transfer,
     ) -> Option<Event> {
@@ -187,7 +187,7 @@ impl Prefixes {
         handoff: HandoffId,
         by: Peer,
         pages: &[PageHash],
-        engine: &mut Engine,
+        engine: &Engine,
         scheduler: &mut Scheduler,
         transfer: &Transfer,
     ) {
@@ -196,11 +196,6 @@ impl Prefixes {
             return transfer.refuse(handoff, format!("{here} of {} pages are here", pages.len()));
         }
         let hold = scheduler.lend(pages);
-        if let Err(error) = engine.export(hold.pages()) {
-            tracing::error!(handoff = handoff.0, %error, "a prefix cannot be sent");
-            scheduler.give_back(hold);
-            return transfer.refuse(handoff, error.to_string());
-        }
         let tokens = (pages.len() * scheduler.page_tokens()) as u32;
         let (count, layers) = (pages.len() as u32, engine.memory().layout().layers);
         transfer.begin(Begin { handoff, targets: vec![by], tokens, pages: hold.pages().to_vec() });

@@ -47,6 +47,11 @@ pub(crate) fn run(settings: &Settings, tables: &Tables) -> anyhow::Result<()> {
         print(&facts, &paths);
     }
     let required = settings.transport.map(TransportKind::from);
+    if required == Some(TransportKind::Cuda) {
+        bail!(
+            "transport cuda is required, and only workers with an engine on a card try it: one with --transport cuda says why where it cannot be"
+        );
+    }
     match paths.iter().find(|finding| Some(finding.path.kind()) == required && finding.health == Health::Unusable) {
         Some(finding) => bail!("transport {} is required and cannot be used: {}", finding.path, finding.says),
         None => Ok(()),

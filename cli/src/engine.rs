@@ -2,7 +2,7 @@
 
 use crate::{
     model::Located,
-    settings::{Adapters, EngineChoice, Speculate},
+    settings::{Adapters, EngineChoice, Speculate, Transport},
 };
 use anyhow::{Context, bail};
 use engine::{Config, Device, Engine, Model};
@@ -48,6 +48,19 @@ impl Kind {
             bail!("--engine {device}: {flag} does not go with a card yet");
         }
         engine::check_device(&located.path, config).with_context(|| format!("--engine {device}"))
+    }
+
+    /// Checks likewise that pages can go the way that is asked for.
+    ///
+    /// # Errors
+    /// Says which engine could.
+    pub(crate) fn check_transport(&self, asked: Option<Transport>) -> anyhow::Result<()> {
+        match (asked, self) {
+            (Some(Transport::Cuda), Self::Device(Device::Cpu) | Self::Timed(_)) => {
+                bail!("--transport cuda: pages of this engine are on no card; --engine cuda has them there")
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Makes an engine for `model`.

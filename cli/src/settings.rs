@@ -400,6 +400,8 @@ impl Placement {
 pub(crate) enum Transport {
     /// Within one process
     Memory,
+    /// Between processes of one host, from card to card
+    Cuda,
     /// Between processes of one host, through shared memory
     Shm,
     /// By RDMA and whatever else UCX finds
@@ -412,6 +414,7 @@ impl From<Transport> for kv_transfer::TransportKind {
     fn from(transport: Transport) -> Self {
         match transport {
             Transport::Memory => Self::Memory,
+            Transport::Cuda => Self::Cuda,
             Transport::Shm => Self::Shm,
             Transport::Ucx => Self::Ucx,
             Transport::Tcp => Self::Tcp,

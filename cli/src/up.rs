@@ -246,6 +246,7 @@ Ctrl-C drains and stops."#,
         match self.plan.prefill.iter().find_map(|worker| worker.transfer.require) {
             Some(TransportKind::Tcp) => "over loopback (tcp)",
             Some(TransportKind::Ucx) => "by UCX (ucx)",
+            Some(TransportKind::Cuda) => "from card to card (cuda)",
             Some(TransportKind::Shm) => "through shared memory (shm)",
             Some(TransportKind::Memory) | None => "within this process (memory)",
         }

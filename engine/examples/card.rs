@@ -1,4 +1,5 @@
-//! Prefill and decode speed of random weights of Llama 3.1 8B's shape on a card, and how much of the host's time a step hides, one JSON object a line.
+//! Prefill and decode speed of random weights of Llama 3.1 8B's shape on a card, how much of the host's time a step hides, and how fast a prompt's pages go to
+//! another process on the card, one JSON object a line.
 //!
 //! `cargo run --release -p engine --example card -- [cuda:0] [on|off] [NVRTC's library] [cuBLASLt's]`, where off is what `--exact off` is; `tests/gpu/run.sh`
 //! puts the card's own limits beside it.
@@ -7,8 +8,13 @@ use engine::{
     Config, Device, Engine, Error, Model, ModelShape, Row, Sample, Sampling,
     scheduler::{History, Limits, Request, Scheduler, Stop, Until},
 };
-use kv_cache::PageId;
-use std::time::Instant;
+use kv_cache::{PageId, PoolCopy};
+use std::{
+    io::{BufRead, BufReader},
+    path::PathBuf,
+    process::{Command, Stdio},
+    time::Instant,
+};
 
 const SHAPE: ModelShape = ModelShape {
     name: "llama-8b",
@@ -27,18 +33,35 @@ const SHAPE: ModelShape = ModelShape {
     quantize: None,
 };
 
+/// The same pages, and little else.
+const PAGES: ModelShape = ModelShape {
+    name: "llama-8b-pages",
+    vocab_size: 1024,
+    hidden: 256,
+    intermediate: 256,
+    max_position: 8192,
+    ..SHAPE
+};
+
 fn main() -> Result<(), Error> {
     let mut arguments = std::env::args().skip(1);
     let device = arguments.next().unwrap_or_else(|| "cuda:0".into()).parse();
     let device: Device = device.unwrap_or_else(|problem| panic!("{problem}"));
-    let exact = match arguments.next().as_deref() {
+    let what = arguments.next();
+    let exact = match what.as_deref() {
         None | Some("on") => true,
-        Some("off") => false,
+        Some("off" | "target") => false,
         Some(other) => panic!("on or off, not {other}"),
     };
     // Empty where the system's loader knows it.
     let mut library = || arguments.next().filter(|path| !path.is_empty()).map(Into::into);
     let (nvrtc_library, cublaslt_library) = (library(), library());
+    if what.as_deref() == Some("target") {
+        return target(device, nvrtc_library);
+    }
+    if exact {
+        handoff(device, nvrtc_library.clone())?;
+    }
     let model = Model::random(&SHAPE, 1)?;
     let token_budget = 16_384;
     let config = Config {
@@ -88,6 +111,63 @@ fn main() -> Result<(), Error> {
     println!(
         r#"{{"work": "host", "batch": {batch}, "context": {context}, "ms_card": {bare:.3}, "ms_step_by_step": {in_step:.3}, "ms_one_step_ahead": {ahead:.3}, "hidden": {hidden:.3}}}"#
     );
+    Ok(())
+}
+
+/// Makes an engine that has pages and little else.
+fn with_pages(device: Device, nvrtc_library: Option<PathBuf>) -> Result<Engine, Error> {
+    let config = Config { device, nvrtc_library, kv_bytes: Some(1 << 30), ..Config::default() };
+    Engine::new(Model::random(&PAGES, 1)?, &config)
+}
+
+/// Is the process whose pages are written: says where they are, and ends when its input does.
+fn target(device: Device, nvrtc_library: Option<PathBuf>) -> Result<(), Error> {
+    let engine = with_pages(device, nvrtc_library)?;
+    println!("{}", engine.backing().expect("a card").share().expect("a card that lets others reach its pages"));
+    std::io::stdin().lines().for_each(drop);
+    Ok(())
+}
+
+/// Measures how fast the pages of 2,048 tokens go to another process, all at once and by layers, as those of a prompt leave.
+fn handoff(device: Device, nvrtc_library: Option<PathBuf>) -> Result<(), Error> {
+    let engine = with_pages(device, nvrtc_library.clone())?;
+    let program = std::env::current_exe().expect("this program");
+    let nvrtc = nvrtc_library.unwrap_or_default();
+    let mut child = Command::new(program);
+    child.arg(device.to_string()).arg("target").arg(nvrtc);
+    let mut child = child.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("another process");
+    let mut shared = String::new();
+    BufReader::new(child.stdout.take().expect("piped")).read_line(&mut shared).expect("it says where its pages are");
+    let reached = engine.backing().expect("a card").reach(shared.trim()).unwrap_or_else(|problem| panic!("{problem}"));
+    let layout = engine.memory().layout().clone();
+    let bytes = layout.block_bytes();
+    // No two neighbours, in either pool.
+    let pages = layout.pages_for(2048) as u32;
+    let block = |layer, page| PoolCopy {
+        source: layout.block_offset(layer, PageId(2 * page)),
+        target: layout.block_offset(layer, PageId(3 * page + 1)),
+        bytes,
+    };
+    let layers: Vec<Vec<PoolCopy>> =
+        (0..layout.layers).map(|layer| (0..pages).map(|page| block(layer, page)).collect()).collect();
+    let moved = (layers.len() * pages as usize * bytes) as f64;
+    for (way, group) in [("all", layers.len()), ("layers", 1)] {
+        let groups: Vec<Vec<PoolCopy>> = layers.chunks(group).map(|layers| layers.concat()).collect();
+        let seconds = median(20, || {
+            groups.iter().try_for_each(|group| reached.write(group)).unwrap_or_else(|problem| panic!("{problem}"));
+            Ok(())
+        })
+        .expect("problems panic");
+        println!(
+            r#"{{"work": "handoff", "tokens": 2048, "at_once": "{way}", "ms": {:.3}, "gb_per_s": {:.0}}}"#,
+            seconds * 1e3,
+            // Read and written.
+            2.0 * moved / seconds / 1e9
+        );
+    }
+    drop(reached);
+    drop(child.stdin.take());
+    child.wait().expect("it ends");
     Ok(())
 }
 

@@ -34,6 +34,8 @@ pub struct Config {
     pub exact: bool,
     /// Share of a card's memory that this engine may have, above 0 and up to 1. The default leaves room for what the driver and others take.
     pub gpu_memory_utilization: f64,
+    /// Longest that a card may take for what is waited for, a step as a rule, in milliseconds. One that takes longer hangs, and ends its worker.
+    pub card_timeout_ms: u64,
     /// Whether a card looks at every row before each layer, and refuses those that hold what is no number. Each step waits for that.
     pub nan_guard: bool,
     /// NVRTC's library; unset = where the system's loader and CUDA toolkits have it.
@@ -97,6 +99,7 @@ impl Default for Config {
             tensor_parallel: 1,
             exact: true,
             gpu_memory_utilization: 0.9,
+            card_timeout_ms: 120_000,
             nan_guard: false,
             nvrtc_library: None,
             nccl_library: None,

@@ -40,6 +40,8 @@
 #[cfg(feature = "cuda")]
 mod cache;
 #[cfg(feature = "cuda")]
+mod copier;
+#[cfg(feature = "cuda")]
 mod cublaslt;
 mod device;
 #[cfg(feature = "cuda")]
@@ -59,6 +61,8 @@ mod nccl;
 #[cfg(feature = "cuda")]
 mod nvrtc;
 mod pages;
+#[cfg(feature = "cuda")]
+mod patience;
 mod products;
 mod rank;
 mod rows;
@@ -81,7 +85,8 @@ use crate::{
 use device::{MOST_SENT_BYTES, SLOTS};
 use graphs::Bucket;
 use kernels::{Draw, Element};
-use kv_cache::{KvDtype, PageId, PageLayout, TokenId};
+use kv_cache::{Backing, KvDtype, PageLayout, TokenId};
+use pages::CardPages;
 use rank::Rank;
 pub(crate) use rank::Sizes;
 use rows::Capacity;
@@ -89,10 +94,13 @@ use slice::Slice;
 use std::{
     ops::Range,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 #[cfg(feature = "cuda")]
-use {crate::Config, std::path::Path};
+use {
+    crate::Config,
+    std::{path::Path, time::Duration},
+};
 
 /// Returns what keys and values of `model` are kept as when nobody says.
 pub(crate) fn kv_dtype(model: &Model) -> KvDtype {
@@ -107,7 +115,7 @@ pub(crate) fn kv_dtype(model: &Model) -> KvDtype {
 pub(crate) fn open(card: usize, config: &Config) -> Result<Vec<Box<dyn Device>>, Error> {
     let open = |card| {
         let cache = cache::Cache { folder: config.kernel_cache.clone() };
-        driver::Card::open(card, config.nvrtc_library.as_deref(), cache)
+        driver::Card::open(card, config.nvrtc_library.as_deref(), cache, Duration::from_millis(config.card_timeout_ms))
     };
     let mut cards = (card..card + config.tensor_parallel).map(open).collect::<Result<Vec<_>, _>>()?;
     if !config.exact {
@@ -320,7 +328,7 @@ impl Home for Cuda {
         if bucket.is_none() {
             // Layers are told when they are final, while later ones are still computed.
             while let Some(layer) = self.untold.next() {
-                self.each(&|rank| rank.fetch_layer(memory, layer))?;
+                self.each(&|rank| rank.device.wait(layer))?;
                 on_layer(layer as u32);
             }
         }
@@ -457,15 +465,15 @@ impl Home for Cuda {
         (&mut self.pool, Logits { floats: &self.logits, stride: self.sizes.logits })
     }
 
-    fn export(&mut self, memory: &KvMemory, pages: &[PageId]) -> Result<(), Error> {
-        self.each(&|rank| rank.export(memory, pages))
+    fn backing(&mut self, memory: &Arc<KvMemory>) -> Result<Option<Arc<dyn Backing>>, Error> {
+        let side = |rank: &mut Mutex<Rank>| {
+            let rank = own(rank);
+            rank.pages.as_ref().expect("pages are reserved before they are handed off").side(&mut *rank.device)
+        };
+        let sides = self.ranks.iter_mut().map(side).collect::<Result<_, _>>()?;
+        Ok(Some(CardPages::new(memory.clone(), sides)))
     }
 
-    fn import(&mut self, memory: &KvMemory, pages: &[PageId]) -> Result<(), Error> {
-        self.each(&|rank| rank.import(memory, pages))
-    }
-
-    /// Nothing: what tokens choose stays on the card, and to ask for it would be to wait for it.
     fn expert_bytes(&self) -> (u64, u64) {
         (0, 0)
     }

@@ -10,8 +10,8 @@ use crate::{
     cpu::{nodes::Stay, pool::Pool},
     sampling::Race,
 };
-use kv_cache::{PageId, TokenId};
-use std::{fmt::Debug, ops::Range};
+use kv_cache::{Backing, PageId, TokenId};
+use std::{fmt::Debug, ops::Range, sync::Arc};
 
 /// The tokens of one sequence in a step.
 #[derive(Clone, Copy, Debug)]
@@ -26,7 +26,7 @@ pub(crate) struct Span<'a> {
     pub(crate) pages: &'a [PageId],
     /// What is added to the model for it.
     pub(crate) adapter: Option<&'a Adapter>,
-    /// Whether somebody reads the pages it writes in [`KvMemory`] when their layer is final.
+    /// Whether somebody is to be told of each layer when its pages are final.
     pub(crate) leaves: bool,
 }
 
@@ -94,7 +94,7 @@ pub(crate) trait Home: Debug + Send + Sync {
     /// Keeps the calling thread where it computes best until what is returned is dropped.
     fn stay(&self) -> Stay;
 
-    /// Runs the decoder over the rows of `pass`, writes their keys and values to their pages (to `memory` those that leave), and norms what is left at the places.
+    /// Runs the decoder over the rows of `pass`, writes their keys and values to their pages, and norms what is left at the places.
     ///
     /// Calls `on_layer(l)` in the order of layers, each once its blocks of all rows are final; those that are not when it returns, [`Home::finish`] calls.
     fn forward(
@@ -150,11 +150,10 @@ pub(crate) trait Home: Debug + Send + Sync {
     /// Returns threads, and the logits computed last for them to work on.
     fn pool_and_logits(&mut self) -> (&mut Pool, Logits<'_>);
 
-    /// Makes `memory` hold what `pages` hold, all of it.
-    fn export(&mut self, memory: &KvMemory, pages: &[PageId]) -> Result<(), Error>;
-
-    /// Takes what others wrote to `pages` of `memory`.
-    fn import(&mut self, memory: &KvMemory, pages: &[PageId]) -> Result<(), Error>;
+    /// Returns where pages are, if not in `memory`.
+    fn backing(&mut self, _memory: &Arc<KvMemory>) -> Result<Option<Arc<dyn Backing>>, Error> {
+        Ok(None)
+    }
 
     /// Returns the bytes of experts that tokens chose so far, and those that were read for it; nothing where a home does not learn what they choose.
     fn expert_bytes(&self) -> (u64, u64);

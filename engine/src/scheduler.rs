@@ -131,8 +131,6 @@ pub struct Scheduler {
     last_end: Duration,
     /// Whether every step ends before the next is planned.
     in_step: bool,
-    /// Pages that others wrote since the last step.
-    landed: Vec<PageId>,
     /// The memory of the last step's plan and rows, for the next.
     spare_plan: Plan,
     spare_rows: Vec<Row<'static>>,
@@ -172,7 +170,6 @@ impl Scheduler {
             after_under_way: Vec::new(),
             last_end: Duration::ZERO,
             in_step: false,
-            landed: Vec::new(),
             spare_plan: Plan::default(),
             spare_rows: Vec::new(),
         })

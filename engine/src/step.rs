@@ -13,7 +13,7 @@ use crate::{
     sampling::{self, Race, Scratch},
     timed::Timed,
 };
-use kv_cache::PageId;
+use kv_cache::{Backing, PageId};
 use limits::Limits;
 pub use making::check_device;
 pub(crate) use making::page_layout;
@@ -96,12 +96,6 @@ pub trait Step {
     /// # Errors
     /// As [`Engine::end`].
     fn end(&mut self) -> Result<&mut [Yield], Error>;
-
-    /// Learns that others wrote to `pages`, which rows will read.
-    ///
-    /// # Errors
-    /// As [`Engine::import`].
-    fn import(&mut self, pages: &[PageId]) -> Result<(), Error>;
 }
 
 impl Step for Engine {
@@ -115,10 +109,6 @@ impl Step for Engine {
 
     fn end(&mut self) -> Result<&mut [Yield], Error> {
         Engine::end(self)
-    }
-
-    fn import(&mut self, pages: &[PageId]) -> Result<(), Error> {
-        Engine::import(self, pages)
     }
 }
 
@@ -147,6 +137,7 @@ pub struct Engine {
     fingerprint: String,
     memory: Arc<KvMemory>,
     home: Box<dyn Home>,
+    backing: Option<Arc<dyn Backing>>,
     /// Present when nothing is computed.
     timed: Option<Timed>,
     limits: Limits,
@@ -192,6 +183,11 @@ impl Engine {
     /// Returns the pages.
     pub fn memory(&self) -> &Arc<KvMemory> {
         &self.memory
+    }
+
+    /// Returns where the pages are, if not in [`Engine::memory`], for whoever hands them off.
+    pub fn backing(&self) -> Option<Arc<dyn Backing>> {
+        self.backing.clone()
     }
 
     /// Returns the cards that it computes on.
@@ -298,22 +294,6 @@ impl Engine {
             }
         }
         Ok(&mut self.yields[..rows])
-    }
-
-    /// Makes [`Engine::memory`] hold what `pages` hold, for others to read.
-    ///
-    /// # Errors
-    /// [`Error::Card`] when they are on a card that does not give them.
-    pub fn export(&mut self, pages: &[PageId]) -> Result<(), Error> {
-        if self.timed.is_some() { Ok(()) } else { self.home.export(&self.memory, pages) }
-    }
-
-    /// Takes what others wrote to `pages` of [`Engine::memory`]; to be called before a row reads them.
-    ///
-    /// # Errors
-    /// [`Error::Card`] when they are to be on a card that does not take them.
-    pub fn import(&mut self, pages: &[PageId]) -> Result<(), Error> {
-        if self.timed.is_some() { Ok(()) } else { self.home.import(&self.memory, pages) }
     }
 
     /// Lists the tokens of `rows`, the `spans` they make, the places after which logits are wanted, and the spans that these make when

@@ -9,16 +9,22 @@ use engine::{
     Config, Device, Engine, Error, Model, Row, Sample, Sampling, TokenId,
     cards::{self, Part, Reading},
 };
-use kv_cache::PageId;
+use kv_cache::{Extent, PageId, PoolCopy};
 use libloading::Library;
 use std::{
     ffi::c_int,
     fs,
+    io::{BufRead, BufReader, Write},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     sync::Arc,
 };
+
+/// Set where this program plays the process that pages are handed to: the folder in which it leaves what came.
+const PEER: &str = "BATON_TEST_PEER";
+/// What stands before what it tells of its pages.
+const TELLS: &str = "pages: ";
 
 /// Compiles `source` of the folder `driver` into `folder` as the library `name`, and opens it.
 fn library(source: &str, folder: &Path, name: &str) -> (Library, PathBuf) {
@@ -65,9 +71,18 @@ fn logits(
     (0..tables.len()).map(|row| engine.logits(row).expect("it was sampled").to_vec()).collect()
 }
 
-/// Returns the bytes of `pages` that are in the host's memory, layer after layer.
+/// Returns the blocks of `pages`, layer after layer.
+fn extents(engine: &Engine, pages: &[PageId]) -> Vec<Extent> {
+    let layout = engine.memory().layout();
+    let place = |layer| pages.iter().map(move |page| (layer, *page));
+    let extent = |(layer, page)| Extent { offset: layout.block_offset(layer, page), bytes: layout.block_bytes() };
+    (0..layout.layers).flat_map(place).map(extent).collect()
+}
+
+/// Returns the bytes of `pages`, layer after layer, by way of the host's memory.
 fn blocks(engine: &Engine, pages: &[PageId]) -> Vec<Vec<u8>> {
     let layout = engine.memory().layout();
+    engine.backing().expect("a card").fetch(&extents(engine, pages)).expect("pages that are there");
     let mut blocks = Vec::new();
     for layer in 0..layout.layers {
         for page in pages {
@@ -115,7 +130,6 @@ fn outcome(engine: &mut Engine) -> Outcome {
         assert!(together.iter().all(|logits| *logits == alone[0]), "a sequence has its bits in any batch");
         all.extend(together);
     }
-    engine.export(&tables[1][..3]).expect("pages that are there");
     left.extend(blocks(engine, &tables[1][..3]));
     let bits = |logits: &Vec<f32>| logits.iter().map(|logit| logit.to_bits()).collect();
     Outcome { logits: all.iter().map(bits).collect(), blocks: left, tokens: ahead(engine) }
@@ -333,6 +347,63 @@ impl Stand {
         assert_eq!(self.compiled(), compiled, "what steps do is made ready before");
     }
 
+    /// Pages go from card to card in one process, and from process to process.
+    fn check_handoffs(&self, folder: &Path) {
+        let (tokens, tables) = (tokens(), tables());
+        let (here, there) = (&tables[0][..5], &tables[3][..5]);
+        let mut source = self.engine(&self.config);
+        logits(&mut source, &tokens[..80], 0, &tables[..1], true);
+        let pages = source.backing().expect("a card");
+        let copies = |target: &Engine, there: &[PageId]| -> Vec<PoolCopy> {
+            let (from, to) = (extents(&source, here), extents(target, there));
+            let copy =
+                |(from, to): (Extent, Extent)| PoolCopy { source: from.offset, target: to.offset, bytes: from.bytes };
+            from.into_iter().zip(to).map(copy).collect()
+        };
+        for card in [0, 1] {
+            let target = self.engine(&Config { device: Device::Cuda(card), ..self.config.clone() });
+            let reached =
+                pages.reach(&target.backing().expect("a card").share().expect("it can be")).expect("in reach");
+            reached.write(&copies(&target, there)).expect("they can be copied");
+            assert!(blocks(&target, there) == blocks(&source, here), "from cuda:0 to cuda:{card}");
+        }
+        // Three that share a model are all in reach of the middle one alone.
+        let shared = self.engine(&self.shared());
+        let cards = shared.backing().expect("cards").share().expect("it can be");
+        let problem = pages.reach(&cards).expect_err("one is far");
+        assert!(problem.contains("cuda:0") && problem.contains("do not reach"), "{problem}");
+        let mut middle = self.engine(&Config { device: Device::Cuda(1), ..self.config.clone() });
+        logits(&mut middle, &tokens[..80], 0, &tables[..1], true);
+        let reached = middle.backing().expect("a card").reach(&cards).expect("in reach");
+        reached.write(&copies(&shared, there)).expect("they can be copied");
+        assert!(blocks(&shared, there) == blocks(&source, here), "to three cards");
+        drop((reached, shared, middle));
+
+        let mut child = Command::new(std::env::current_exe().expect("this program"));
+        child.args(["--exact", "a_model_runs_behind_the_driver", "--nocapture"]).env(PEER, folder);
+        let mut child = child.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("another process");
+        let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+        let shared = lines.by_ref().find_map(|line| Some(line.expect("text").split_once(TELLS)?.1.to_owned()));
+        let reached = pages.reach(&shared.expect("it tells")).expect("in reach");
+        reached.write(&copies(&source, there)).expect("they can be copied");
+        drop(reached);
+        child.stdin.take().expect("piped").write_all(b"done\n").expect("it waits");
+        lines.for_each(drop);
+        assert!(child.wait().expect("it ends").success());
+        let landed = fs::read(folder.join("landed")).expect("what landed");
+        assert!(landed == blocks(&source, here).concat(), "to another process");
+        let problem = pages.reach("{}").expect_err("nothing");
+        assert!(problem.contains("says where the pages are"), "{problem}");
+    }
+
+    /// What the other process does: it tells where its pages are, waits for a word, and writes down what came.
+    fn play_target(&self, folder: &Path) {
+        let engine = self.engine(&self.config);
+        println!("{TELLS}{}", engine.backing().expect("a card").share().expect("it can be reached"));
+        std::io::stdin().read_line(&mut String::new()).expect("a word");
+        fs::write(folder.join("landed"), blocks(&engine, &tables()[3][..5]).concat()).expect("a file");
+    }
+
     /// A card that need not be exact multiplies many rows by the library, and few by kernels of ours.
     fn check_library(&self) {
         let (tokens, one): (Vec<TokenId>, _) = ((0..600).map(|at| at * 7 % 1000 + 3).collect(), wide_table());
@@ -402,6 +473,24 @@ impl Stand {
         }
     }
 
+    /// A card that hangs is given up after a while, and so is what is to move its pages; nothing waits for it to be given back.
+    fn check_hang(&self) {
+        let (tokens, tables) = (tokens(), tables());
+        let mut card = self.engine(&Config { card_timeout_ms: 300, ..self.config.clone() });
+        logits(&mut card, &tokens[..80], 0, &tables[..1], true);
+        let pages = card.backing().expect("a card");
+        number(&self.driver, "hang_card");
+        let row = Row { tokens: &tokens[..80], pages: &tables[0], leaves: true, ..Row::default() };
+        for _ in 0..3 {
+            let error = card.step(&[row], &mut |_| {}).expect_err("a card that hangs").to_string();
+            assert!(error.contains("cuda:0") && error.contains("300ms") && error.contains("hangs"), "{error}");
+        }
+        let problem = pages.fetch(&extents(&card, &tables[0][..1])).expect_err("a card that hangs");
+        assert!(problem.contains("hangs"), "{problem}");
+        drop(card);
+        drop(pages);
+    }
+
     fn check_failure(&self, row: Row<'_>) {
         let mut cards = self.engine(&self.shared());
         number(&self.driver, "break_card");
@@ -420,6 +509,9 @@ impl Stand {
 #[test]
 fn a_model_runs_behind_the_driver() {
     let folder = tempfile::tempdir().expect("a temporary directory");
+    if let Some(peer) = std::env::var_os(PEER) {
+        return Stand::new(folder.path()).play_target(Path::new(&peer));
+    }
     let mut stand = Stand::new(folder.path());
     stand.check_refusals();
     let one = stand.check_one();
@@ -427,6 +519,8 @@ fn a_model_runs_behind_the_driver() {
     stand.check_shared(&one);
     stand.check_empty();
     stand.check_failures();
+    stand.check_empty();
+    stand.check_handoffs(folder.path());
     stand.check_empty();
     stand.check_library();
     stand.check_cards(folder.path());
@@ -439,4 +533,5 @@ fn a_model_runs_behind_the_driver() {
         stand.check_empty();
     }
     assert_eq!(stand.compiled(), compiled);
+    stand.check_hang();
 }

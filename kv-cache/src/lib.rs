@@ -5,11 +5,13 @@
 //! asks a [`PagePool`] which of them to use. Everything here is a decision, so everything here can be simulated.
 #![forbid(unsafe_code)]
 
+mod backing;
 mod byte_code;
 mod hash;
 mod layout;
 mod pool;
 
+pub use backing::{Backing, Extent, PoolCopy, Reach};
 pub use byte_code::ByteCode;
 pub use hash::{PageHash, PrefixHasher, page_hashes, root_salt};
 pub use layout::{KvDtype, PageLayout, Plane};

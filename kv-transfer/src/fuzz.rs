@@ -65,7 +65,8 @@ fn greeting(frame: &[u8]) {
     let mut again = Vec::new();
     greeting.encode(&mut again);
     assert_eq!(Greeting::decode(&again[4..]).as_ref(), Ok(&greeting));
-    let offer = Offer::new(&Config { lossy_kv: true, ..Config::default() }, identity(), 1, Ok("host".into()), false);
+    let offer =
+        Offer::new(&Config { lossy_kv: true, ..Config::default() }, identity(), 1, Ok("host".into()), (false, false));
     let terms = match greeting {
         Greeting::Hello(hello) => offer.answer(&hello, false, &[]).map(|agreed| agreed.terms),
         Greeting::Welcome(welcome) => return drop(offer.check(&welcome, &peer())),

@@ -11,8 +11,8 @@ use crate::{
 };
 
 /// Every transport, most wanted first.
-const TRANSPORTS: [TransportKind; 4] =
-    [TransportKind::Memory, TransportKind::Shm, TransportKind::Ucx, TransportKind::Tcp];
+const TRANSPORTS: [TransportKind; 5] =
+    [TransportKind::Memory, TransportKind::Cuda, TransportKind::Shm, TransportKind::Ucx, TransportKind::Tcp];
 
 /// What this worker brings to a handshake.
 #[derive(Clone, Debug)]
@@ -44,17 +44,19 @@ pub(crate) struct Agreed {
 }
 
 impl Offer {
-    /// Offers what `config` allows. `with_ucx`: UCX is worth while, and not only to be used where it is required.
+    /// Offers what `config` allows. `on_card`: pages are on cards. `with_ucx`: UCX is worth while, and not only to be used where it is required.
     pub(crate) fn new(
         config: &Config,
         identity: Identity,
         process: u64,
         shares: Result<String, String>,
-        with_ucx: bool,
+        (on_card, with_ucx): (bool, bool),
     ) -> Self {
-        let offered = |kind: &TransportKind| match config.require {
-            Some(only) => *kind == only,
-            None => *kind != TransportKind::Ucx || with_ucx,
+        let offered = |kind: &TransportKind| match (config.require, kind) {
+            (Some(only), kind) => *kind == only,
+            (None, TransportKind::Cuda) => on_card,
+            (None, TransportKind::Ucx) => with_ucx,
+            (None, _) => true,
         };
         let transports = TRANSPORTS.into_iter().filter(offered).collect();
         let verify = match config.verify {
@@ -117,7 +119,11 @@ impl Offer {
                 (Some((_, problem)), _) => Some(problem.clone()),
                 (None, TransportKind::Memory) if shared_process => None,
                 (None, TransportKind::Memory) => continue, // The message says so anyway.
-                (None, TransportKind::Shm) => self.apart(hello.shm.as_ref()).err(),
+                (None, TransportKind::Cuda) if terms.converts() => Some("elements are converted on the way".into()),
+                (None, TransportKind::Cuda) if [self.verify, hello.verify].contains(&Verify::Full) => {
+                    Some("contents are digested, by the host".into())
+                }
+                (None, TransportKind::Cuda | TransportKind::Shm) => self.apart(hello.shm.as_ref()).err(),
                 (None, TransportKind::Ucx | TransportKind::Tcp) => None,
             };
             match problem {
@@ -191,7 +197,7 @@ mod tests {
     fn offer(worker: &str, change: impl FnOnce(&mut Config, &mut Identity)) -> Offer {
         let (mut config, mut identity) = (Config::default(), identity(worker, 4));
         change(&mut config, &mut identity);
-        Offer::new(&config, identity, 1, Ok("here".into()), false)
+        Offer::new(&config, identity, 1, Ok("here".into()), (false, false))
     }
 
     fn peer(incarnation: u64) -> Peer {
@@ -226,7 +232,7 @@ mod tests {
         );
         check(offer("decode", |_, identity| identity.layout.layers = 9), "page layout: layers: yours 3, ours 9");
         check(offer("someone", same), "worker: you want `decode`, this is `someone`");
-        assert_eq!(foreign(7), "protocol: yours 7, ours 5");
+        assert_eq!(foreign(7), "protocol: yours 7, ours 6");
     }
 
     #[test]

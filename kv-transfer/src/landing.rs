@@ -34,7 +34,7 @@ use crate::{
 use kv_cache::PageId;
 use std::{
     collections::{HashMap, HashSet},
-    ops::Range,
+    ops::{Deref, Range},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -88,11 +88,18 @@ pub(crate) struct Landing {
 
 /// The right to write the blocks admitted to its holder, until dropped.
 #[derive(Debug)]
-pub(crate) struct Permit<'a>(&'a Landing);
+pub(crate) struct Permit<L: Deref<Target = Landing>>(L);
 
-impl Drop for Permit<'_> {
+impl<L: Deref<Target = Landing>> Drop for Permit<L> {
     fn drop(&mut self) {
         self.0.leave();
+    }
+}
+
+impl<L: Deref<Target = Landing>> Permit<L> {
+    /// Returns what it is of.
+    pub(crate) fn landing(&self) -> &Landing {
+        &self.0
     }
 }
 
@@ -120,8 +127,13 @@ impl Landing {
     }
 
     /// Lets the caller write for a moment, unless the landing is closed.
-    pub(crate) fn enter(&self) -> Option<Permit<'_>> {
+    pub(crate) fn enter(&self) -> Option<Permit<&Self>> {
         // Lazily: a permit that is made and dropped leaves the gate.
+        self.gate.enter().then(|| Permit(self))
+    }
+
+    /// The same for work that others do.
+    pub(crate) fn enter_for_others(self: Arc<Self>) -> Option<Permit<Arc<Self>>> {
         self.gate.enter().then(|| Permit(self))
     }
 
@@ -150,8 +162,29 @@ impl Landing {
         }
     }
 
-    /// Says that all bytes of a frame are here. The caller holds a permit, so that this comes before `Sealed`.
-    pub(crate) fn landed(&self, _permit: &Permit<'_>, sequence: u32, pieces: &[Piece], digest: Option<Digest>) {
+    /// Brings all bytes of a frame, which are here, to where its pages are, and says so. The caller holds a permit, so that this comes before `Sealed`.
+    pub(crate) fn landed(
+        &self,
+        permit: &Permit<impl Deref<Target = Self>>,
+        sequence: u32,
+        pieces: &[Piece],
+        digest: Option<Digest>,
+    ) {
+        match self.pool.store(self.place(), pieces) {
+            Ok(()) => self.landed_directly(permit, sequence, pieces, digest),
+            // Who computes there learns of it as well, and ends. Until then it is a hand-off without progress.
+            Err(problem) => tracing::error!(handoff = %self.handoff, problem, "bring pages to where they belong"),
+        }
+    }
+
+    /// Says that all bytes of a frame are where its pages are, likewise.
+    pub(crate) fn landed_directly(
+        &self,
+        _permit: &Permit<impl Deref<Target = Self>>,
+        sequence: u32,
+        pieces: &[Piece],
+        digest: Option<Digest>,
+    ) {
         let bytes = plan::blocks(pieces) * self.terms.block_bytes() as u64;
         self.report(Moved::Landed { sequence, bytes, digest });
     }
@@ -182,6 +215,11 @@ impl Landings {
     /// Starts with none in `pool`, reporting to `inbox`.
     pub(crate) fn new(pool: Arc<Pages>, inbox: Arc<Inbox>) -> Self {
         Self { pool, words: None, inbox, state: Mutex::default() }
+    }
+
+    /// Returns the pool that they are in.
+    pub(crate) fn pool(&self) -> &Arc<Pages> {
+        &self.pool
     }
 
     /// Lets sources that have them settle hand-offs in `words`.

@@ -57,7 +57,7 @@ mod words;
 
 #[cfg(fuzzing)]
 pub use fuzz::frames as fuzz_frames;
-pub use transfer::{Overlapped, Transfer};
+pub use transfer::{Overlapped, Pool, Transfer};
 pub use transport::ucx::{Survey, UcxConfig, UcxMemory, survey};
 
 use kv_cache::{PageHash, PageId, PageLayout, TokenId};
@@ -248,6 +248,8 @@ pub enum Verify {
 pub enum TransportKind {
     /// Both workers live in this process.
     Memory,
+    /// Two processes of one host with pages on cards that reach each other: the source writes into the target's pages there.
+    Cuda,
     /// Two processes of one host: the source writes into the target's pages.
     Shm,
     /// What UCX finds between two machines, RDMA above all: the source writes into the target's pages.
@@ -371,6 +373,9 @@ pub enum Error {
     /// Transport `ucx` is required and cannot be had.
     #[error("transport ucx: {0}")]
     Ucx(String),
+    /// Transport `cuda` is required by a worker whose pages are on no card.
+    #[error("transport cuda: this worker's pages are on no card; `--engine cuda` puts them there")]
+    NotOnCards,
     /// The cluster's token cannot be used.
     #[error("cluster_token_file {}: {reason}", file.display())]
     ClusterToken {

@@ -19,7 +19,7 @@ use crate::{
     transport::{
         Transport,
         memory::{self, Registration},
-        shm::{self, Door, Remote, Shared, Writer},
+        shm::{self, Door, Remote, Shared, Writable, Writer, Written},
         tcp::{self, Receiver},
         ucx::{LinkPath, Opening, Ucx, Way, Window},
     },
@@ -59,6 +59,7 @@ pub(crate) struct Links {
     pub(crate) registration: Registration,
     /// Our pool, where processes of this host can map it.
     shared: Option<Arc<Shared>>,
+    cuda_fallbacks: Counter,
     shm_fallbacks: Counter,
     ucx: Option<Ucx>,
     ucx_fallbacks: Counter,
@@ -155,6 +156,7 @@ impl Links {
     ) -> Arc<Self> {
         let (pool, landings) = landings;
         Arc::new(Self {
+            cuda_fallbacks: metrics::fallbacks(&offer.identity.worker, TransportKind::Cuda),
             shm_fallbacks: metrics::fallbacks(&offer.identity.worker, TransportKind::Shm),
             ucx_fallbacks: metrics::fallbacks(&offer.identity.worker, TransportKind::Ucx),
             shared,
@@ -279,8 +281,11 @@ impl Links {
                 let gone = || NoLink { reason: format!("{}: its landings are gone", peer.worker), refused: false };
                 Arc::new(memory::start(welcome.landings, &path, &self.movers, stop).ok_or_else(gone)?)
             }
-            TransportKind::Shm => {
-                let same = |remote: &Remote| remote.layout() == Some(&welcome.identity.layout);
+            TransportKind::Cuda | TransportKind::Shm => {
+                let directly = welcome.transport == TransportKind::Cuda;
+                let same = |remote: &Remote| {
+                    remote.layout() == Some(&welcome.identity.layout) && remote.direct().is_some() == directly
+                };
                 let problem = || format!("{}: says that its pool was passed, which it was not", peer.worker);
                 let remote = remote.filter(same).ok_or_else(|| NoLink { reason: problem(), refused: false })?;
                 let (pool, terms, digest) = (self.pool.clone(), terms.clone(), welcome.digest);
@@ -306,7 +311,8 @@ impl Links {
     async fn reach(&self, peer: &Peer, offer: &Offer) -> Result<Reached, NoLink> {
         let refused =
             |error: &io::Error| tracing::warn!(%error, "targets on this host cannot be asked for their pools");
-        let wanted = offer.allows(TransportKind::Shm) || offer.allows(TransportKind::Ucx);
+        let wanted =
+            [TransportKind::Cuda, TransportKind::Shm, TransportKind::Ucx].into_iter().any(|kind| offer.allows(kind));
         let door = wanted.then(Door::open);
         let door = door.and_then(|door| door.inspect_err(refused).ok());
         let (mut stream, key) = self.access.dial(offer, peer, door.as_ref().map(Door::invitation)).await?;
@@ -322,7 +328,7 @@ impl Links {
                 // Neither is resumed after the answer has come: cancel safety is not asked of them.
                 tokio::select! {
                     answer = &mut answered => break answer?,
-                    received = door.receive(&key), if remote.is_none() => remote = Some(received),
+                    received = door.receive(&key, self.pool.backing()), if remote.is_none() => remote = Some(received),
                 }
             }
         };
@@ -464,10 +470,14 @@ impl Links {
             let agreed = self.offer.answer(hello, looped, &failed)?;
             let kind = agreed.transport;
             let (error, fallbacks) = match (kind, &self.shared, &self.ucx, &hello.shm) {
-                (TransportKind::Shm, Some(shared), _, Some(invitation)) => match shared.pass(invitation, key).await {
-                    Ok(writer) => return Ok((agreed, Some(writer), None)),
-                    Err(error) => (error.to_string(), &self.shm_fallbacks),
-                },
+                (TransportKind::Cuda | TransportKind::Shm, Some(shared), _, Some(invitation)) => {
+                    let directly = kind == TransportKind::Cuda;
+                    match shared.pass(invitation, key, directly).await {
+                        Ok(writer) => return Ok((agreed, Some(writer), None)),
+                        Err(error) if directly => (error.to_string(), &self.cuda_fallbacks),
+                        Err(error) => (error.to_string(), &self.shm_fallbacks),
+                    }
+                }
                 (TransportKind::Ucx, _, Some(ucx), invitation) => {
                     match let_in(ucx, (token, key), invitation.as_ref()).await {
                         Ok((writer, window)) => return Ok((agreed, writer, Some(window))),
@@ -512,12 +522,18 @@ impl Links {
         let Some((kind, digest)) = self.joinable().get(&token).map(|link| (link.transport, link.digest)) else {
             return;
         };
-        if !digest || !matches!(kind, TransportKind::Shm | TransportKind::Ucx) {
-            // Without digest this is a matter of microseconds; over another transport the landing refuses it.
-            return shm::written(&self.landings, token, frame, false);
+        let how = match kind {
+            TransportKind::Cuda => Written::Directly,
+            TransportKind::Shm | TransportKind::Ucx if digest => Written::Digested,
+            _ => Written::Here,
+        };
+        // Over another transport the landing refuses it.
+        let Some(rest) = shm::written(&self.landings, token, frame, how) else { return };
+        if how == Written::Directly || how == Written::Here && self.pool.backing().is_none() {
+            // A matter of microseconds.
+            return rest();
         }
-        let landings = self.landings.clone();
-        self.movers.spawn(0, async move { shm::written(&landings, token, frame, true) });
+        self.movers.spawn(0, async move { rest() });
     }
 
     async fn run_accepted(
@@ -566,19 +582,24 @@ mod tests {
     fn target(config: &Config) -> (Arc<Links>, Hello) {
         let identity = identity("decode-0", 6);
         let file = sealed_pool(&identity.layout);
-        let shared = Shared::of(&file, &identity.layout).expect("can be shared");
+        let shared = Shared::of(&file, &identity.layout, None).expect("can be shared");
         let host = shared.host().to_owned();
         let pool = Arc::new(Pages::map(&file, identity.layout.clone()).expect("map"));
         let landings = Arc::new(Landings::new(pool.clone(), Arc::new(Inbox::default())));
-        let source =
-            Offer::new(&Config::default(), crate::testing::identity("prefill-0", 6), 2, Ok(host.clone()), false);
+        let source = Offer::new(
+            &Config::default(),
+            crate::testing::identity("prefill-0", 6),
+            2,
+            Ok(host.clone()),
+            (false, false),
+        );
         let peer = Peer { worker: "decode-0".into(), incarnation: 1_000, link: String::new() };
         let hello = source.hello(
             &peer,
             ([7; 32], false),
             Some(Invitation { host: host.clone(), socket: "baton-kv-nobody".into() }),
         );
-        let offer = Offer::new(config, identity, 1, Ok(host), false);
+        let offer = Offer::new(config, identity, 1, Ok(host), (false, false));
         let (arrivals, _) = mpsc::channel(1);
         let movers = Movers::start(1).expect("threads");
         let access = Access::new(&Config::default()).expect("no files");
@@ -604,7 +625,7 @@ mod tests {
         let pool = Arc::new(Pages::map(&file, identity.layout.clone()).expect("map"));
         let landings = Arc::new(Landings::new(pool.clone(), Arc::new(Inbox::default())));
         let ucx = Ucx::start(&config.ucx, pool.clone(), &file).await.expect("UCX starts");
-        let offer = Offer::new(config, identity, number, Ok(format!("host {number}")), true);
+        let offer = Offer::new(config, identity, number, Ok(format!("host {number}")), (false, true));
         let (access, movers) = (Access::new(config).expect("no files"), Movers::start(1).expect("threads"));
         let (arrivals, _) = mpsc::channel(1);
         Links::new(config, (offer, access), (pool, landings), (None, Some(ucx)), movers, arrivals)
@@ -633,7 +654,7 @@ mod tests {
         let (links, mut hello) = target(&Config::default());
         let door = Door::open().expect("door");
         hello.shm = Some(door.invitation());
-        let (chosen, _remote) = tokio::join!(links.choose(&hello, false, (1, key())), door.receive(key()));
+        let (chosen, _remote) = tokio::join!(links.choose(&hello, false, (1, key())), door.receive(key(), None));
         let (agreed, writer, _) = chosen.expect("shared");
         assert_eq!((agreed.transport, agreed.digest, writer.is_some()), (TransportKind::Shm, false, true));
     }

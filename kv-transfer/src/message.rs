@@ -15,7 +15,7 @@ use kv_cache::{PageHash, PageId};
 use serde::{Deserialize, Serialize};
 
 /// Version of everything in this file. Both ends must speak the same one.
-pub(crate) const PROTOCOL: u32 = 5;
+pub(crate) const PROTOCOL: u32 = 6;
 /// Longest frame, without its length. `Open` of a sequence of a million pages fits.
 pub(crate) const LONGEST_FRAME: usize = 4 << 20;
 /// Longest reason that travels; the rest is cut.

@@ -27,8 +27,9 @@ impl std::fmt::Debug for Metrics {
 }
 
 const SIDES: [(Side, &str); 2] = [(Side::Source, "source"), (Side::Target, "target")];
-const KINDS: [(TransportKind, &str); 4] = [
+const KINDS: [(TransportKind, &str); 5] = [
     (TransportKind::Memory, "memory"),
+    (TransportKind::Cuda, "cuda"),
     (TransportKind::Shm, "shm"),
     (TransportKind::Ucx, "ucx"),
     (TransportKind::Tcp, "tcp"),

@@ -14,11 +14,11 @@
 use crate::{
     Error,
     convert::convert,
-    plan::{self, Copy, Extent, Piece, Place, Terms},
+    plan::{self, Piece, Place, Terms},
     streaming,
 };
-use kv_cache::{PageId, PageLayout};
-use std::{fs::File, io, os::fd::AsRawFd, ptr};
+use kv_cache::{Backing, Extent, PageId, PageLayout, PoolCopy};
+use std::{fs::File, io, os::fd::AsRawFd, ptr, sync::Arc};
 
 /// A page pool as this crate sees it. Unmapped on drop, if it was mapped here.
 #[derive(Debug)]
@@ -28,6 +28,8 @@ pub(crate) struct Pages {
     /// somebody else.
     reserved: Option<(*mut libc::c_void, usize)>,
     layout: PageLayout,
+    /// Where the pages really are, if not here.
+    backing: Option<Arc<dyn Backing>>,
 }
 
 // SAFETY: `base` is an address of shared memory, valid from every thread for as long as `self` lives; all access goes through
@@ -42,7 +44,7 @@ impl Pages {
     pub(crate) fn map(file: &File, layout: PageLayout) -> Result<Self, Error> {
         let bytes = layout.pool_bytes();
         Self::reserve_and_map(file, &layout)
-            .map(|(base, reserved)| Self { base, reserved: Some(reserved), layout })
+            .map(|(base, reserved)| Self { base, reserved: Some(reserved), layout, backing: None })
             .map_err(|source| Error::Map { bytes, source })
     }
 
@@ -60,9 +62,30 @@ impl Pages {
     /// # Safety
     /// All of it is mapped at `base` for writing, shared with its owner, for as long as this lives.
     pub(crate) unsafe fn lent(base: *mut u8, layout: PageLayout) -> io::Result<Self> {
-        let pages = Self { base, reserved: None, layout };
+        let pages = Self { base, reserved: None, layout, backing: None };
         pages.keep_from_children()?;
         Ok(pages)
+    }
+
+    /// Has pages that are elsewhere pass through here.
+    pub(crate) fn with_backing(mut self, backing: Option<Arc<dyn Backing>>) -> Self {
+        self.backing = backing;
+        self
+    }
+
+    /// Returns where the pages are, if not here.
+    pub(crate) fn backing(&self) -> Option<&Arc<dyn Backing>> {
+        self.backing.as_ref()
+    }
+
+    /// Brings `pieces` of the sequence at `place` here from wherever they are; they are frozen.
+    pub(crate) fn fetch(&self, place: Place<'_>, pieces: &[Piece]) -> Result<(), String> {
+        self.backing.as_ref().map_or(Ok(()), |backing| backing.fetch(&plan::extents(place, pieces)))
+    }
+
+    /// Brings `pieces` of the sequence at `place`, which are here, to where they belong.
+    pub(crate) fn store(&self, place: Place<'_>, pieces: &[Piece]) -> Result<(), String> {
+        self.backing.as_ref().map_or(Ok(()), |backing| backing.store(&plan::extents(place, pieces)))
     }
 
     fn keep_from_children(&self) -> io::Result<()> {
@@ -213,7 +236,7 @@ impl Pages {
     ///
     /// # Safety
     /// As [`Pages::bytes`] for the source's bytes and [`Pages::bytes_mut`] for ours.
-    pub(crate) unsafe fn copy_from(&self, source: &Pages, copies: &[Copy]) {
+    pub(crate) unsafe fn copy_from(&self, source: &Pages, copies: &[PoolCopy]) {
         for (at, copy) in copies.iter().enumerate() {
             let from = source.address(copy.source, copy.bytes);
             let to = self.address(copy.target, copy.bytes);
@@ -286,7 +309,7 @@ mod tests {
         // SAFETY: this test is the only user of both pools.
         unsafe {
             source.bytes_mut(from).fill(9);
-            target.copy_from(&source, &[Copy { source: from.offset, target: to.offset, bytes: from.bytes }]);
+            target.copy_from(&source, &[PoolCopy { source: from.offset, target: to.offset, bytes: from.bytes }]);
         }
         let landed = crate::testing::contents(&target_file, &theirs);
         assert!(landed[to.offset..to.offset + to.bytes].iter().all(|byte| *byte == 9));

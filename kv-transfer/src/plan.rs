@@ -11,7 +11,7 @@
 //! one run: pools lay the pages of a layer side by side, and the page allocator prefers runs.
 
 use crate::{Identity, Rank};
-use kv_cache::{KvDtype, PageId, PageLayout};
+use kv_cache::{Extent, KvDtype, PageId, PageLayout, PoolCopy};
 use std::{fmt, ops::Range};
 
 /// Blocks of one layer: travel pages `pages` of the sequence, counted from its first. Never empty.
@@ -33,38 +33,6 @@ impl Piece {
 /// Returns the blocks of all `pieces`.
 pub(crate) fn blocks(pieces: &[Piece]) -> u64 {
     pieces.iter().map(|piece| u64::from(piece.blocks())).sum()
-}
-
-/// Bytes of one pool.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Extent {
-    /// Offset in the pool, in bytes.
-    pub(crate) offset: usize,
-    /// Length in bytes.
-    pub(crate) bytes: usize,
-}
-
-/// A copy from one pool into another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Copy {
-    /// Offset in the source's pool, in bytes.
-    pub(crate) source: usize,
-    /// Offset in the target's pool, in bytes.
-    pub(crate) target: usize,
-    /// Length in bytes.
-    pub(crate) bytes: usize,
-}
-
-impl Copy {
-    /// Returns the bytes that are read.
-    pub(crate) fn from(&self) -> Extent {
-        Extent { offset: self.source, bytes: self.bytes }
-    }
-
-    /// Returns the bytes that are written.
-    pub(crate) fn to(&self) -> Extent {
-        Extent { offset: self.target, bytes: self.bytes }
-    }
 }
 
 /// What two workers agree on: how the pages of one become pages of the other.
@@ -314,7 +282,7 @@ pub(crate) fn extents(place: Place<'_>, pieces: &[Piece]) -> Vec<Extent> {
 ///
 /// # Panics
 /// As [`extents`]; and when elements are to be converted, which no copy does.
-pub(crate) fn copies(source: Place<'_>, target: Place<'_>, pieces: &[Piece]) -> Vec<Copy> {
+pub(crate) fn copies(source: Place<'_>, target: Place<'_>, pieces: &[Piece]) -> Vec<PoolCopy> {
     assert_eq!(source.view.pool.dtype, target.view.pool.dtype, "copies do not convert");
     let (from, mut to) = (extents(source, pieces), extents(target, pieces).into_iter());
     let mut copies = Vec::with_capacity(from.len());
@@ -325,7 +293,7 @@ pub(crate) fn copies(source: Place<'_>, target: Place<'_>, pieces: &[Piece]) -> 
                 room = to.next().expect("both sides have the same bytes");
             }
             let bytes = extent.bytes.min(room.bytes);
-            copies.push(Copy { source: extent.offset, target: room.offset, bytes });
+            copies.push(PoolCopy { source: extent.offset, target: room.offset, bytes });
             extent = Extent { offset: extent.offset + bytes, bytes: extent.bytes - bytes };
             room = Extent { offset: room.offset + bytes, bytes: room.bytes - bytes };
         }

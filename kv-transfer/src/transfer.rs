@@ -1,7 +1,7 @@
 //! The handle that workers hold: starts everything and passes requests to the driver.
 
 use crate::{
-    Begin, Commit, Config, Error, Event, Fetch, HandoffId, Identity,
+    Begin, Commit, Config, Error, Event, Fetch, HandoffId, Identity, TransportKind,
     driver::{Driver, Live, Parts},
     handoffs::{Handoffs, Request},
     handshake::Offer,
@@ -17,7 +17,7 @@ use crate::{
     speed::Speed,
     transport::{memory, shm::Shared, ucx::Ucx},
 };
-use kv_cache::PageId;
+use kv_cache::{Backing, PageId};
 use std::{fs::File, net::SocketAddr, ops::Range, sync::Arc, time::Duration};
 use tokio::{
     net::TcpListener,
@@ -60,8 +60,23 @@ impl Overlapped {
     }
 }
 
+/// Where a worker's pages are.
+#[derive(Clone, Debug)]
+pub struct Pool<'a> {
+    /// All of them, or what passes through the host on its way.
+    pub file: &'a File,
+    /// The cards that have them, if any.
+    pub backing: Option<Arc<dyn Backing>>,
+}
+
+impl<'a> From<&'a File> for Pool<'a> {
+    fn from(file: &'a File) -> Self {
+        Self { file, backing: None }
+    }
+}
+
 impl Transfer {
-    /// Maps the pool `pages` (a file of `identity.layout.pool_bytes()` bytes), listens for links and starts reporting to `events`.
+    /// Maps the file of `pool` (of `identity.layout.pool_bytes()` bytes), listens for links and starts reporting to `events`.
     /// Other processes of this host can write landings themselves where the file is a memfd whose size is sealed.
     ///
     /// `events` is bounded; when it is full the link waits, and with it the peer. After `shutdown` the hand-offs in flight get
@@ -69,12 +84,16 @@ impl Transfer {
     pub async fn start(
         config: Config,
         identity: Identity,
-        pages: &File,
+        pool: impl Into<Pool<'_>>,
         events: mpsc::Sender<Event>,
         shutdown: CancellationToken,
     ) -> Result<Self, Error> {
         let access = Access::new(&config)?;
-        let pool = Arc::new(Pages::map(pages, identity.layout.clone())?);
+        let Pool { file, backing } = pool.into();
+        if config.require == Some(TransportKind::Cuda) && backing.is_none() {
+            return Err(Error::NotOnCards);
+        }
+        let pool = Arc::new(Pages::map(file, identity.layout.clone())?.with_backing(backing.clone()));
         let listen = |source| Error::Listen { address: config.listen, source };
         let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
         let bound = listener.local_addr().map_err(listen)?;
@@ -91,13 +110,13 @@ impl Transfer {
 
         let inbox = Arc::new(Inbox::default());
         let (arrivals, arrived) = mpsc::channel(MOST_ARRIVALS);
-        let shared = Shared::of(pages, &identity.layout);
+        let shared = Shared::of(file, &identity.layout, backing.clone());
         let words = shared.as_ref().ok().map(|shared| shared.words().clone());
         let landings = Arc::new(Landings::new(pool.clone(), inbox.clone()).with_words(words));
         let shares = shared.as_ref().map(|shared| shared.host().to_owned()).map_err(ToString::to_string);
-        let ucx = start_ucx(&config, &pool, pages).await?;
+        let ucx = start_ucx(&config, &pool, file).await?;
         let with_ucx = ucx.as_ref().is_some_and(Ucx::is_worthwhile);
-        let offer = Offer::new(&config, identity.clone(), memory::process(), shares, with_ucx);
+        let offer = Offer::new(&config, identity.clone(), memory::process(), shares, (backing.is_some(), with_ucx));
         let pools = (pool, landings.clone());
         let links = Links::new(&config, (offer, access), pools, (shared.ok(), ucx), movers, arrivals);
         let accepting = CancellationToken::new();

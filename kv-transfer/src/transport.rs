@@ -26,11 +26,10 @@ use crate::{
     inbox::{Inbox, Note},
     link::LinkStop,
     mover::Movers,
-    plan::Copy,
     source::Frame,
     speed::Speed,
 };
-use kv_cache::PageId;
+use kv_cache::{PageId, PoolCopy};
 use std::{
     collections::VecDeque,
     fmt,
@@ -45,9 +44,9 @@ use tokio_util::sync::CancellationToken;
 pub(crate) const BURST_BYTES: usize = 256 << 10;
 
 /// Cuts `copies` into groups of at most [`BURST_BYTES`], in order.
-pub(crate) fn bursts(copies: Vec<Copy>) -> impl Iterator<Item = Vec<Copy>> {
+pub(crate) fn bursts(copies: Vec<PoolCopy>) -> impl Iterator<Item = Vec<PoolCopy>> {
     let mut copies = copies.into_iter();
-    let mut rest: Option<Copy> = None;
+    let mut rest: Option<PoolCopy> = None;
     std::iter::from_fn(move || {
         let mut burst = Vec::new();
         let mut room = BURST_BYTES;
@@ -56,10 +55,10 @@ pub(crate) fn bursts(copies: Vec<Copy>) -> impl Iterator<Item = Vec<Copy>> {
         {
             let bytes = copy.bytes.min(room);
             room -= bytes;
-            burst.push(Copy { bytes, ..copy });
+            burst.push(PoolCopy { bytes, ..copy });
             if bytes < copy.bytes {
                 let (source, target) = (copy.source + bytes, copy.target + bytes);
-                rest = Some(Copy { source, target, bytes: copy.bytes - bytes });
+                rest = Some(PoolCopy { source, target, bytes: copy.bytes - bytes });
             }
         }
         (!burst.is_empty()).then_some(burst)
@@ -312,7 +311,7 @@ pub(crate) mod tests {
 
     #[test]
     fn bursts_hold_every_copy_once_in_order() {
-        let copy = |source, target, bytes| Copy { source, target, bytes };
+        let copy = |source, target, bytes| PoolCopy { source, target, bytes };
         let copies = vec![copy(10, 20, 5), copy(100, 900, 2 * BURST_BYTES), copy(7, 3, 1)];
         assert_eq!(
             bursts(copies).collect::<Vec<_>>(),

@@ -246,7 +246,7 @@ async fn another_protocol_version_is_refused_with_both_values() {
     let mut answer = Vec::new();
     timeout(SOON, stream.read_to_end(&mut answer)).await.expect("an answer").expect("read");
     assert_eq!(&answer[4..9], b"\x12BTKV");
-    assert_eq!(String::from_utf8_lossy(&answer[13..]), "protocol: yours 9, ours 5");
+    assert_eq!(String::from_utf8_lossy(&answer[13..]), "protocol: yours 9, ours 6");
 }
 
 #[tokio::test]
@@ -258,7 +258,7 @@ async fn strangers_do_no_harm() {
     }
     // Joins a link that does not exist.
     let mut stream = TcpStream::connect(target.transfer.address()).await.expect("connect");
-    let version = 5u32.to_le_bytes();
+    let version = 6u32.to_le_bytes();
     let join = [&53u32.to_le_bytes()[..], &[19], b"BTKV", &version, &7u64.to_le_bytes(), &[0; 4 + 32]].concat();
     stream.write_all(&join).await.expect("write");
     assert_eq!(timeout(SOON, stream.read(&mut [0])).await.expect("closed").expect("read"), 0);

@@ -194,9 +194,14 @@ async fn ranks_of_different_degree() {
     }
 }
 
+/// A card does not convert: what is converted passes through the host.
+fn kinds_that_convert() -> impl Iterator<Item = Over> {
+    kinds().into_iter().filter(|kind| *kind != Over::Cuda)
+}
+
 #[tokio::test]
 async fn everything_differs_at_once() {
-    for kind in kinds() {
+    for kind in kinds_that_convert() {
         let sources = ranks("prefill", 4, |layout| layout.page_tokens = 8);
         let targets = ranks("decode", 2, |layout| (layout.page_tokens, layout.dtype) = (32, KvDtype::F32));
         hand_over(kind, sources, targets, 1, 0.0).await;
@@ -206,7 +211,7 @@ async fn everything_differs_at_once() {
 #[tokio::test]
 async fn elements_are_converted() {
     use KvDtype::{Bf16, F32, Int8};
-    for kind in kinds() {
+    for kind in kinds_that_convert() {
         // Numbers are below 2 (and 127 steps of int8's scales below 16): half a step of the target's type.
         for (ours, theirs, error) in
             [(Bf16, F32, 0.0), (Int8, F32, 0.0), (F32, Bf16, 0.005), (Bf16, Int8, 0.008), (Int8, Bf16, 0.01)]
@@ -281,7 +286,8 @@ async fn a_rank_that_gives_up_takes_the_others_with_it() {
             source.push(H, 0..6);
             source.commit(H, 5);
         }
-        assert!(matches!(targets[1].event().await, Event::Landed { .. }));
+        let landed = targets[1].event().await;
+        assert!(matches!(landed, Event::Landed { .. }), "{kind:?}: {landed:?}");
         for worker in sources.iter().chain(&targets) {
             assert_eq!(worker.transfer.drain(SOON).await, 0);
         }

@@ -6,7 +6,7 @@
 mod support;
 
 use kv_cache::PageId;
-use kv_transfer::{Config, Event, HandoffId, Outcome, Peer};
+use kv_transfer::{Config, Event, HandoffId, Outcome, Peer, TransportKind};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use rustix::process::{Pid, Signal, kill_process};
 use std::{
@@ -37,7 +37,7 @@ const TARGET: &str = "BATON_TEST_TARGET";
 
 /// Transports that join two processes.
 fn between_processes() -> impl Iterator<Item = Over> {
-    kinds_that_break().into_iter().filter(|kind| *kind != Over::Memory)
+    kinds_that_break().into_iter().filter(|kind| kind.kind() != TransportKind::Memory)
 }
 
 fn config(kind: Over) -> Config {
@@ -374,9 +374,13 @@ async fn a_stopped_source_writes_into_no_page_that_was_given_back() {
         let mut target = Target::start(kind).await;
         let child = Child::start("source", kind, &target.worker.transfer.address());
         let mut rng = StdRng::seed_from_u64(7);
-        target.stop(&child, kind != Over::Tcp, &mut rng).await;
+        target.stop(&child, kind.kind() != TransportKind::Tcp, &mut rng).await;
         target.serve_for(STOP).await;
-        assert_eq!(!target.open.is_empty(), kind != Over::Tcp, "{kind:?}: quarantined while there is no proof");
+        assert_eq!(
+            !target.open.is_empty(),
+            kind.kind() != TransportKind::Tcp,
+            "{kind:?}: quarantined while there is no proof"
+        );
         target.check_poison();
         let quarantined: Vec<HandoffId> = target.open.keys().copied().collect();
         child.signal(Signal::CONT);

@@ -107,7 +107,7 @@ async fn a_target_that_cannot_prove_itself_gets_no_pages() {
     source.begin(H, peer, &[PageId(0)]);
     let mut stream = listener.accept().await.expect("accept").0;
     read_frame(&mut stream).await;
-    let header = |tag: u8| [&[tag][..], b"BTKV", &5u32.to_le_bytes()].concat();
+    let header = |tag: u8| [&[tag][..], b"BTKV", &6u32.to_le_bytes()].concat();
     write_frame(&mut stream, &[header(20), vec![7; 32]].concat()).await;
     assert_eq!(read_frame(&mut stream).await[0], 21, "the source proves itself first");
     let welcome = serde_json::json!({

@@ -5,19 +5,27 @@ mod support;
 use kv_cache::PageId;
 use kv_transfer::{Commit, Config, Event, HandoffId, Outcome, TransportKind, Verify};
 use std::time::Duration;
-use support::{SOON, Worker, assert_same, identity, kinds, landed, only, some_pages};
+use support::{Over, SOON, Worker, assert_same, identity, kinds, landed, only, some_pages};
 
 const H: HandoffId = HandoffId(0xBA70);
 
 async fn pair(config: Config) -> (Worker, Worker) {
-    let source = Worker::start(config.clone(), identity("prefill-0", 40), 1).await;
-    let target = Worker::start(config, identity("decode-0", 64), 2).await;
+    pair_of(config.clone(), config).await
+}
+
+async fn pair_of(source: Config, target: Config) -> (Worker, Worker) {
+    let source = Worker::start(source, identity("prefill-0", 40), 1).await;
+    let target = Worker::start(target, identity("decode-0", 64), 2).await;
     (source, target)
 }
 
 /// Hands `count` pages over, `have` of them there already, and compares both pools byte by byte.
 async fn hand_over(config: Config, count: usize, have: u32) {
-    let (mut source, mut target) = pair(config).await;
+    hand_over_between(config.clone(), config, count, have).await;
+}
+
+async fn hand_over_between(source: Config, target: Config, count: usize, have: u32) {
+    let (mut source, mut target) = pair_of(source, target).await;
     let (pages, landing) = pages_of(&source, &target, count);
     let (source_before, target_before) = (source.contents(), target.contents());
 
@@ -68,6 +76,23 @@ async fn ucx_moves_every_byte() {
         hand_over(Config { verify: Verify::Full, ..only(over) }, 30, 7).await;
         hand_over(only(over), 8, 8).await;
         hand_over(Config { group_bytes: Some(1 << 30), ..only(over) }, 9, 0).await;
+    }
+}
+
+/// From card to card in one process and between two, and through the host; what is on no card goes to one, and back.
+#[tokio::test]
+async fn cards_move_every_byte() {
+    for over in [Over::Cuda, Over::CardMemory, Over::CardShm, Over::CardTcp] {
+        hand_over(only(over), 30, 0).await;
+        hand_over(only(over), 30, 7).await;
+        hand_over(only(over), 8, 8).await;
+        if over != Over::Cuda {
+            hand_over(Config { verify: Verify::Full, ..only(over) }, 30, 7).await;
+        }
+    }
+    for (from, to) in [(Over::CardMemory, Over::Memory), (Over::Shm, Over::CardShm), (Over::CardTcp, Over::Tcp)] {
+        hand_over_between(only(from), only(to), 30, 7).await;
+        hand_over_between(only(to), only(from), 30, 0).await;
     }
 }
 

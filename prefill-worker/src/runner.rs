@@ -267,15 +267,9 @@ impl Runner {
         let Some((handoff, target)) = prompt.destination.clone() else { return };
         let pages = self.parts.scheduler.pages_of(sequence).to_vec();
         let cached = usage.cached_tokens / self.page_tokens;
-        let exported = self.parts.engine.export(&pages[..cached]);
         self.parts.transfer.begin(Begin { handoff, targets: vec![target], tokens: tokens as u32, pages });
-        match exported {
-            Ok(()) if cached > 0 => self.parts.transfer.push(handoff, 0..self.layers, 0..cached as u32),
-            Ok(()) => {}
-            Err(error) => {
-                tracing::error!(handoff = handoff.0, %error, "the cached part of a prompt cannot be handed off");
-                self.parts.transfer.abort(handoff, error.to_string());
-            }
+        if cached > 0 {
+            self.parts.transfer.push(handoff, 0..self.layers, 0..cached as u32);
         }
         self.handoffs.insert(handoff, Handoff { leg: Some(id), hold: None });
     }

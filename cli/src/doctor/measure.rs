@@ -121,6 +121,7 @@ const LISTENING: &str = "listening on ";
 fn name(kind: TransportKind) -> &'static str {
     match kind {
         TransportKind::Memory => "memory",
+        TransportKind::Cuda => "cuda",
         TransportKind::Shm => "shm",
         TransportKind::Ucx => "ucx",
         TransportKind::Tcp => "tcp",

@@ -6,7 +6,7 @@ use crate::{
     home::{Home, Logits, Pass},
     model::weights::{Attention, Dense, Mlp, Plain},
 };
-use kv_cache::{PageId, TokenId};
+use kv_cache::TokenId;
 use std::ops::Range;
 
 impl Home for Cpu {
@@ -135,15 +135,6 @@ impl Home for Cpu {
 
     fn pool_and_logits(&mut self) -> (&mut Pool, Logits<'_>) {
         (&mut self.pool, Logits { floats: self.logits.floats(), stride: self.sizes.logits })
-    }
-
-    fn export(&mut self, _: &KvMemory, _: &[PageId]) -> Result<(), Error> {
-        // They are nowhere else.
-        Ok(())
-    }
-
-    fn import(&mut self, _: &KvMemory, _: &[PageId]) -> Result<(), Error> {
-        Ok(())
     }
 
     fn expert_bytes(&self) -> (u64, u64) {

@@ -4,10 +4,13 @@
 //! ([`super::driver`]) and, for tests, one that runs the kernels on the processor and counts what is asked of it.
 //!
 //! Work is in order: what is asked of a device is done after what was asked before, and whoever wants a result waits for it. Only
-//! [`Device::download`], [`Device::receive`], [`Device::fetch`] and [`Device::wait`] wait. Memory lives as long as the device; steps take none.
+//! [`Device::download`], [`Device::receive`] and [`Device::wait`] wait. Memory lives as long as the device; steps take none.
+//!
+//! Pages also move beside the steps, on threads of those who hand them off: by a [`Copier`].
 
 use super::kernels::{Call, Element, Kernel};
 use crate::Error;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 /// Memory of a device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -133,9 +136,6 @@ pub(crate) trait Device: std::fmt::Debug + Send + Sync {
     /// Makes a kernel ready, so that its first call does not wait for a compiler.
     fn prepare(&mut self, kernel: &Kernel) -> Result<(), Error>;
 
-    /// Hands the bytes of each of `from`, which are up to [`super::pages::MOST_BLOCK_BYTES`], to `to`, with its index, in order, once mark `mark` is passed. What was asked after the mark goes on meanwhile.
-    fn fetch(&mut self, mark: usize, from: &[Region], to: &mut dyn FnMut(usize, &[u8])) -> Result<(), Error>;
-
     /// Brings together what this device and its peers ([`super::ranks`]) have computed: the first `bytes` bytes of each one's `part` go to `whole`, side by
     /// side in the order of ranks. Every one of them is asked the same in the same order.
     fn gather(&mut self, part: Region, bytes: usize, whole: Region) -> Result<(), Error>;
@@ -170,4 +170,73 @@ pub(crate) trait Device: std::fmt::Debug + Send + Sync {
 
     /// Does what a graph remembers.
     fn replay(&mut self, graph: Graph) -> Result<(), Error>;
+
+    /// Makes what moves pages beside the steps.
+    fn copier(&mut self) -> Result<Box<dyn Copier>, Error>;
+
+    /// Says, to other threads, whether its memory is there.
+    fn alive(&self) -> Alive;
+}
+
+/// Whether the memory of a device is there.
+#[derive(Clone, Debug)]
+pub(crate) struct Alive(Arc<RwLock<bool>>);
+
+impl Alive {
+    pub(crate) fn new() -> Self {
+        Self(Arc::new(RwLock::new(true)))
+    }
+
+    /// Keeps the memory there until what is returned is dropped. `None`: it has gone.
+    pub(crate) fn hold(&self) -> Option<RwLockReadGuard<'_, bool>> {
+        Some(self.0.read().unwrap_or_else(PoisonError::into_inner)).filter(|alive| **alive)
+    }
+
+    /// Waits until nobody holds it, and lets nobody hold it from then on.
+    pub(crate) fn end(&self) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = false;
+    }
+}
+
+/// A copy within memory that a device reaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub(crate) struct Run {
+    /// Addresses.
+    pub(crate) from: u64,
+    pub(crate) to: u64,
+    pub(crate) bytes: u64,
+}
+
+/// What tells other processes of this host where a region is.
+pub(crate) type Handle = [u8; 64];
+
+/// A region of another pool.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Elsewhere<'a> {
+    /// Of this process: on which [device](Device::identity), and where.
+    Here([u8; 16], u64),
+    /// Of another process.
+    There(&'a Handle),
+}
+
+/// What moves pages of a device while that computes. Each method waits until it is done, and is called only while the device is [`Alive`].
+pub(crate) trait Copier: std::fmt::Debug + Send {
+    /// Hands the bytes of each of `from`, which are up to [`super::pages::MOST_BLOCK_BYTES`], to `to`, with its index, in order.
+    fn fetch(&mut self, from: &[Region], to: &mut dyn FnMut(usize, &[u8])) -> Result<(), Error>;
+
+    /// Has `from` make the bytes of each of `to`, which are as many at most, with its index, in order.
+    fn store(&mut self, to: &[Region], from: &mut dyn FnMut(usize, &mut [u8])) -> Result<(), Error>;
+
+    /// Copies `runs`, of which none overlap.
+    fn copy(&mut self, runs: &[Run]) -> Result<(), Error>;
+
+    /// Returns what other processes need to reach `region`, which is all that was allocated at once.
+    fn share(&mut self, region: Region) -> Result<Handle, Error>;
+
+    /// Returns the address at which this device has a region of another pool, until [`Copier::leave`].
+    fn reach(&mut self, region: Elsewhere<'_>) -> Result<u64, Error>;
+
+    /// Forgets an address of another process's memory.
+    fn leave(&mut self, address: u64);
 }

@@ -1,18 +1,20 @@
 //! NVIDIA's driver: a card as a [`Device`].
 //!
 //! The driver's library is opened when a card is asked for; a machine without it has no card, and says so. One stream carries all work, in
-//! order, and a second one pages that leave. Copies between host and card go through page-locked memory of the card's own, so that an upload does not wait.
+//! order; pages that are handed off move beside it ([`super::copier`]). Copies between host and card go through page-locked memory of the card's own, so that an upload does not wait.
 //!
 //! Meaning of the functions: NVIDIA, *CUDA Driver API*. Not one of them is newer than CUDA 12.0.
 
 use super::{
     cache::Cache,
+    copier::{CardCopier, LIST},
     cublaslt::CublasLt,
-    device::{Device, Graph, MOST_SENT_BYTES, Memory, Operand, Product, Region, SLOTS},
-    kernels::{Call, Kernel},
+    device::{Alive, Copier, Device, Graph, MOST_SENT_BYTES, Memory, Operand, Product, Region, SLOTS},
+    kernels::{Call, Copies, Kernel},
     nccl::Ring,
     nvrtc::{self, Nvrtc},
     pages::MOST_BLOCK_BYTES,
+    patience::Patience,
     products::WORKSPACE,
     staging::Staging,
 };
@@ -29,6 +31,7 @@ use std::{
     path::Path,
     ptr::null_mut,
     sync::Arc,
+    time::Duration,
 };
 
 /// Oldest CUDA that a driver must know, as it counts: 12.0.
@@ -54,8 +57,9 @@ pub(crate) struct Card {
     architecture: (c_int, c_int),
     context: sys::CUcontext,
     stream: sys::CUstream,
-    /// Carries pages to the host beside the other's work.
-    copies: sys::CUstream,
+    /// What copiers ask on other threads.
+    alive: Alive,
+    patience: Patience,
     /// By kernels without their names: what is compiled alike is loaded once.
     modules: HashMap<Kernel, sys::CUmodule>,
     functions: HashMap<Kernel, sys::CUfunction>,
@@ -95,11 +99,12 @@ struct Slot {
 }
 
 impl Card {
-    /// Opens card `ordinal`, counted as the driver does. Its kernels are compiled by the library `nvrtc`, or the one that is found.
+    /// Opens card `ordinal`, counted as the driver does. Its kernels are compiled by the library `nvrtc`, or the one that is found; what is waited for
+    /// takes up to `limit`.
     ///
     /// # Errors
     /// [`Error::Card`] says what is missing and what to do about it.
-    pub(crate) fn open(ordinal: usize, nvrtc: Option<&Path>, cache: Cache) -> Result<Self, Error> {
+    pub(crate) fn open(ordinal: usize, nvrtc: Option<&Path>, cache: Cache, limit: Duration) -> Result<Self, Error> {
         let card = format!("cuda:{ordinal}");
         let fault = |action: &str, problem: String| Error::card(&card, action, problem);
         let refused = |action: &'static str| {
@@ -137,7 +142,8 @@ impl Card {
             architecture,
             context,
             stream: null_mut(),
-            copies: null_mut(),
+            alive: Alive::new(),
+            patience: Patience::new(limit),
             modules: HashMap::new(),
             functions: HashMap::new(),
             nvrtc,
@@ -155,9 +161,7 @@ impl Card {
             products: None,
         };
         opened.enter()?;
-        for stream in [&mut opened.stream, &mut opened.copies] {
-            *stream = stream::create(stream::StreamKind::NonBlocking).map_err(refused("make a stream"))?;
-        }
+        opened.stream = stream::create(stream::StreamKind::NonBlocking).map_err(refused("make a stream"))?;
         for (start, bytes) in [(&mut opened.up, STAGING), (&mut opened.down, STAGING + SLOTS * MOST_SENT_BYTES)] {
             // SAFETY: what is returned is freed with this value.
             *start = unsafe { result::malloc_host(bytes, 0) }.map_err(refused("lock memory for copies"))?.cast();
@@ -239,10 +243,16 @@ impl Card {
 
     /// Waits for everything, after which no memory is in use by a copy.
     fn synchronize(&mut self) -> Result<(), Error> {
+        let stream = self.stream;
         // SAFETY: the stream is ours.
-        unsafe { stream::synchronize(self.stream) }.map_err(|error| self.fault("compute", error))?;
+        self.wait_for(|| unsafe { sys::cuStreamQuery(stream) }.result())?;
         self.staging.done(self.staging.taken());
         Ok(())
+    }
+
+    /// Waits until `query` says that it is done.
+    fn wait_for(&self, query: impl FnMut() -> Result<(), DriverError>) -> Result<(), Error> {
+        self.patience.wait(query).map_err(|problem| Error::card(&self.name, "compute", problem))
     }
 
     fn fault(&self, action: &str, error: DriverError) -> Error {
@@ -309,7 +319,7 @@ pub(crate) fn survey() -> Result<(String, Vec<String>), String> {
 }
 
 /// Says what the driver's error is.
-fn describe(error: DriverError) -> String {
+pub(super) fn describe(error: DriverError) -> String {
     let name = error.error_name().map(|name| name.to_string_lossy().into_owned());
     let text = error.error_string().map(|text| text.to_string_lossy().into_owned());
     match (name, text) {
@@ -329,7 +339,8 @@ pub(crate) fn connect(cards: &mut [Card], nccl: Option<&Path>) -> Result<(), Err
     }
     let numbers: Vec<sys::CUdevice> = cards.iter().map(|card| card.device).collect();
     let fault = |card: &Card, problem: String| Error::card(&card.name, "connect it with its peers", problem);
-    let ring = Arc::new(Ring::connect(nccl, &numbers).map_err(|problem| fault(&cards[0], problem))?);
+    let ring = Ring::connect(nccl, &numbers, cards[0].patience.limit());
+    let ring = Arc::new(ring.map_err(|problem| fault(&cards[0], problem))?);
     cards.iter_mut().enumerate().for_each(|(rank, card)| card.ring = Some((rank, ring.clone())));
     // Before any waits for the others.
     let words =
@@ -442,49 +453,12 @@ impl Device for Card {
     fn receive(&mut self, slot: usize, to: &mut [u8]) -> Result<(), Error> {
         assert!(to.len() <= MOST_SENT_BYTES, "{} bytes to be received", to.len());
         self.enter()?;
+        let sent = self.slots[slot].sent;
         // SAFETY: the event is ours.
-        unsafe { event::synchronize(self.slots[slot].sent) }.map_err(|error| self.fault("compute", error))?;
+        self.wait_for(|| unsafe { event::query(sent) })?;
         self.staging.done(self.slots[slot].uploads);
         // SAFETY: the copy is done, and the slot is that long.
         to.copy_from_slice(unsafe { std::slice::from_raw_parts(self.slot(slot), to.len()) });
-        Ok(())
-    }
-
-    fn fetch(&mut self, mark: usize, from: &[Region], to: &mut dyn FnMut(usize, &[u8])) -> Result<(), Error> {
-        self.enter()?;
-        let wait = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        // SAFETY: stream and event are ours.
-        unsafe { stream::wait_event(self.copies, self.marks[mark], wait) }
-            .map_err(|error| self.fault("wait for a layer", error))?;
-        let mut first = 0;
-        while first < from.len() {
-            let mut used = 0;
-            let fits = |region: &&Region| {
-                used += region.bytes;
-                used <= STAGING
-            };
-            let batch = &from[first..][..from[first..].iter().take_while(fits).count()];
-            assert!(!batch.is_empty(), "{} bytes do not pass through {STAGING}", from[first].bytes);
-            let mut at = 0;
-            for region in batch {
-                // SAFETY: the staging memory holds the batch, and every copy into it was waited for.
-                unsafe {
-                    let staged = std::slice::from_raw_parts_mut(self.down.add(at), region.bytes);
-                    result::memcpy_dtoh_async(staged, region.address, self.copies)
-                }
-                .map_err(|error| self.fault("copy pages from it", error))?;
-                at += region.bytes;
-            }
-            // SAFETY: the stream is ours.
-            unsafe { stream::synchronize(self.copies) }.map_err(|error| self.fault("copy pages from it", error))?;
-            at = 0;
-            for (index, region) in batch.iter().enumerate() {
-                // SAFETY: the copies are done.
-                to(first + index, unsafe { std::slice::from_raw_parts(self.down.add(at), region.bytes) });
-                at += region.bytes;
-            }
-            first += batch.len();
-        }
         Ok(())
     }
 
@@ -552,8 +526,9 @@ impl Device for Card {
 
     fn wait(&mut self, mark: usize) -> Result<(), Error> {
         self.enter()?;
+        let mark = self.marks[mark];
         // SAFETY: the event is ours.
-        unsafe { event::synchronize(self.marks[mark]) }.map_err(|error| self.fault("compute", error))
+        self.wait_for(|| unsafe { event::query(mark) })
     }
 
     fn begin_graph(&mut self) -> Result<(), Error> {
@@ -582,18 +557,36 @@ impl Device for Card {
         // SAFETY: graph and stream are ours, and so is all memory that the graph's kernels use.
         unsafe { graph::launch(self.graphs[graph.0], self.stream) }.map_err(|error| self.fault("run a graph", error))
     }
+
+    fn copier(&mut self) -> Result<Box<dyn Copier>, Error> {
+        let list = self.alloc("lists of copies", LIST)?;
+        let function = self.function(&Copies::kernel())?;
+        // Until the list is cleared it is not the copier's to write.
+        self.synchronize()?;
+        let (device, patience) = ((self.device, self.identity.1), self.patience.clone());
+        Ok(Box::new(CardCopier::new(&self.name, device, patience, list, function)?))
+    }
+
+    fn alive(&self) -> Alive {
+        self.alive.clone()
+    }
 }
 
 impl Drop for Card {
     fn drop(&mut self) {
+        self.alive.end();
+        if self.patience.is_over() {
+            self.ring.iter().for_each(|(_, ring)| ring.leave());
+            return;
+        }
         // What cannot be given back goes with the process.
         // SAFETY: everything was made by this value and is used by nobody else; the stream is waited for before what it uses goes.
         unsafe {
             let _ = ctx::set_current(self.context);
             // Peers are waited for while all of them are still there.
             self.ring.iter().for_each(|(_, ring)| ring.close());
-            let streams = [self.stream, self.copies].into_iter().filter(|stream| !stream.is_null());
-            streams.clone().for_each(|stream| _ = stream::synchronize(stream));
+            let stream = Some(self.stream).filter(|stream| !stream.is_null());
+            stream.map(|stream| self.patience.wait(|| sys::cuStreamQuery(stream).result()));
             drop(self.products.take());
             self.graphs.drain(..).for_each(|graph| _ = graph::exec_destroy(graph));
             self.marks.drain(..).for_each(|mark| _ = event::destroy(mark));
@@ -604,7 +597,7 @@ impl Drop for Card {
             for start in [self.up, self.down].into_iter().filter(|start| !start.is_null()) {
                 let _ = result::free_host(start.cast());
             }
-            streams.for_each(|stream| _ = stream::destroy(stream));
+            stream.map(|stream| stream::destroy(stream));
             let _ = primary_ctx::release(self.device);
         }
     }

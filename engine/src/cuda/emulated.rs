@@ -1,9 +1,12 @@
 //! A device whose kernels run on the processor ([`super::emulator`]), and which counts what is asked of it.
 
 use super::{
-    device::{Device, Graph, MOST_SENT_BYTES, Memory, Operand, Product, ProductShape, Region, SLOTS},
+    device::{
+        Alive, Copier, Device, Elsewhere, Graph, Handle, MOST_SENT_BYTES, Memory, Operand, Product, ProductShape,
+        Region, Run, SLOTS,
+    },
     emulator::{self, Order},
-    kernels::{Call, Element, Kernel},
+    kernels::{Call, Copies, Element, Kernel},
 };
 use crate::{
     Error,
@@ -56,6 +59,7 @@ pub(crate) struct Emulated {
     sent: [Vec<u8>; SLOTS],
     rank: usize,
     peers: Arc<Peers>,
+    alive: Alive,
 }
 
 /// What a graph remembers.
@@ -127,23 +131,29 @@ impl Emulated {
             sent: Default::default(),
             rank: 0,
             peers: Arc::new(Peers::new(1)),
+            alive: Alive::new(),
         }
     }
 
     /// Makes `ranks` that share a model.
     pub(crate) fn team(order: Order, ranks: usize) -> Vec<Self> {
         let peers = Arc::new(Peers::new(ranks));
-        (0..ranks).map(|rank| Self { rank, peers: peers.clone(), ..Self::new(order) }).collect()
+        let mut devices: Vec<_> = (0..ranks).map(|_| Self::new(order)).collect();
+        devices.iter_mut().enumerate().for_each(|(rank, device)| (device.rank, device.peers) = (rank, peers.clone()));
+        devices
     }
 
     /// Gives it a library that multiplies, but not `baffling` inputs.
-    pub(crate) fn with_library(self, baffling: u32) -> Self {
-        Self { ways: Some(HashSet::new()), baffling, ..self }
+    pub(crate) fn with_library(mut self, baffling: u32) -> Self {
+        (self.ways, self.baffling) = (Some(HashSet::new()), baffling);
+        self
     }
 
     /// Makes one that computes nothing.
     pub(crate) fn recording() -> Self {
-        Self { runs: false, ..Self::new(Order::Forward) }
+        let mut device = Self::new(Order::Forward);
+        device.runs = false;
+        device
     }
 
     /// Returns what will be counted.
@@ -246,15 +256,6 @@ impl Device for Emulated {
         Ok(())
     }
 
-    fn fetch(&mut self, mark: usize, from: &[Region], to: &mut dyn FnMut(usize, &[u8])) -> Result<(), Error> {
-        self.wait(mark)?;
-        for (index, from) in from.iter().enumerate() {
-            // SAFETY: the region is part of a buffer of this device, which nobody writes now.
-            to(index, unsafe { std::slice::from_raw_parts(from.address as *const u8, from.bytes) });
-        }
-        Ok(())
-    }
-
     fn prepare(&mut self, kernel: &Kernel) -> Result<(), Error> {
         self.ready.insert(*kernel);
         Ok(())
@@ -321,6 +322,63 @@ impl Device for Emulated {
         self.asked.calls.fetch_add(1, Relaxed);
         self.graphs[graph.0].iter().try_for_each(|work| self.run(work))
     }
+
+    fn copier(&mut self) -> Result<Box<dyn Copier>, Error> {
+        Ok(Box::new(Copying(self.order)))
+    }
+
+    fn alive(&self) -> Alive {
+        self.alive.clone()
+    }
+}
+
+impl Drop for Emulated {
+    fn drop(&mut self) {
+        self.alive.end();
+    }
+}
+
+/// What moves pages of an emulated device. To it the memory of another process is that of another device.
+#[derive(Debug)]
+struct Copying(Order);
+
+impl Copier for Copying {
+    fn fetch(&mut self, from: &[Region], to: &mut dyn FnMut(usize, &[u8])) -> Result<(), Error> {
+        for (index, from) in from.iter().enumerate() {
+            // SAFETY: the region is part of a buffer of the device, which is alive, and nobody writes it now.
+            to(index, unsafe { std::slice::from_raw_parts(from.address as *const u8, from.bytes) });
+        }
+        Ok(())
+    }
+
+    fn store(&mut self, to: &[Region], from: &mut dyn FnMut(usize, &mut [u8])) -> Result<(), Error> {
+        for (index, to) in to.iter().enumerate() {
+            // SAFETY: likewise; nobody else has it now.
+            from(index, unsafe { std::slice::from_raw_parts_mut(to.address as *mut u8, to.bytes) });
+        }
+        Ok(())
+    }
+
+    fn copy(&mut self, runs: &[Run]) -> Result<(), Error> {
+        let call = Copies { runs: runs.as_ptr() as u64, count: runs.len() as u32 }.call();
+        // SAFETY: runs are between buffers of devices that are alive, whose pages belong to a hand-off.
+        unsafe { emulator::run(&call, self.0) }.map_err(|problem| Error::card("emulated", "copy pages", problem))
+    }
+
+    fn share(&mut self, region: Region) -> Result<Handle, Error> {
+        let mut handle = [0; 64];
+        handle[..8].copy_from_slice(&region.address.to_le_bytes());
+        Ok(handle)
+    }
+
+    fn reach(&mut self, region: Elsewhere<'_>) -> Result<u64, Error> {
+        Ok(match region {
+            Elsewhere::Here(_, address) => address,
+            Elsewhere::There(handle) => u64::from_le_bytes(*handle.first_chunk().expect("64 bytes")),
+        })
+    }
+
+    fn leave(&mut self, _: u64) {}
 }
 
 /// Multiplies as its definition says.

@@ -84,7 +84,6 @@ impl Rank {
         let rows = bucket.map_or(pass.tokens.len(), |bucket| bucket.rows);
         self.words.write(pass, rows, layout.page_tokens as usize, layout.pages);
         self.device.upload(self.parts.whole, self.words.bytes())?;
-        self.pages.as_mut().expect("pages are reserved before the first step").begin(pass.spans);
         match bucket {
             Some(bucket) => self.replay(decoder, bucket),
             None => self.launch_pass(decoder, pass),

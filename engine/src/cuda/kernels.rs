@@ -10,6 +10,7 @@
 //! Buffers begin at multiples of 256 bytes, and rows of 16-bit floats at multiples of 16. Strides count elements.
 
 mod codes;
+mod copies;
 mod draw;
 mod experts;
 mod latent;
@@ -19,6 +20,7 @@ mod products;
 mod rows;
 
 pub(crate) use codes::Codes;
+pub(crate) use copies::Copies;
 pub(crate) use draw::Draw;
 pub(crate) use experts::{Choose, Cut, Group, Mix, Pairs};
 pub(crate) use latent::{LatentAttention, LatentKeys, LatentQueries};
@@ -40,6 +42,7 @@ pub(crate) enum Source {
     Attention,
     Latent,
     LatentAttention,
+    Copies,
 }
 
 impl Source {
@@ -54,6 +57,7 @@ impl Source {
             Source::Linear => &[LINEAR],
             Source::Codes => &[LINEAR, ("codes.cu", include_str!("kernels/codes.cu"))],
             Source::Products => &[LINEAR, ("products.cu", include_str!("kernels/products.cu"))],
+            Source::Copies => &[("copies.cu", include_str!("kernels/copies.cu"))],
             Source::Experts => &[("experts.cu", include_str!("kernels/experts.cu"))],
             Source::Rotary => &[PAGES, ("rotary.cu", include_str!("kernels/rotary.cu"))],
             Source::Attention => &[PAGES, BLOCKS, ("attention.cu", include_str!("kernels/attention.cu"))],

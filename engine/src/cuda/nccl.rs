@@ -13,7 +13,9 @@ use std::{
     ffi::{CStr, c_char, c_int, c_void},
     path::{Path, PathBuf},
     ptr::null_mut,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError, mpsc},
+    thread,
+    time::Duration,
 };
 
 /// Names under which the system's loader may know it.
@@ -91,12 +93,24 @@ struct Connection(Comm);
 unsafe impl Send for Connection {}
 
 impl Ring {
-    /// Connects the cards `cards`, counted as the driver does, by the library `file` or the one that is found.
+    /// Connects the cards `cards`, counted as the driver does, by the library `file` or the one that is found, within `limit`.
     ///
     /// # Errors
     /// Says what is missing or what NCCL says.
-    pub(super) fn connect(file: Option<&Path>, cards: &[c_int]) -> Result<Self, String> {
-        let (library, functions, _) = open(file)?;
+    pub(super) fn connect(file: Option<&Path>, cards: &[c_int], limit: Duration) -> Result<Self, String> {
+        let ((library, functions, _), cards) = (open(file)?, cards.to_vec());
+        let (tell, told) = mpsc::channel();
+        // NCCL waits for all cards, and knows no limit.
+        let connect = move || tell.send(Self::connect_all(library, functions, &cards));
+        thread::Builder::new()
+            .name("nccl-connect".into())
+            .spawn(connect)
+            .map_err(|error| format!("start a thread: {error}"))?;
+        let late = |_| format!("NCCL: no connection within {limit:?} (NCCL_DEBUG=INFO says more)");
+        told.recv_timeout(limit).map_err(late)?
+    }
+
+    fn connect_all(library: Library, functions: Functions, cards: &[c_int]) -> Result<Self, String> {
         let mut made = vec![null_mut(); cards.len()];
         // SAFETY: there is room for a communicator of each card.
         let code = unsafe { (functions.connect)(made.as_mut_ptr(), cards.len() as c_int, cards.as_ptr()) };

@@ -1,17 +1,26 @@
-//! Pages on a card, and their copies in the host's memory, which are what other workers read and write.
+//! Pages on a card: where they lie there, and how those that are handed off move.
 //!
-//! Transports know [`KvMemory`] alone. So pages that leave are copied there before anybody is told of them ([`Rank::fetch_layer`], layer by layer while
-//! later ones are computed; [`Home::export`](crate::home::Home::export) for those computed before), and pages that have come are copied from there before they
-//! are read. What stays is not copied, and takes no memory on the host: its pages are not touched there.
+//! What leaves and what lands is moved by whoever hands it off, on threads of theirs: [`CardPages`] is what they are given. Pages whose other worker is on
+//! a card as well, and within reach, go there straight; else they pass through [`KvMemory`], which is all that transports know: their blocks are fetched
+//! from the card just before they are sent, and stored on it when they have come. What stays is never copied, and takes no memory on the host.
+
+mod parts;
 
 use super::{
-    device::{Device, Region},
+    device::{Alive, Copier, Device, Elsewhere, Handle, Region, Run},
     kernels::{Element, Pages},
-    rank::Rank,
+    lock,
     slice::Slice,
 };
-use crate::{Error, KvMemory, home::Span};
-use kv_cache::{PageId, PageLayout, Plane};
+use crate::{Error, KvMemory};
+use kv_cache::{Backing, Extent, PageLayout, PoolCopy, Reach};
+use parts::Part;
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::HashMap,
+    hash::{BuildHasher, RandomState},
+    sync::{Arc, Mutex, Weak},
+};
 
 /// Most bytes of a block: every device takes that many in a copy.
 pub(super) const MOST_BLOCK_BYTES: usize = 8 << 20;
@@ -19,58 +28,10 @@ pub(super) const MOST_BLOCK_BYTES: usize = 8 << 20;
 /// The pool of a device: of every page the keys and values of a rank's heads.
 #[derive(Debug)]
 pub(super) struct Pool {
-    /// The host's layout, but with the rank's heads alone, and with a page behind each layer's that padding writes to.
-    layout: PageLayout,
-    /// Whether its heads are those that leave: several ranks may have the same.
-    leads: bool,
-    /// Where the parts of a block stand in the host's.
-    pieces: Vec<Piece>,
+    part: Part,
     region: Region,
     /// What kernels are told of each layer.
     pub(super) layers: Vec<Pages>,
-    /// By page: whether the host has what the device has.
-    copied: Vec<bool>,
-    /// Blocks and pages of a copy, in memory that is kept.
-    blocks: Vec<Region>,
-    pages: Vec<PageId>,
-}
-
-/// Bytes that follow each other in a block of a rank and in the host's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Piece {
-    here: usize,
-    there: usize,
-    bytes: usize,
-}
-
-/// Returns where the planes of `own`, which has the heads of `slice`, stand in blocks of `all`.
-fn pieces(own: &PageLayout, all: &PageLayout, slice: Slice) -> Vec<Piece> {
-    let page_tokens = own.page_tokens as usize;
-    let planes = |here: Plane, there: Plane, dim: u32| {
-        // A latent has no values beside it, and these no scales.
-        let scale = if dim == 0 { 0 } else { own.dtype.scale_bytes() };
-        let [element, scale] = [dim as usize * own.dtype.bytes(), scale].map(|bytes| bytes * page_tokens);
-        let piece = move |here: usize, there: usize, head_bytes: usize| Piece {
-            here,
-            there: there + slice.kv_heads(all.kv_heads as usize).start * head_bytes,
-            bytes: own.kv_heads as usize * head_bytes,
-        };
-        [piece(here.elements, there.elements, element), piece(here.scales, there.scales, scale)]
-    };
-    let (keys, values) =
-        (planes(own.keys(), all.keys(), own.key_dim), planes(own.values(), all.values(), own.value_dim));
-    let mut pieces: Vec<Piece> = Vec::new();
-    let mut sorted: Vec<Piece> = keys.into_iter().chain(values).filter(|piece| piece.bytes > 0).collect();
-    sorted.sort_by_key(|piece| piece.here);
-    for piece in sorted {
-        match pieces.last_mut() {
-            Some(last) if (last.here + last.bytes, last.there + last.bytes) == (piece.here, piece.there) => {
-                last.bytes += piece.bytes;
-            }
-            _ => pieces.push(piece),
-        }
-    }
-    pieces
 }
 
 impl Pool {
@@ -81,10 +42,8 @@ impl Pool {
         slice: Slice,
         element: Element,
     ) -> Result<Self, Error> {
-        let copied = vec![false; all.pages as usize];
-        let own = slice.kv_heads(all.kv_heads as usize);
-        let leads = slice.rank == 0 || Slice { rank: slice.rank - 1, ..slice }.kv_heads(all.kv_heads as usize) != own;
-        let layout = PageLayout { pages: all.pages + 1, kv_heads: own.len() as u32, ..all.clone() };
+        let part = Part::new(all, slice);
+        let layout = part.layout();
         if layout.block_bytes() > MOST_BLOCK_BYTES {
             let problem = format!(
                 "{} tokens make blocks of {} bytes, and copies to the host take {MOST_BLOCK_BYTES} at a time",
@@ -94,89 +53,245 @@ impl Pool {
             return Err(Error::setting("page_tokens", problem));
         }
         let region = device.alloc("pages", layout.pool_bytes())?;
-        let layers = (0..layout.layers as usize).map(|layer| Pages::new(&layout, element, region.address, layer));
+        let layers = (0..layout.layers as usize).map(|layer| Pages::new(layout, element, region.address, layer));
         let layers = layers.collect::<Result<_, _>>().map_err(|problem| Error::setting("device", problem))?;
-        let pieces = pieces(&layout, all, slice);
-        Ok(Self { layout, leads, pieces, region, layers, copied, blocks: Vec::new(), pages: Vec::new() })
+        Ok(Self { part, region, layers })
     }
 
-    fn block(&self, layer: u32, page: PageId) -> Region {
-        self.region.part(self.layout.block_offset(layer, page), self.layout.block_bytes())
-    }
-
-    /// Notes which pages a step writes, and lists those whose rows leave.
-    pub(super) fn begin(&mut self, spans: &[Span<'_>]) {
-        let page_tokens = self.layout.page_tokens as usize;
-        self.pages.clear();
-        for span in spans {
-            let touched = &span.pages[span.start / page_tokens..(span.start + span.tokens).div_ceil(page_tokens)];
-            touched.iter().for_each(|page| self.copied[page.index()] = span.leaves);
-            if span.leaves && self.leads {
-                self.pages.extend_from_slice(touched);
-            }
-        }
+    /// Returns what others move its pages with.
+    pub(super) fn side(&self, device: &mut dyn Device) -> Result<Side, Error> {
+        let (card, alive) = (device.identity().1, device.alive());
+        let copier = Mutex::new(device.copier()?);
+        Ok(Side { part: self.part.clone(), region: self.region, card, alive, copier })
     }
 }
 
-impl Rank {
-    /// Copies what the step at hand wrote of layer `layer` and leaves, once the layer's mark is passed.
-    pub(super) fn fetch_layer(&mut self, memory: &KvMemory, layer: usize) -> Result<(), Error> {
-        let pool = self.pages.as_mut().expect("pages are reserved before the first step");
-        if pool.pages.is_empty() {
-            return self.device.wait(layer);
-        }
-        pool.fetch(&mut *self.device, memory, layer as u32, layer)
+/// The pages of one card.
+#[derive(Debug)]
+pub(super) struct Side {
+    part: Part,
+    region: Region,
+    card: [u8; 16],
+    alive: Alive,
+    copier: Mutex<Box<dyn Copier>>,
+}
+
+impl Side {
+    /// Does `what` with the copier, while the card is there.
+    fn with<T>(&self, what: impl FnOnce(&mut dyn Copier) -> Result<T, Error>) -> Result<T, String> {
+        let Some(_alive) = self.alive.hold() else { return Err(CLOSED.into()) };
+        what(&mut **lock(&self.copier)).map_err(|error| error.to_string())
+    }
+}
+
+const CLOSED: &str = "the engine that had the pages has ended";
+
+/// The pages of an engine on cards, as hand-offs see them.
+#[derive(Debug)]
+pub(super) struct CardPages {
+    memory: Arc<KvMemory>,
+    sides: Vec<Side>,
+    /// Names them in this process.
+    number: u64,
+    own: Weak<CardPages>,
+}
+
+/// Pages on cards of this process, by number.
+static HERE: Mutex<Option<HashMap<u64, Weak<CardPages>>>> = Mutex::new(None);
+
+/// What [`Backing::share`] tells.
+#[derive(Debug, Serialize, Deserialize)]
+struct Shared {
+    number: u64,
+    layout: PageLayout,
+    cards: Vec<SharedCard>,
+}
+
+/// Where a card's part of pages is: a [`Handle`] in hexadecimal digits, or why there is none.
+#[derive(Debug, Serialize, Deserialize)]
+enum SharedCard {
+    Handle(String),
+    Problem(String),
+}
+
+impl CardPages {
+    /// Makes them of the `sides` of an engine whose pool has the shape of `memory`.
+    pub(super) fn new(memory: Arc<KvMemory>, sides: Vec<Side>) -> Arc<Self> {
+        // Random for each one made.
+        let number = RandomState::new().hash_one(0);
+        let pages = Arc::new_cyclic(|own| Self { memory, sides, number, own: own.clone() });
+        lock(&HERE).get_or_insert_default().insert(number, Arc::downgrade(&pages));
+        pages
     }
 
-    pub(super) fn export(&mut self, memory: &KvMemory, pages: &[PageId]) -> Result<(), Error> {
-        let pool = self.pages.as_mut().expect("pages are reserved before they are used");
-        pool.pages.clear();
-        pool.pages.extend(pages.iter().filter(|page| pool.leads && !pool.copied[page.index()]));
-        if pool.pages.is_empty() {
-            return Ok(());
+    fn layout(&self) -> &PageLayout {
+        self.memory.layout()
+    }
+
+    /// Returns where `extents` are on a card, each piece with its offset in the pool.
+    fn pieces(&self, side: &Side, extents: &[Extent]) -> (Vec<usize>, Vec<Region>) {
+        let mut pieces = (Vec::new(), Vec::new());
+        for extent in extents {
+            side.part.each(self.layout(), *extent, |at, offset, bytes| {
+                pieces.0.push(at);
+                pieces.1.push(side.region.part(offset, bytes));
+            });
         }
-        self.device.mark(0)?;
-        for layer in 0..pool.layout.layers {
-            pool.fetch(&mut *self.device, memory, layer, 0)?;
+        pieces
+    }
+}
+
+impl Drop for CardPages {
+    fn drop(&mut self) {
+        lock(&HERE).get_or_insert_default().remove(&self.number);
+    }
+}
+
+impl Backing for CardPages {
+    fn fetch(&self, extents: &[Extent]) -> Result<(), String> {
+        for side in self.sides.iter().filter(|side| side.part.leads()) {
+            let (places, regions) = self.pieces(side, extents);
+            side.with(|copier| {
+                copier.fetch(&regions, &mut |index, bytes| {
+                    // SAFETY: the piece lies in the pool, because its extent does and `each` cuts nothing but that; the hand-off protocol has frozen the page, so nobody
+                    // writes it there but with the same bytes.
+                    unsafe {
+                        let to = self.memory.as_mut_ptr().add(places[index]);
+                        to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
+                    }
+                })
+            })?;
         }
-        pool.pages.iter().for_each(|page| pool.copied[page.index()] = true);
         Ok(())
     }
 
-    pub(super) fn import(&mut self, memory: &KvMemory, pages: &[PageId]) -> Result<(), Error> {
-        let pool = self.pages.as_mut().expect("pages are reserved before they are used");
-        for layer in 0..pool.layout.layers {
-            for &page in pages {
-                let from = memory.layout().block_offset(layer, page);
-                for Piece { here, there, bytes } in pool.pieces.iter().copied() {
-                    // SAFETY: `block_offset` checked that the block lies in the pool, the piece lies in it, and whoever wrote the page has told
-                    // us that it is done.
-                    let piece = unsafe { std::slice::from_raw_parts(memory.as_mut_ptr().add(from + there), bytes) };
-                    self.device.upload(pool.block(layer, page).part(here, bytes), piece)?;
+    fn store(&self, extents: &[Extent]) -> Result<(), String> {
+        for side in &self.sides {
+            let (places, regions) = self.pieces(side, extents);
+            side.with(|copier| {
+                copier.store(&regions, &mut |index, bytes| {
+                    // SAFETY: likewise; whoever wrote the page has said that it is done.
+                    unsafe {
+                        let from = self.memory.as_mut_ptr().add(places[index]);
+                        bytes.as_mut_ptr().copy_from_nonoverlapping(from, bytes.len());
+                    }
+                })
+            })?;
+        }
+        Ok(())
+    }
+
+    fn share(&self) -> Result<String, String> {
+        let card = |side: &Side| match side.with(|copier| copier.share(side.region)) {
+            Ok(handle) => SharedCard::Handle(handle.map(|byte| format!("{byte:02x}")).concat()),
+            Err(problem) => SharedCard::Problem(problem),
+        };
+        let cards = self.sides.iter().map(card).collect();
+        let shared = Shared { number: self.number, layout: self.layout().clone(), cards };
+        serde_json::to_string(&shared).map_err(|error| error.to_string())
+    }
+
+    fn reach(&self, shared: &str) -> Result<Arc<dyn Reach>, String> {
+        let shared: Shared =
+            serde_json::from_str(shared).map_err(|error| format!("what says where the pages are: {error}"))?;
+        let here = lock(&HERE).get_or_insert_default().get(&shared.number).and_then(Weak::upgrade);
+        let from = self.own.upgrade().expect("it is borrowed");
+        let ranks = shared.cards.len();
+        let parts = (0..ranks).map(|rank| Part::checked(&shared.layout, Slice { rank, ranks }));
+        let parts =
+            parts.collect::<Option<Vec<_>>>().ok_or("what says where the pages are: as many cards do not share it")?;
+        let mut reached = Reached { from, here, layout: shared.layout, parts, addresses: Vec::new() };
+        for side in &self.sides {
+            let mut addresses = Vec::new();
+            for (rank, (part, card)) in reached.parts.iter().zip(&shared.cards).enumerate() {
+                if !side.part.leads() || !side.part.meets(part) {
+                    addresses.push(None);
+                    continue;
+                }
+                let address = match (&reached.here, card) {
+                    (Some(here), _) => {
+                        let Side { card, region, .. } = here.sides.get(rank).ok_or("it has fewer cards")?;
+                        side.with(|copier| copier.reach(Elsewhere::Here(*card, region.address)))
+                    }
+                    (None, SharedCard::Handle(digits)) => {
+                        let handle = handle(digits).ok_or("what says where the pages are: no handle")?;
+                        side.with(|copier| copier.reach(Elsewhere::There(&handle)))
+                    }
+                    (None, SharedCard::Problem(problem)) => Err(problem.clone()),
+                };
+                match address {
+                    Ok(address) => addresses.push(Some(address)),
+                    Err(problem) => {
+                        // What was reached is left when this is dropped.
+                        reached.addresses.push(addresses);
+                        return Err(problem);
+                    }
                 }
             }
+            reached.addresses.push(addresses);
         }
-        pages.iter().for_each(|page| pool.copied[page.index()] = true);
+        Ok(Arc::new(reached))
+    }
+}
+
+/// Reads a handle of hexadecimal digits.
+fn handle(digits: &str) -> Option<Handle> {
+    let bytes = (0..digits.len() / 2).map(|at| u8::from_str_radix(digits.get(2 * at..2 * at + 2)?, 16).ok());
+    bytes.collect::<Option<Vec<u8>>>()?.try_into().ok()
+}
+
+/// Another's pages on cards.
+#[derive(Debug)]
+struct Reached {
+    /// Who copies.
+    from: Arc<CardPages>,
+    /// Whose they are, if they are of this process.
+    here: Option<Arc<CardPages>>,
+    layout: PageLayout,
+    /// By card of theirs.
+    parts: Vec<Part>,
+    /// By card of ours and of theirs: where ours has theirs, if it has something for it.
+    addresses: Vec<Vec<Option<u64>>>,
+}
+
+impl Reach for Reached {
+    fn write(&self, copies: &[PoolCopy]) -> Result<(), String> {
+        // Of another process the protocol says that it waits.
+        let theirs = self.here.iter().flat_map(|here| &here.sides).map(|side| side.alive.hold());
+        let _alive = theirs.collect::<Option<Vec<_>>>().ok_or(CLOSED)?;
+        for (side, addresses) in self.from.sides.iter().zip(&self.addresses) {
+            let mut runs = Vec::new();
+            for (part, address) in self.parts.iter().zip(addresses) {
+                let Some(address) = address else { continue };
+                for copy in copies {
+                    side.part.each(self.from.layout(), copy.from(), |at, here, bytes| {
+                        let target = Extent { offset: copy.target + (at - copy.source), bytes };
+                        part.each(&self.layout, target, |place, there, bytes| {
+                            let from = side.region.part(here + (place - target.offset), bytes).address;
+                            runs.push(Run { from, to: address + there as u64, bytes: bytes as u64 });
+                        });
+                    });
+                }
+            }
+            if !runs.is_empty() {
+                side.with(|copier| copier.copy(&runs))?;
+            }
+        }
         Ok(())
     }
 }
 
-impl Pool {
-    /// Copies layer `layer` of the listed pages to the host, once `mark` is passed.
-    fn fetch(&mut self, device: &mut dyn Device, memory: &KvMemory, layer: u32, mark: usize) -> Result<(), Error> {
-        self.blocks.clear();
-        for index in 0..self.pages.len() {
-            self.blocks.push(self.block(layer, self.pages[index]));
+impl Drop for Reached {
+    fn drop(&mut self) {
+        if self.here.is_some() {
+            return;
         }
-        let (pages, pieces) = (&self.pages, &self.pieces);
-        device.fetch(mark, &self.blocks, &mut |index, block| {
-            let to = memory.layout().block_offset(layer, pages[index]);
-            for Piece { here, there, bytes } in pieces.iter().copied() {
-                let piece = &block[here..here + bytes];
-                // SAFETY: `block_offset` checked that the block lies in the pool, and the piece lies in it; the page is a running sequence's, so
-                // nobody else writes it but other ranks theirs, and nobody reads it before it is told of.
-                unsafe { memory.as_mut_ptr().add(to + there).copy_from_nonoverlapping(piece.as_ptr(), bytes) };
-            }
-        })
+        for (side, addresses) in self.from.sides.iter().zip(&self.addresses) {
+            // Where our card has ended, the addresses have ended with it.
+            let _ = side.with(|copier| {
+                addresses.iter().flatten().for_each(|address| copier.leave(*address));
+                Ok(())
+            });
+        }
     }
 }

@@ -86,7 +86,6 @@ impl Scheduler {
         rows.extend(self.rows(&plan));
         let result = self.start(&plan, &rows, engine, on_layer);
         self.spare_rows = reuse(rows);
-        self.landed.clear();
         match result {
             Ok(Stage::Done(yields)) => self.complete(plan, yields, clock()),
             Ok(Stage::Begun) => {
@@ -131,9 +130,6 @@ impl Scheduler {
         engine: &'a mut dyn Step,
         on_layer: &mut dyn FnMut(&[Chunk], u32),
     ) -> Result<Stage<'a>, Error> {
-        if !self.landed.is_empty() {
-            engine.import(&self.landed)?;
-        }
         let undecided = plan.chunks.iter().any(|chunk| self.running[&chunk.id].undecided);
         if !self.in_step && !undecided && engine.begin(rows)? {
             return Ok(Stage::Begun);

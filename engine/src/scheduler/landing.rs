@@ -110,7 +110,6 @@ impl Scheduler {
         let tokens = request.history.len();
         assert_eq!(landing.hold.pages.len(), request.history.pages_for(tokens), "a landing is as long as its sequence");
         request.priority = landing.id.priority;
-        self.landed.extend_from_slice(&landing.hold.pages[landing.have..]);
         let mut sequence = Sequence::new(request, arrived, 0);
         sequence.land(landing.hold.pages, landing.have, self.page_tokens, &mut self.pool);
         sequence.know(first_token);
@@ -176,7 +175,6 @@ impl Scheduler {
         for (&page, &hash) in prefix.hold.pages.iter().zip(hashes).skip(prefix.have) {
             self.pool.name(page, hash);
         }
-        self.landed.extend_from_slice(&prefix.hold.pages[prefix.have..]);
         self.give_back(prefix.hold);
     }
 

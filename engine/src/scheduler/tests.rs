@@ -37,10 +37,6 @@ struct Fake {
 }
 
 impl Step for Fake {
-    fn import(&mut self, _: &[PageId]) -> Result<(), Error> {
-        Ok(())
-    }
-
     fn begin(&mut self, _: &[Row<'_>]) -> Result<bool, Error> {
         Ok(false)
     }

@@ -139,11 +139,12 @@ impl Engine {
         limits: Limits,
         layout: PageLayout,
         fingerprint: String,
-        home: Box<dyn Home>,
+        mut home: Box<dyn Home>,
         timed: Option<Timed>,
     ) -> Result<Self, Error> {
         let threads = threads(config)?;
         let memory = Arc::new(KvMemory::new(layout)?);
+        let backing = home.backing(&memory)?;
         tracing::info!(
             home = home.name(),
             threads,
@@ -158,6 +159,7 @@ impl Engine {
             fingerprint,
             memory,
             home,
+            backing,
             timed,
             limits,
             begun: VecDeque::new(),

@@ -11,7 +11,7 @@ use crate::{
     cuda::{Device as _, Emulated, Order},
     scheduler::{Drawn, History, Limits, Request, Scheduler, Stop, Until},
 };
-use kv_cache::{KvDtype, PageId};
+use kv_cache::{KvDtype, PageId, PoolCopy};
 use std::{collections::HashMap, fs, ops::Range, path::Path, sync::atomic::Ordering::Relaxed, time::Duration};
 
 const START: Duration = Duration::ZERO;
@@ -187,8 +187,24 @@ fn pages_leave_and_land() {
     }
 }
 
-/// Moves pages of the model at `path` that `from` computes to `to`, and compares what both make of them.
+/// How pages move.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum By {
+    Host,
+    /// From card to card, in one process.
+    Card,
+    /// As those of two processes.
+    Process,
+}
+
+/// Moves pages of the model at `path` that `from` computes to `to`, in every way, and compares what both make of them.
 fn check_landing(path: &str, from: Unit, to: Unit, kv_dtype: Option<KvDtype>) {
+    for by in [By::Host, By::Card, By::Process] {
+        check_landing_by(by, path, from, to, kv_dtype);
+    }
+}
+
+fn check_landing_by(by: By, path: &str, from: Unit, to: Unit, kv_dtype: Option<KvDtype>) {
     use std::os::unix::fs::FileExt;
     let model = load(path);
     let config = Config { kv_bytes: Some(1 << 20), kv_dtype, ..small_config() };
@@ -198,19 +214,49 @@ fn check_landing(path: &str, from: Unit, to: Unit, kv_dtype: Option<KvDtype>) {
     // Two pages stay at first, the others leave while they are computed.
     logits(&mut source, &tokens[..32], 0, &here, false);
     logits(&mut source, &tokens[..70], 32, &here, true);
-    source.export(&here[..2]).expect("pages that are there");
-    let layout = source.memory().layout().clone();
-    for layer in 0..layout.layers {
-        for (here, there) in here.iter().zip(&there) {
-            let mut block = vec![0; layout.block_bytes()];
-            let at = |page: &PageId| layout.block_offset(layer, *page) as u64;
-            source.memory().file().read_exact_at(&mut block, at(here)).expect("the pool's bytes");
-            assert!(block.iter().any(|byte| *byte != 0), "page {here:?} of layer {layer} did not leave");
-            target.memory().file().write_all_at(&block, at(there)).expect("the pool's bytes");
+    let (ours, theirs) = (source.memory().layout().clone(), target.memory().layout().clone());
+    let (from, to) = (source.backing().expect("a card"), target.backing().expect("a card"));
+    let bytes = ours.block_bytes();
+    let moves: Vec<PoolCopy> = (0..ours.layers)
+        .flat_map(|layer| here.iter().zip(&there).map(move |(here, there)| (layer, *here, *there)))
+        .map(|(layer, here, there)| PoolCopy {
+            source: ours.block_offset(layer, here),
+            target: theirs.block_offset(layer, there),
+            bytes,
+        })
+        .collect();
+    if by == By::Host {
+        from.fetch(&moves.iter().map(PoolCopy::from).collect::<Vec<_>>()).expect("pages that are there");
+        for PoolCopy { source: here, target: there, .. } in &moves {
+            let mut block = vec![0; bytes];
+            source.memory().file().read_exact_at(&mut block, *here as u64).expect("the pool's bytes");
+            assert!(block.iter().any(|byte| *byte != 0), "the block at {here} did not leave");
+            target.memory().file().write_all_at(&block, *there as u64).expect("the pool's bytes");
         }
+        to.store(&moves.iter().map(PoolCopy::to).collect::<Vec<_>>()).expect("pages of the pool");
+    } else {
+        let mut shared: serde_json::Value =
+            serde_json::from_str(&to.share().expect("it can be reached")).expect("what says where");
+        if by == By::Process {
+            shared["number"] = 0.into();
+        }
+        let reached = from.reach(&shared.to_string()).expect("it can be reached");
+        // Parts of blocks, and runs of them, move as blocks do.
+        let (first, rest) = moves.split_first().expect("blocks");
+        let half = PoolCopy { bytes: bytes / 2, ..*first };
+        let other =
+            PoolCopy { source: first.source + bytes / 2, target: first.target + bytes / 2, bytes: bytes - bytes / 2 };
+        reached.write(&[half, other]).expect("it is reached");
+        reached.write(rest).expect("it is reached");
     }
-    target.import(&there).expect("pages of the pool");
-    assert!(logits(&mut source, &tokens, 70, &here, false) == logits(&mut target, &tokens, 70, &there, false));
+    let expected = logits(&mut source, &tokens, 70, &here, false);
+    assert!(expected == logits(&mut target, &tokens, 70, &there, false), "{path} {by:?}");
+    // Who still has pages of an engine that has ended is told so.
+    let reached = from.reach(&to.share().expect("it is there"));
+    drop(target);
+    let gone = [to.fetch(&[moves[0].to()]), reached.expect("it was there").write(&moves[..1])];
+    gone.into_iter()
+        .for_each(|gone| assert_eq!(gone.expect_err("it is gone"), "the engine that had the pages has ended"));
 }
 
 /// Continues some sequences of the model at `path` in one batch, each by its own sampling, and returns what was drawn.

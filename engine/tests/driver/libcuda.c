@@ -4,31 +4,37 @@
 // shows; a thread without a current context, what belongs to another card than the current one, copies beyond an allocation, and what a stream
 // that captures forbids are errors; and what was not given back when the context goes is counted (`leaks`).
 //
+// Memory of a process can be opened in another, as long as it is there. Cards of one process reach each other's memory once that was allowed.
+//
 // Any thread may call. Whoever waits for a stream does the stream's work, and before it what other streams owe it: up to an event, or up
 // to where they meet it (`libnccl.c`). The tables are locked meanwhile, but never while a copy or a kernel runs.
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 typedef unsigned long long Address;
 typedef int Result;
 enum {
-    SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_DEVICE = 101, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500,
-    LAUNCH_FAILED = 719, CAPTURE_UNSUPPORTED = 900, CAPTURE_WRONG_THREAD = 908
+    SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_DEVICE = 101, INVALID_CONTEXT = 201, PEER_ALREADY_ENABLED = 704, INVALID_HANDLE = 400, NOT_FOUND = 500,
+    LAUNCH_FAILED = 719, CAPTURE_UNSUPPORTED = 900, NOT_READY = 600, CAPTURE_WRONG_THREAD = 908
 };
 
-enum { CARDS = 3, PATIENCE_SECONDS = 20 };
+// Memory from `SHARED_BYTES` on can be opened in other processes.
+enum { CARDS = 3, PATIENCE_SECONDS = 20, SHARED_BYTES = 1 << 16, OPENED = 64 };
 enum { COPY, SET, RUN, CALL, RECORD, AWAIT, MEET };
 
-typedef struct { int retained; size_t taken; int broken; } Context;
+typedef struct { int retained; size_t taken; int broken, hung, reaches[CARDS]; } Context;
 typedef struct Module {
     Context *context;
     void *library;
@@ -78,7 +84,8 @@ typedef struct { Context *context; Queue calls; } Graph;
 
 static pthread_mutex_t tables = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
-static struct { Address start; size_t bytes; Context *context; } allocated[65536];
+static struct { Address start; size_t bytes; Context *context; int file; } allocated[65536];
+static struct { Address start; size_t bytes; Context *context; } opened[OPENED];
 static int allocations, live, running, vain;
 static Stream *streams;
 static Context contexts[CARDS];
@@ -106,6 +113,8 @@ int in_vain(void) { LOCKED; return vain; }
 
 // From here on, or no longer, the second card fails when it runs a kernel.
 int break_card(void) { LOCKED; contexts[1].broken = 1; return 0; }
+// From here on the first card is never ready.
+int hang_card(void) { LOCKED; contexts[0].hung = 1; return 0; }
 int mend_card(void) { LOCKED; contexts[1].broken = 0; return 0; }
 
 static Operation *push(Queue *queue) {
@@ -318,9 +327,12 @@ Result cuMemAlloc_v2(Address *address, size_t bytes) {
     if (bytes == 0) return INVALID_VALUE;
     if (current->taken + bytes > TOTAL || allocations == 65536) return OUT_OF_MEMORY;
     // As the real one: aligned to 256, and full of what was there.
-    void *memory = aligned_alloc(256, (bytes + 255) / 256 * 256);
-    if (!memory) return OUT_OF_MEMORY;
+    int file = bytes >= SHARED_BYTES ? (int)syscall(SYS_memfd_create, "card", 0) : -1;
+    void *memory = file < 0 ? aligned_alloc(256, (bytes + 255) / 256 * 256)
+                   : ftruncate(file, bytes) ? 0 : mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    if (!memory || memory == MAP_FAILED) return OUT_OF_MEMORY;
     if (bytes < 1 << 20) memset(memory, 0xff, bytes);
+    allocated[allocations].file = file;
     allocated[allocations].start = *address = (Address)(uintptr_t)memory;
     allocated[allocations].context = current;
     allocated[allocations++].bytes = bytes;
@@ -334,12 +346,76 @@ Result cuMemFree_v2(Address address) {
     for (int at = 0; at < allocations; at++)
         if (allocated[at].start == address && allocated[at].context == current) {
             current->taken -= allocated[at].bytes;
+            if (allocated[at].file < 0) free((void *)(uintptr_t)address);
+            else {
+                munmap((void *)(uintptr_t)address, allocated[at].bytes);
+                close(allocated[at].file);
+            }
             allocated[at] = allocated[--allocations];
-            free((void *)(uintptr_t)address);
             live--;
             return SUCCESS;
         }
     return INVALID_VALUE;
+}
+
+// A handle says which file of which process, and how long it is.
+typedef struct { char reserved[64]; } IpcHandle;
+
+Result cuIpcGetMemHandle(IpcHandle *handle, Address address) {
+    IN_CONTEXT;
+    for (int at = 0; at < allocations; at++)
+        if (allocated[at].start == address && allocated[at].context == current && allocated[at].file >= 0) {
+            memset(handle, 0, sizeof *handle);
+            snprintf(handle->reserved, sizeof handle->reserved, "/proc/%d/fd/%d %zu", (int)getpid(), allocated[at].file, allocated[at].bytes);
+            return SUCCESS;
+        }
+    return INVALID_VALUE;
+}
+
+Result cuIpcOpenMemHandle_v2(Address *address, IpcHandle handle, unsigned flags) {
+    IN_CONTEXT;
+    char path[64], own[32];
+    size_t bytes;
+    handle.reserved[63] = 0;
+    snprintf(own, sizeof own, "/proc/%d/", (int)getpid());
+    // Not in the process whose memory it is.
+    if (flags != 1 || sscanf(handle.reserved, "%63s %zu", path, &bytes) != 2 || !strncmp(path, own, strlen(own))) return INVALID_CONTEXT;
+    int file = open(path, O_RDWR), at = 0;
+    if (file < 0) return INVALID_HANDLE;
+    void *memory = mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    close(file);
+    while (at < OPENED && opened[at].start) at++;
+    if (memory == MAP_FAILED || at == OPENED) return OUT_OF_MEMORY;
+    opened[at].start = *address = (Address)(uintptr_t)memory;
+    opened[at].bytes = bytes;
+    opened[at].context = current;
+    live++;
+    return SUCCESS;
+}
+
+Result cuIpcCloseMemHandle(Address address) {
+    IN_CONTEXT;
+    for (int at = 0; at < OPENED; at++)
+        if (opened[at].start == address && address && opened[at].context == current) {
+            munmap((void *)(uintptr_t)address, opened[at].bytes);
+            opened[at].start = 0;
+            live--;
+            return SUCCESS;
+        }
+    return INVALID_VALUE;
+}
+
+// The first and the last card do not reach each other.
+Result cuDeviceCanAccessPeer(int *can, int device, int peer) { *can = device - peer == 1 || peer - device == 1; return SUCCESS; }
+
+Result cuCtxEnablePeerAccess(Context *peer, unsigned flags) {
+    IN_CONTEXT;
+    int card = (int)(peer - contexts), can;
+    cuDeviceCanAccessPeer(&can, (int)(current - contexts), card);
+    if (flags || !peer->retained || !can) return INVALID_CONTEXT;
+    if (current->reaches[card]) return PEER_ALREADY_ENABLED;
+    current->reaches[card] = 1;
+    return SUCCESS;
 }
 
 Result cuMemHostAlloc(void **memory, size_t bytes, unsigned flags) { IN_CONTEXT; (void)flags; *memory = malloc(bytes); live++; return SUCCESS; }
@@ -356,7 +432,8 @@ Result cuStreamCreate(Stream **stream, unsigned flags) {
     return SUCCESS;
 }
 
-Result cuStreamSynchronize(Stream *stream) { IN_CONTEXT; NOT_CAPTURING; OWN(stream); return finish(stream); }
+// Who asks waits: what is not done is done now.
+Result cuStreamQuery(Stream *stream) { IN_CONTEXT; NOT_CAPTURING; OWN(stream); return current->hung ? NOT_READY : finish(stream); }
 
 Result cuStreamDestroy_v2(Stream *stream) {
     IN_CONTEXT; OWN(stream);
@@ -427,8 +504,9 @@ Result cuStreamWaitEvent(Stream *stream, Event *event, unsigned flags) {
     return SUCCESS;
 }
 
-Result cuEventSynchronize(Event *event) {
+Result cuEventQuery(Event *event) {
     IN_CONTEXT; OWN(event);
+    if (current->hung) return NOT_READY;
     int number = event->number;
     while (awaits(event, number)) advance(event->stream);
     return event->stream ? event->stream->fault : SUCCESS;

@@ -26,9 +26,9 @@ fn neighbours_on_both_sides_merge() {
     assert_eq!(
         copies(source, target, &pieces),
         [
-            Copy { source: block, target: 4 * block, bytes: 2 * block },
-            Copy { source: 5 * block, target: 6 * block, bytes: block },
-            Copy { source: 6 * block, target: 0, bytes: block },
+            PoolCopy { source: block, target: 4 * block, bytes: 2 * block },
+            PoolCopy { source: 5 * block, target: 6 * block, bytes: block },
+            PoolCopy { source: 6 * block, target: 0, bytes: block },
         ]
     );
     assert_eq!(

@@ -5,11 +5,11 @@ use crate::{
     HandoffId,
     landing::Landing,
     pages::Pages,
-    plan::{self, Extent, Piece, Place, Terms},
+    plan::{self, Piece, Place, Terms},
     source::Frame,
     testing,
 };
-use kv_cache::{PageId, PageLayout};
+use kv_cache::{Extent, PageId, PageLayout};
 use std::{fs::File, sync::Arc};
 
 /// What pages hold that are nobody's.

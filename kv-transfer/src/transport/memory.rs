@@ -13,6 +13,7 @@ use crate::{
     pages::Pages,
     plan::{self, Place, Terms},
 };
+use kv_cache::Reach;
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
@@ -72,36 +73,69 @@ pub(crate) struct Path {
 /// Starts copiers on `movers` for the landings under `number`, or `None` when they are gone.
 pub(crate) fn start(number: u64, path: &Path, movers: &Movers, link: &LinkStop) -> Option<Queued> {
     let landings = registry().as_ref()?.get(&number)?.upgrade()?;
+    let direct = (!path.digest && !path.terms.converts()).then(|| reach(&path.pool, landings.pool())).flatten();
     let queued = Queued::new(movers.count());
     for mover in 0..movers.count() {
         let (queue, path, landings) = (queued.queue.clone(), path.clone(), landings.clone());
+        let direct = direct.clone();
         queued.run(movers, mover, (link, "a copier ended"), async move {
-            copy_frames((&queue, mover), &landings, &path).await
+            copy_frames((&queue, mover), &landings, &path, direct.as_deref()).await
         });
     }
     Some(queued)
 }
 
-async fn copy_frames((queue, mover): (&JobQueue, usize), landings: &Landings, path: &Path) -> String {
+/// Returns how `source` reaches the pages of `target`, if both are on cards.
+fn reach(source: &Pages, target: &Pages) -> Option<Arc<dyn Reach>> {
+    let (ours, theirs) = (source.backing()?, target.backing()?);
+    let reached = theirs.share().and_then(|shared| ours.reach(&shared));
+    let problem = |problem: &String| tracing::warn!(problem, "pages go from card to card through the host's memory");
+    reached.inspect_err(problem).ok()
+}
+
+async fn copy_frames(
+    (queue, mover): (&JobQueue, usize),
+    landings: &Landings,
+    path: &Path,
+    direct: Option<&dyn Reach>,
+) -> String {
     loop {
         let job = queue.next(mover).await;
         match landings.find(job.frame.handoff, path.token) {
-            Some(landing) if landing.admit(&job.frame.pieces) => copy_frame(job, &landing, path).await,
+            Some(landing) if landing.admit(&job.frame.pieces) => {
+                if let Err(problem) = copy_frame(job, &landing, path, direct).await {
+                    return problem;
+                }
+            }
             _ => landings.stale(job.frame.handoff),
         }
     }
 }
 
-/// Copies one frame, unless the landing is closed meanwhile; then the job is dropped and so reported as lost.
-async fn copy_frame(job: Job, landing: &Landing, path: &Path) {
+/// Copies one frame, unless the landing is closed meanwhile; then the job is dropped and so reported as lost. An error ends the link.
+async fn copy_frame(job: Job, landing: &Landing, path: &Path, direct: Option<&dyn Reach>) -> Result<(), String> {
     let frame = &job.frame;
+    let source = Place { view: &path.terms.source, pages: &frame.pages };
+    if let Some(direct) = direct {
+        let Some(permit) = landing.enter() else { return Ok(()) };
+        if let Err(problem) = direct.write(&plan::copies(source, landing.place(), &frame.pieces)) {
+            // A card that hangs may go on with it later: the landing stays open, and the pages as they are.
+            std::mem::forget((permit, job));
+            return Err(problem);
+        }
+        landing.landed_directly(&permit, frame.sequence, &frame.pieces, None);
+        drop(permit);
+        job.finish(None);
+        return Ok(());
+    }
+    path.pool.fetch(source, &frame.pieces)?;
     let hasher = || path.digest.then(|| FrameHasher::new(frame.handoff, frame.sequence, &frame.pieces));
     let (mut sent, mut landed) = (hasher(), hasher());
     if path.terms.converts() {
         for part in plan::parts(&path.terms, &frame.pieces, BURST_BYTES) {
             // SAFETY: the source blocks are frozen until this job reports back.
             let blocks = unsafe { path.pool.converted(&path.terms, &frame.pages, &part) };
-            let Some(permit) = landing.enter() else { return };
+            let Some(permit) = landing.enter() else { return Ok(()) };
             // SAFETY: the landing blocks were admitted to this frame alone and the permit is held.
             unsafe { landing.pool().write_blocks(landing.place(), &part, &blocks) };
             if let (Some(sent), Some(landed)) = (&mut sent, &mut landed) {
@@ -114,11 +148,11 @@ async fn copy_frame(job: Job, landing: &Landing, path: &Path) {
             drop(permit);
             tokio::task::yield_now().await;
         }
-        return finish(job, landing, sent, landed);
+        finish(job, landing, sent, landed);
+        return Ok(());
     }
-    let source = Place { view: &path.terms.source, pages: &frame.pages };
     for burst in bursts(plan::copies(source, landing.place(), &frame.pieces)) {
-        let Some(permit) = landing.enter() else { return };
+        let Some(permit) = landing.enter() else { return Ok(()) };
         // SAFETY: the source blocks are frozen until this job reports back; the landing blocks were admitted to this frame
         // alone and the permit is held. Source and landing are pages of different sequences.
         unsafe { landing.pool().copy_from(&path.pool, &burst) };
@@ -134,6 +168,7 @@ async fn copy_frame(job: Job, landing: &Landing, path: &Path) {
         tokio::task::yield_now().await;
     }
     finish(job, landing, sent, landed);
+    Ok(())
 }
 
 fn finish(job: Job, landing: &Landing, sent: Option<FrameHasher>, landed: Option<FrameHasher>) {

@@ -27,7 +27,7 @@
 mod copiers;
 mod system;
 
-pub(crate) use copiers::{Path, start, start_passed, written};
+pub(crate) use copiers::{Path, Writable, Written, start, start_passed, written};
 
 use crate::{
     auth::{Claim, LinkKey, Proof},
@@ -35,12 +35,16 @@ use crate::{
     pages::Pages,
     words::Words,
 };
-use kv_cache::PageLayout;
+use kv_cache::{Backing, PageLayout, Reach};
+use serde::{Deserialize, Serialize};
 use std::{
     fs::File,
     io::{self, ErrorKind, Write},
     os::fd::{AsFd, OwnedFd},
-    sync::{Arc, Once},
+    sync::{
+        Arc, Once,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -54,6 +58,8 @@ use tokio::{
 const SHARE_LIMIT: Duration = Duration::from_millis(800);
 /// Bytes of a pool that are given memory, or page tables, between two looks at anything else.
 const STEP_BYTES: usize = 1 << 20;
+/// Most bytes of what is passed beside the files.
+const MOST_PASSED: usize = 32 << 10;
 /// The source's words on the socket: the pool is mapped; it is no longer.
 const MAPPED: u8 = 1;
 const UNMAPPED: u8 = 2;
@@ -79,11 +85,11 @@ impl Door {
         self.invitation.clone()
     }
 
-    /// Waits for a pool that can be mapped. Who passes something else is told what is wrong with it.
-    pub(crate) async fn receive(&self, key: &LinkKey) -> Remote {
+    /// Waits for a pool that can be mapped, and reached from ours where it is on a card. Who passes something else is told what is wrong with it.
+    pub(crate) async fn receive(&self, key: &LinkKey, ours: Option<&Arc<dyn Backing>>) -> Remote {
         loop {
             let received = match self.listener.accept().await {
-                Ok((stream, _)) => timeout(SHARE_LIMIT, Remote::receive(stream, key)).await,
+                Ok((stream, _)) => timeout(SHARE_LIMIT, Remote::receive(stream, key, ours)).await,
                 Err(error) => Ok(Err(error)),
             };
             match received {
@@ -95,36 +101,58 @@ impl Door {
     }
 }
 
+/// What is passed beside the files.
+#[derive(Debug, Serialize, Deserialize)]
+struct Passed {
+    layout: PageLayout,
+    /// Where its pages are, which the source is to write there.
+    direct: Option<String>,
+    /// Whether only what passes through the file is ever there.
+    sparse: bool,
+}
+
 /// Source: the target's pool, mapped, and the socket on which to say that it no longer is. Without a pool where the target wants
 /// the word alone: UCX maps pools by itself.
 #[derive(Debug)]
 pub(crate) struct Remote {
     pool: Option<(Pages, Arc<Words>)>,
+    direct: Option<Arc<dyn Reach>>,
+    sparse: bool,
+    /// What was asked of a card may still be done.
+    stays: AtomicBool,
     socket: std::os::unix::net::UnixStream,
 }
 
 impl Remote {
-    async fn receive(mut stream: UnixStream, key: &LinkKey) -> io::Result<Self> {
+    async fn receive(mut stream: UnixStream, key: &LinkKey, ours: Option<&Arc<dyn Backing>>) -> io::Result<Self> {
         check_user(&stream)?;
-        let mut bytes = [0; 4096];
+        let mut bytes = vec![0; MOST_PASSED];
         let received = stream.async_io(Interest::READABLE, || system::receive_files(stream.as_fd(), &mut bytes)).await;
         let checked = received.and_then(|(length, files)| match bytes[..length].split_first_chunk() {
-            Some((proof, layout)) if key.check(Claim::Pool, &Proof(*proof)) => Ok((layout, files)),
+            Some((proof, passed)) if key.check(Claim::Pool, &Proof(*proof)) => Ok((passed, files)),
             _ => Err(io::Error::new(ErrorKind::PermissionDenied, "it is not from the worker that was dialled")),
         });
-        let mapped = checked.and_then(|(layout, files)| {
-            let Some(layout): Option<PageLayout> = serde_json::from_slice(layout)? else { return Ok(None) };
+        let mapped = checked.and_then(|(passed, files)| {
+            let Some(passed): Option<Passed> = serde_json::from_slice(passed)? else { return Ok(None) };
             if !files.iter().all(system::is_sealed) {
                 return Err(io::Error::other("its size could change"));
             }
             let [pool, words] = files;
-            let words = Arc::new(Words::map(&words, layout.pages)?);
-            Ok(Some((Pages::map_foreign(&pool, layout).map_err(io::Error::other)?, words)))
+            let words = Arc::new(Words::map(&words, passed.layout.pages)?);
+            let pages = Pages::map_foreign(&pool, passed.layout).map_err(io::Error::other)?;
+            Ok(Some((pages, words, passed.direct, passed.sparse)))
         });
-        match mapped {
-            Ok(pool) => {
+        let reached = match mapped {
+            Ok(Some((pages, words, shared, sparse))) => {
+                reach(ours.cloned(), shared).await.map(|direct| (Some((pages, words)), direct, sparse))
+            }
+            Ok(None) => Ok((None, None, false)),
+            Err(error) => Err(error),
+        };
+        match reached {
+            Ok((pool, direct, sparse)) => {
                 stream.write_all(&[MAPPED]).await?;
-                Ok(Self { pool, socket: stream.into_std()? })
+                Ok(Self { pool, direct, sparse, stays: AtomicBool::new(false), socket: stream.into_std()? })
             }
             Err(error) => {
                 stream.write_all(error.to_string().as_bytes()).await?;
@@ -143,6 +171,29 @@ impl Remote {
     }
 }
 
+/// Reaches the pages of which a target told, if it did.
+async fn reach(ours: Option<Arc<dyn Backing>>, shared: Option<String>) -> io::Result<Option<Arc<dyn Reach>>> {
+    let Some(shared) = shared else { return Ok(None) };
+    let ours = ours.ok_or_else(|| io::Error::other("these pages are on no card"))?;
+    // A driver takes its time.
+    let reached = tokio::task::spawn_blocking(move || ours.reach(&shared)).await;
+    reached.map_err(io::Error::other)?.map(Some).map_err(io::Error::other)
+}
+
+impl Writable for Remote {
+    fn direct(&self) -> Option<&dyn Reach> {
+        self.direct.as_deref()
+    }
+
+    fn never_leaves(&self) {
+        self.stays.store(true, Ordering::Relaxed);
+    }
+
+    fn is_touched(&self) -> bool {
+        !self.sparse
+    }
+}
+
 impl AsRef<Pages> for Remote {
     fn as_ref(&self) -> &Pages {
         &self.passed().0
@@ -152,7 +203,10 @@ impl AsRef<Pages> for Remote {
 impl Drop for Remote {
     fn drop(&mut self) {
         // In this order. A target that does not get the word waits for the end of this process, as it must.
-        self.pool = None;
+        (self.pool, self.direct) = (None, None);
+        if *self.stays.get_mut() {
+            return;
+        }
         if let Err(error) = self.socket.write_all(&[UNMAPPED]) {
             tracing::debug!(%error, "say that the target's pool is unmapped");
         }
@@ -165,20 +219,23 @@ pub(crate) struct Shared {
     file: File,
     words: (Arc<Words>, File),
     layout: PageLayout,
+    /// Where the pages are, if not in the file.
+    backing: Option<Arc<dyn Backing>>,
     host: String,
     allocated: Once,
 }
 
 impl Shared {
     /// Returns how to pass the pool in `file`, or why it cannot be.
-    pub(crate) fn of(file: &File, layout: &PageLayout) -> io::Result<Arc<Self>> {
+    pub(crate) fn of(file: &File, layout: &PageLayout, backing: Option<Arc<dyn Backing>>) -> io::Result<Arc<Self>> {
         let host = system::host().ok_or_else(|| io::Error::other("this host has no boot id"))?;
         if !system::is_sealed(file) {
             return Err(io::Error::other("the page pool is no sealed memory file"));
         }
         let words = system::sealed_file("kv-words", Words::bytes(layout.pages))?;
         let words = (Arc::new(Words::map(&words, layout.pages)?), words);
-        Ok(Arc::new(Self { file: file.try_clone()?, words, layout: layout.clone(), host, allocated: Once::new() }))
+        let (file, layout) = (file.try_clone()?, layout.clone());
+        Ok(Arc::new(Self { file, words, layout, backing, host, allocated: Once::new() }))
     }
 
     /// Returns the words of the pool's pages.
@@ -191,10 +248,22 @@ impl Shared {
         &self.host
     }
 
-    /// Passes the pool to the source that invites. From here on it may write.
-    pub(crate) async fn pass(self: &Arc<Self>, invitation: &Invitation, key: &LinkKey) -> io::Result<Writer> {
-        let writer = pass((invitation, key), Some(&self.layout), [&self.file, &self.words.1]).await?;
-        self.allocate();
+    /// Passes the pool to the source that invites, with its pages on cards where it is to write these `directly`. From here on it may write.
+    pub(crate) async fn pass(
+        self: &Arc<Self>,
+        invitation: &Invitation,
+        key: &LinkKey,
+        directly: bool,
+    ) -> io::Result<Writer> {
+        let direct = match &self.backing {
+            Some(backing) if directly => Some(backing.share().map_err(io::Error::other)?),
+            _ => None,
+        };
+        let passed = Passed { layout: self.layout.clone(), direct, sparse: self.backing.is_some() };
+        let writer = pass((invitation, key), Some(&passed), [&self.file, &self.words.1]).await?;
+        if self.backing.is_none() {
+            self.allocate();
+        }
         Ok(writer)
     }
 
@@ -230,14 +299,14 @@ pub(crate) async fn watch(invitation: &Invitation, key: &LinkKey) -> io::Result<
     pass((invitation, key), None, [&nothing; 2]).await
 }
 
-async fn pass(to: (&Invitation, &LinkKey), layout: Option<&PageLayout>, files: [&File; 2]) -> io::Result<Writer> {
+async fn pass(to: (&Invitation, &LinkKey), passed: Option<&Passed>, files: [&File; 2]) -> io::Result<Writer> {
     let late = |_| io::Error::new(ErrorKind::TimedOut, format!("the source did not answer within {SHARE_LIMIT:?}"));
-    timeout(SHARE_LIMIT, pass_slowly(to, layout, files)).await.map_err(late)?
+    timeout(SHARE_LIMIT, pass_slowly(to, passed, files)).await.map_err(late)?
 }
 
 async fn pass_slowly(
     (invitation, key): (&Invitation, &LinkKey),
-    layout: Option<&PageLayout>,
+    passed: Option<&Passed>,
     files: [&File; 2],
 ) -> io::Result<Writer> {
     let mut stream = UnixStream::connect(format!("\0{}", invitation.socket)).await?;
@@ -247,7 +316,10 @@ async fn pass_slowly(
     // SAFETY: the descriptor is owned by what registers it, and so open for as long as it is registered.
     let process = unsafe { AsyncFd::register_with_interest(process, Interest::READABLE) }?;
     let mut bytes = key.prove(Claim::Pool).0.to_vec();
-    serde_json::to_writer(&mut bytes, &layout)?;
+    serde_json::to_writer(&mut bytes, &passed)?;
+    if bytes.len() > MOST_PASSED {
+        return Err(io::Error::other(format!("{} bytes say where pages are, and {MOST_PASSED} are read", bytes.len())));
+    }
     stream.async_io(Interest::WRITABLE, || system::send_files(stream.as_fd(), &bytes, files)).await?;
     let mut answer = [0; 256];
     match stream.read(&mut answer).await? {
@@ -299,18 +371,15 @@ fn check_user(stream: &UnixStream) -> io::Result<()> {
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::*;
-    use crate::{
-        plan::Extent,
-        testing::{contents, key, layout, pool, pool_with_seals, sealed_pool},
-    };
-    use kv_cache::PageId;
+    use crate::testing::{contents, key, layout, pool, pool_with_seals, sealed_pool};
+    use kv_cache::{Extent, PageId};
     use rustix::fs::SealFlags;
     use std::os::unix::fs::FileExt;
 
     async fn passed(file: &File, layout: &PageLayout) -> (Writer, Remote) {
-        let (shared, door) = (Shared::of(file, layout).expect("can be shared"), Door::open().expect("door"));
+        let (shared, door) = (Shared::of(file, layout, None).expect("can be shared"), Door::open().expect("door"));
         let invitation = door.invitation();
-        let (writer, remote) = tokio::join!(shared.pass(&invitation, key()), door.receive(key()));
+        let (writer, remote) = tokio::join!(shared.pass(&invitation, key(), false), door.receive(key(), None));
         (writer.expect("passed"), remote)
     }
 
@@ -338,7 +407,7 @@ mod tests {
     #[tokio::test]
     async fn a_closed_socket_proves_nothing() {
         let layout = layout(1, 1);
-        let shared = Shared::of(&sealed_pool(&layout), &layout).expect("can be shared");
+        let shared = Shared::of(&sealed_pool(&layout), &layout, None).expect("can be shared");
         let (invitation, listener) = stranger().await;
         let source = async {
             let (mut stream, _) = listener.accept().await.expect("accept");
@@ -348,24 +417,24 @@ mod tests {
             stream.write_all(&[MAPPED]).await.expect("answer");
             files
         };
-        let (writer, _files) = tokio::join!(shared.pass(&invitation, key()), source);
+        let (writer, _files) = tokio::join!(shared.pass(&invitation, key(), false), source);
         timeout(Duration::from_millis(100), writer.expect("passed").gone()).await.expect_err("this process lives");
     }
 
     #[tokio::test]
     async fn who_does_not_answer_gets_nothing() {
         let layout = layout(1, 1);
-        let shared = Shared::of(&sealed_pool(&layout), &layout).expect("can be shared");
+        let shared = Shared::of(&sealed_pool(&layout), &layout, None).expect("can be shared");
         let (mut invitation, listener) = stranger().await;
-        let error = shared.pass(&invitation, key()).await.expect_err("silent").to_string();
+        let error = shared.pass(&invitation, key(), false).await.expect_err("silent").to_string();
         assert_eq!(error, "the source did not answer within 800ms");
         let hang_up = async { drop(listener.accept().await) };
         // The first connection still waits to be accepted.
         hang_up.await;
-        let (error, ()) = tokio::join!(shared.pass(&invitation, key()), async { drop(listener.accept().await) });
+        let (error, ()) = tokio::join!(shared.pass(&invitation, key(), false), async { drop(listener.accept().await) });
         assert!(error.is_err());
         invitation.socket = "baton-kv-nobody".into();
-        let error = shared.pass(&invitation, key()).await.expect_err("nobody listens");
+        let error = shared.pass(&invitation, key(), false).await.expect_err("nobody listens");
         assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
     }
 
@@ -390,19 +459,20 @@ mod tests {
                 let host = system::host().expect("a host");
                 let words = system::sealed_file("words", Words::bytes(2)).expect("memory");
                 let words = (Arc::new(Words::map(&words, 2).expect("map")), words);
-                let shared = Shared { file, words, layout: layout.clone(), host, allocated: Once::new() };
-                let error = Arc::new(shared).pass(&invitation, key()).await.expect_err(reason).to_string();
+                let shared =
+                    Shared { file, words, layout: layout.clone(), backing: None, host, allocated: Once::new() };
+                let error = Arc::new(shared).pass(&invitation, key(), false).await.expect_err(reason).to_string();
                 assert!(error.contains(reason), "{error}");
             }
-            Shared::of(&sealed_pool(&layout), &layout)
+            Shared::of(&sealed_pool(&layout), &layout, None)
                 .expect("can be shared")
-                .pass(&invitation, key())
+                .pass(&invitation, key(), false)
                 .await
                 .expect("passed")
         };
-        let (_writer, remote) = tokio::join!(target, door.receive(key()));
+        let (_writer, remote) = tokio::join!(target, door.receive(key(), None));
         assert_eq!(*remote.as_ref().layout(), layout);
-        let error = Shared::of(&pool(&layout), &layout).expect_err("a plain file").to_string();
+        let error = Shared::of(&pool(&layout), &layout, None).expect_err("a plain file").to_string();
         assert_eq!(error, "the page pool is no sealed memory file");
     }
 
@@ -412,10 +482,10 @@ mod tests {
         let layout = layout(4, 4_000);
         let file = sealed_pool(&layout);
         file.write_all_at(&[9], 5).expect("write");
-        let (shared, door) = (Shared::of(&file, &layout).expect("can be shared"), Door::open().expect("door"));
+        let (shared, door) = (Shared::of(&file, &layout, None).expect("can be shared"), Door::open().expect("door"));
         assert!(file.metadata().expect("metadata").blocks() <= 8);
         let invitation = door.invitation();
-        let (_writer, _remote) = tokio::join!(shared.pass(&invitation, key()), door.receive(key()));
+        let (_writer, _remote) = tokio::join!(shared.pass(&invitation, key(), false), door.receive(key(), None));
         let settled = async {
             while file.metadata().expect("metadata").blocks() * 512 < layout.pool_bytes() as u64 {
                 tokio::time::sleep(Duration::from_millis(1)).await;

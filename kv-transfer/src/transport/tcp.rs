@@ -16,9 +16,10 @@ use crate::{
     message::{Message, frame_bytes},
     mover::Movers,
     pages::Pages,
-    plan::{self, Extent, Piece, Place, Terms},
+    plan::{self, Piece, Place, Terms},
     socket::{Data, Detached},
 };
+use kv_cache::Extent;
 use std::{
     convert::Infallible,
     io::{self, IoSlice, IoSliceMut},
@@ -74,6 +75,8 @@ async fn send_frame(stream: &mut Data, job: Job, path: &Path) -> io::Result<()> 
     let pieces = frame.pieces.clone();
     Message::Pages { handoff: frame.handoff, sequence: frame.sequence, pieces }.encode(&mut header);
     let mut hasher = path.digest.then(|| FrameHasher::new(frame.handoff, frame.sequence, &frame.pieces));
+    let place = Place { view: &path.terms.source, pages: &frame.pages };
+    pool.fetch(place, &frame.pieces).map_err(io::Error::other)?;
     if path.terms.converts() {
         for part in plan::parts(&path.terms, &frame.pieces, BURST_BYTES) {
             // SAFETY: the blocks are frozen until this job reports back.
@@ -87,7 +90,6 @@ async fn send_frame(stream: &mut Data, job: Job, path: &Path) -> io::Result<()> 
         job.finish(hasher.map(FrameHasher::finish));
         return Ok(());
     }
-    let place = Place { view: &path.terms.source, pages: &frame.pages };
     for burst in bursts(plan::extents(place, &frame.pieces), call_bytes(path.digest)) {
         // SAFETY: the blocks are frozen until this job reports back, which it does when it is dropped, after these slices.
         let blocks: Vec<&[u8]> = burst.into_iter().map(|extent| unsafe { pool.bytes(extent) }).collect();

@@ -53,7 +53,10 @@ mod survey;
 pub use allocated::UcxMemory;
 pub use survey::{Survey, survey};
 
-use super::{Job, JobQueue, Transport, shm::Remote};
+use super::{
+    Job, JobQueue, Transport,
+    shm::{Remote, Writable},
+};
 use crate::{
     Config, HandoffId,
     link::{HANDSHAKE_LIMIT, LinkStop},
@@ -309,6 +312,8 @@ pub(crate) struct Mapped {
     pages: Pages,
     _link: Source,
 }
+
+impl Writable for Mapped {}
 
 impl AsRef<Pages> for Mapped {
     fn as_ref(&self) -> &Pages {

@@ -1,16 +1,18 @@
 //! A worker without an engine: a pool of random bytes, a transfer over it, and its events.
 #![allow(dead_code)] // Each test file uses its part.
 
+mod card;
 pub(crate) mod proxy;
 pub(crate) mod tls;
 
-use kv_cache::{KvDtype, PageId, PageLayout};
+use card::Card;
+use kv_cache::{Backing, KvDtype, PageId, PageLayout};
 use kv_transfer::{
-    Begin, Commit, Config, Event, HandoffId, Identity, Peer, Rank, Transfer, TransportKind, UcxConfig, UcxMemory,
+    Begin, Commit, Config, Event, HandoffId, Identity, Peer, Pool, Rank, Transfer, TransportKind, UcxConfig, UcxMemory,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
-use std::{fs::File, ops::Range, os::unix::fs::FileExt, path::Path, time::Duration};
+use std::{fs::File, ops::Range, os::unix::fs::FileExt, path::Path, sync::Arc, time::Duration};
 use tokio::{sync::mpsc, time::timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -30,6 +32,7 @@ pub(crate) struct Worker {
     pub(crate) identity: Identity,
     pub(crate) events: mpsc::Receiver<Event>,
     pub(crate) shutdown: CancellationToken,
+    /// Where the pages are.
     file: File,
     _memory: Option<UcxMemory>,
 }
@@ -38,6 +41,7 @@ pub(crate) struct Worker {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Over {
     Memory,
+    Cuda,
     Shm,
     /// Into pools of ours: puts are messages.
     UcxPosix,
@@ -45,15 +49,22 @@ pub(crate) enum Over {
     UcxMapped,
     UcxTcp,
     Tcp,
+    /// Pages are on cards: from one to the other in this process, and through the host.
+    CardMemory,
+    CardShm,
+    CardTcp,
 }
 
 /// What [`Over::UcxMapped`] may use, and nothing else does.
 const MAPPED: &str = "posix,sysv";
+/// What workers with pages on cards may use, which do not ask.
+const ON_CARDS: &str = "cards";
 
 impl From<TransportKind> for Over {
     fn from(kind: TransportKind) -> Self {
         match kind {
             TransportKind::Memory => Self::Memory,
+            TransportKind::Cuda => Self::Cuda,
             TransportKind::Shm => Self::Shm,
             TransportKind::Ucx => Self::UcxPosix,
             TransportKind::Tcp => Self::Tcp,
@@ -64,6 +75,7 @@ impl From<TransportKind> for Over {
 /// Every transport that this machine has. Says so where one is lacking.
 pub(crate) fn kinds() -> Vec<Over> {
     let mut kinds = vec![Over::Memory, Over::Shm, Over::Tcp];
+    kinds.extend([Over::Cuda, Over::CardMemory, Over::CardShm, Over::CardTcp]);
     match kv_transfer::survey(&UcxConfig { tls: None, ..only(Over::UcxTcp).ucx }) {
         Ok(found) if found.resources.iter().any(|resource| resource.starts_with("posix/")) => {
             kinds.extend([Over::UcxPosix, Over::UcxMapped, Over::UcxTcp]);
@@ -88,10 +100,11 @@ impl Over {
     /// Returns its kind.
     pub(crate) fn kind(self) -> TransportKind {
         match self {
-            Self::Memory => TransportKind::Memory,
-            Self::Shm => TransportKind::Shm,
+            Self::Memory | Self::CardMemory => TransportKind::Memory,
+            Self::Cuda => TransportKind::Cuda,
+            Self::Shm | Self::CardShm => TransportKind::Shm,
             Self::UcxPosix | Self::UcxMapped | Self::UcxTcp => TransportKind::Ucx,
-            Self::Tcp => TransportKind::Tcp,
+            Self::Tcp | Self::CardTcp => TransportKind::Tcp,
         }
     }
 }
@@ -104,6 +117,7 @@ pub(crate) fn only(over: impl Into<Over>) -> Config {
     let tls = match over {
         Over::UcxTcp => "tcp",
         Over::UcxMapped => MAPPED,
+        Over::Cuda | Over::CardMemory | Over::CardShm | Over::CardTcp => ON_CARDS,
         _ => "posix",
     };
     let ucx = UcxConfig { library: library.exists().then_some(library), tls: Some(tls.into()) };
@@ -130,11 +144,16 @@ impl Worker {
             memory.as_ref().map_or_else(|| pool(bytes), |memory| memory.file().try_clone().expect("the same file"));
         let mut noise = vec![0; bytes];
         StdRng::seed_from_u64(seed).fill(&mut noise[..]);
-        file.write_all_at(&noise, 0).expect("fill pool");
+        let card = (config.ucx.tls.as_deref() == Some(ON_CARDS)).then(|| pool(bytes));
+        let clone = |file: &File| file.try_clone().expect("the same file");
+        let pages = clone(card.as_ref().unwrap_or(&file));
+        pages.write_all_at(&noise, 0).expect("fill pool");
+        let backing = card.map(|memory| Arc::new(Card { pool: clone(&file), memory }) as Arc<dyn Backing>);
         let (sender, events) = mpsc::channel(64);
         let shutdown = CancellationToken::new();
-        let transfer = Transfer::start(config, identity.clone(), &file, sender, shutdown.clone()).await.expect("start");
-        Self { transfer, identity, events, shutdown, file, _memory: memory }
+        let pool = Pool { file: &file, backing };
+        let transfer = Transfer::start(config, identity.clone(), pool, sender, shutdown.clone()).await.expect("start");
+        Self { transfer, identity, events, shutdown, file: pages, _memory: memory }
     }
 
     pub(crate) fn peer(&self) -> Peer {

@@ -44,29 +44,6 @@ typedef struct {
     FIELD(float, cap);                // 0 = none
 } AttentionArguments;
 
-// What 16 rows know, as a lane holds it: of rows g and g + 8 the largest score, the sum of probabilities (each lane's own until a part
-// ends), and of each eight elements of the output columns 2 q, 2 q + 1 of both.
-typedef struct { float largest[2], sum[2], out[2 * DIM_TILES][4]; } State;
-
-DEVICE void clear(State *state) {
-    int at, i;
-    UNROLL for (i = 0; i < 2; i++) {
-        state->largest[i] = -INFINITE;
-        state->sum[i] = 0.0f;
-    }
-    UNROLL for (at = 0; at < 2 * DIM_TILES; at++)
-        UNROLL for (i = 0; i < 4; i++) state->out[at][i] = 0.0f;
-}
-
-// Ends a part: sums are those of all four lanes that share a row.
-DEVICE void end_part(State *state) {
-    int i;
-    UNROLL for (i = 0; i < 2; i++) {
-        state->sum[i] += shuffle_xor(state->sum[i], 1);
-        state->sum[i] += shuffle_xor(state->sum[i], 2);
-    }
-}
-
 // Where a lane's numbers of a state stand, 32 lanes (or the threads of a block) side by side.
 DEVICE void put_state(float *to, u32 stride, const State *state) {
     int at;

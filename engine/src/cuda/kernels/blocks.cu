@@ -21,6 +21,36 @@ DEVICE float merged(float total, float part, Shares shares) {
     return shares.part == 0.0f ? total * shares.total : fmaf(total, shares.total, part * shares.part);
 }
 
+// Eight elements each, of outputs that a warp has: of all, or of some columns where warps share them.
+#ifdef RANK_TILES
+enum { STATE_TILES = 2 * RANK_TILES };
+#else
+enum { STATE_TILES = 2 * DIM_TILES };
+#endif
+
+// What 16 rows know, as a lane holds it: of rows g and g + 8 the largest score, the sum of probabilities (each lane's own until a part
+// ends), and of each eight elements of the output columns 2 q, 2 q + 1 of both.
+typedef struct { float largest[2], sum[2], out[STATE_TILES][4]; } State;
+
+DEVICE void clear(State *state) {
+    int at, i;
+    UNROLL for (i = 0; i < 2; i++) {
+        state->largest[i] = -INFINITE;
+        state->sum[i] = 0.0f;
+    }
+    UNROLL for (at = 0; at < STATE_TILES; at++)
+        UNROLL for (i = 0; i < 4; i++) state->out[at][i] = 0.0f;
+}
+
+// Ends a part: sums are those of all four lanes that share a row.
+DEVICE void end_part(State *state) {
+    int i;
+    UNROLL for (i = 0; i < 2; i++) {
+        state->sum[i] += shuffle_xor(state->sum[i], 1);
+        state->sum[i] += shuffle_xor(state->sum[i], 2);
+    }
+}
+
 // Turns scores of a warp's 16 rows and a block's keys, as `mma` leaves them, into probabilities as it takes them, and moves each row's
 // softmax on: of rows g and g + 8 the largest score so far, and each lane's own sum; what came before counts by `factors`. Where elements are
 // bytes, `scales` are those of the values.

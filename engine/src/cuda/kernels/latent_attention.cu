@@ -43,28 +43,6 @@ typedef struct {
     FIELD(float, scale);            // of scores
 } LatentAttentionArguments;
 
-// What 16 rows know, as a lane of one of their warps holds it: as in `attention.cu`, of the warp's columns.
-typedef struct { float largest[2], sum[2], out[2 * RANK_TILES][4]; } State;
-
-DEVICE void clear(State *state) {
-    int at, i;
-    UNROLL for (i = 0; i < 2; i++) {
-        state->largest[i] = -INFINITE;
-        state->sum[i] = 0.0f;
-    }
-    UNROLL for (at = 0; at < 2 * RANK_TILES; at++)
-        UNROLL for (i = 0; i < 4; i++) state->out[at][i] = 0.0f;
-}
-
-// Ends a part: sums are those of all four lanes that share a row.
-DEVICE void end_part(State *state) {
-    int i;
-    UNROLL for (i = 0; i < 2; i++) {
-        state->sum[i] += shuffle_xor(state->sum[i], 1);
-        state->sum[i] += shuffle_xor(state->sum[i], 2);
-    }
-}
-
 // Adds a part that has ended to the total of those before it.
 DEVICE void merge_part(State *total, const State *part) {
     Shares share[2];

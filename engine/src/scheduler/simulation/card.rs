@@ -115,10 +115,6 @@ impl Card {
 }
 
 impl Step for Card {
-    fn import(&mut self, _: &[PageId]) -> Result<(), Error> {
-        Ok(())
-    }
-
     fn step(&mut self, rows: &[Row<'_>], _: &mut dyn FnMut(u32)) -> Result<&mut [Yield], Error> {
         assert!(self.begun.is_empty(), "steps end in their order");
         let work: Vec<Work> = rows.iter().zip(&self.known).map(|(row, known)| Work::of(row, known)).collect();

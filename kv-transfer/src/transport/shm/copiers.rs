@@ -7,7 +7,7 @@ use super::{
 use crate::{
     HandoffId,
     digest::FrameHasher,
-    landing::Landings,
+    landing::{Landing, Landings},
     link::LinkStop,
     message::Message,
     mover::Movers,
@@ -16,7 +16,7 @@ use crate::{
     source::Frame,
     words::Words,
 };
-use kv_cache::PageId;
+use kv_cache::{PageId, Reach};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc;
 
@@ -67,29 +67,42 @@ pub(crate) fn start_passed(remote: Remote, path: &Path, movers: &Movers, link: &
     Arc::new(Link { copiers: start(remote, path, movers, link), words })
 }
 
+/// A target's pool as its source writes it.
+pub(crate) trait Writable: AsRef<Pages> + Send + Sync {
+    /// Returns the target's pages on cards, where the source reaches them there.
+    fn direct(&self) -> Option<&dyn Reach> {
+        None
+    }
+
+    /// From here on nobody vouches for it that nothing is written any more.
+    fn never_leaves(&self) {}
+
+    /// Says whether all of the map is written sooner or later.
+    fn is_touched(&self) -> bool {
+        true
+    }
+}
+
 /// Starts copiers on `movers` into the target's pool, as `remote` has it mapped. That is dropped with the last of them.
-pub(crate) fn start(
-    remote: impl AsRef<Pages> + Send + Sync + 'static,
-    path: &Path,
-    movers: &Movers,
-    link: &LinkStop,
-) -> Queued {
+pub(crate) fn start(remote: impl Writable + 'static, path: &Path, movers: &Movers, link: &LinkStop) -> Queued {
     let (queued, remote) = (Queued::new(movers.count()), Arc::new(remote));
     let news = Arc::new(News { say: path.say.clone(), queue: queued.queue.clone(), state: Mutex::default() });
     for mover in 0..movers.count() {
         let (queue, path, remote, news) = (queued.queue.clone(), path.clone(), remote.clone(), news.clone());
         queued.run(movers, mover, (link, "a copier ended"), async move {
             loop {
-                if let Err(reason) = write_frame(queue.next(mover).await, (*remote).as_ref(), &path, &news).await {
+                if let Err(reason) = write_frame(queue.next(mover).await, &*remote, &path, &news).await {
                     return reason;
                 }
             }
         });
     }
-    let stopped = queued.stop.clone();
-    movers.spawn(movers.count() - 1, async move {
-        stopped.run_until_cancelled(touch((*remote).as_ref())).await;
-    });
+    if remote.is_touched() {
+        let stopped = queued.stop.clone();
+        movers.spawn(movers.count() - 1, async move {
+            stopped.run_until_cancelled(touch((*remote).as_ref())).await;
+        });
+    }
     queued
 }
 
@@ -104,9 +117,10 @@ async fn touch(pages: &Pages) {
 }
 
 /// Writes one frame and says so. An error ends the link.
-async fn write_frame(job: Job, remote: &Pages, path: &Path, news: &News) -> Result<(), String> {
+async fn write_frame(job: Job, writable: &impl Writable, path: &Path, news: &News) -> Result<(), String> {
     let frame = &job.frame;
     news.copying(frame);
+    let (remote, direct) = (writable.as_ref(), writable.direct());
     let pages = remote.layout().pages;
     if let Some(page) = frame.landing.iter().find(|page| page.0 >= pages) {
         return Err(format!("landing page {} of a pool of {pages}", page.0));
@@ -117,6 +131,18 @@ async fn write_frame(job: Job, remote: &Pages, path: &Path, news: &News) -> Resu
     // SAFETY, here and below: the source blocks are frozen until this job reports back. The landing blocks are this hand-off's until
     // the target has our `Quiet` or `Commit`, which come after that report, or our word that the pool is unmapped, which comes
     // after this task is gone. Each block is in one frame only.
+    if let Some(direct) = direct {
+        if let Err(problem) = direct.write(&plan::copies(source, target, &frame.pieces)) {
+            // A card that hangs may go on with it later: nobody says that it does not, until this process is gone.
+            writable.never_leaves();
+            std::mem::forget(job);
+            return Err(problem);
+        }
+        news.copied(frame)?;
+        job.finish(None);
+        return Ok(());
+    }
+    path.pool.fetch(source, &frame.pieces)?;
     if path.terms.converts() {
         for part in plan::parts(&path.terms, &frame.pieces, BURST_BYTES) {
             // SAFETY: above.
@@ -190,23 +216,47 @@ impl News {
     }
 }
 
-/// Target: takes the source's word that a frame's blocks are written. With `digest` they are read here and now.
-pub(crate) fn written(landings: &Landings, link: u64, frame: Message, digest: bool) {
-    let Message::Pages { handoff, sequence, pieces } = frame else { return };
+/// How frames of a link are written by its source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Written {
+    /// Into the pool here.
+    Here,
+    /// Likewise, and what was written is digested.
+    Digested,
+    /// To where the pages are.
+    Directly,
+}
+
+/// Target: takes the source's word that a frame's blocks are written. Returns what is left to be done about it, which may take as long as reading them.
+pub(crate) fn written(
+    landings: &Landings,
+    link: u64,
+    frame: Message,
+    how: Written,
+) -> Option<impl FnOnce() + Send + 'static> {
+    let Message::Pages { handoff, sequence, pieces } = frame else { return None };
+    // Now: what follows may be the word that the source writes nothing more.
     let landing =
         landings.find(handoff, link).filter(|landing| landing.is_written_from_afar() && landing.admit(&pieces));
-    let Some((landing, permit)) = landing.as_ref().and_then(|landing| Some((landing, landing.enter()?))) else {
-        return landings.stale(handoff);
+    let Some(permit) = landing.and_then(Landing::enter_for_others) else {
+        landings.stale(handoff);
+        return None;
     };
-    let digest = digest.then(|| {
-        let mut hasher = FrameHasher::new(handoff, sequence, &pieces);
-        for extent in plan::extents(landing.place(), &pieces) {
-            // SAFETY: the permit keeps the pages from being used for anything else, and the source said that it is done.
-            hasher.update(unsafe { landing.pool().bytes(extent) });
+    Some(move || {
+        let landing = permit.landing();
+        let digest = (how == Written::Digested).then(|| {
+            let mut hasher = FrameHasher::new(handoff, sequence, &pieces);
+            for extent in plan::extents(landing.place(), &pieces) {
+                // SAFETY: the permit keeps the pages from being used for anything else, and the source said that it is done.
+                hasher.update(unsafe { landing.pool().bytes(extent) });
+            }
+            hasher.finish()
+        });
+        match how {
+            Written::Directly => landing.landed_directly(&permit, sequence, &pieces, digest),
+            Written::Here | Written::Digested => landing.landed(&permit, sequence, &pieces, digest),
         }
-        hasher.finish()
-    });
-    landing.landed(&permit, sequence, &pieces, digest);
+    })
 }
 
 #[cfg(all(test, target_os = "linux"))]
@@ -276,7 +326,11 @@ mod tests {
             (7, said(good, vec![piece(1, 1..2)])),
             (7, said(good, vec![piece(1, 1..2)])), // a second time
         ] {
-            written(&landings, link, frame, true);
+            if let Some(rest) = written(&landings, link, frame, Written::Digested) {
+                // What the source wrote before it said that it writes nothing more counts, whenever it is looked at.
+                landings.vouched(good);
+                rest();
+            }
         }
         let mut notes = Vec::new();
         inbox.take(&mut notes).await;

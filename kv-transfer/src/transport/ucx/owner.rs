@@ -11,9 +11,10 @@ use crate::{
     link::LinkStop,
     message::Message,
     pages::Pages,
-    plan::{self, Extent, Place},
+    plan::{self, Place},
     transport::{Job, JobQueue, shm::Remote},
 };
+use kv_cache::Extent;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::{
     collections::{HashMap, VecDeque},
@@ -493,7 +494,9 @@ impl Link {
             return Err(format!("landing page {} of a pool of {pages}", page.0));
         }
         let mut hasher = self.path.digest.then(|| FrameHasher::new(frame.handoff, frame.sequence, &frame.pieces));
+        let source = Place { view: &terms.source, pages: &frame.pages };
         let target = Place { view: &terms.target, pages: &frame.landing };
+        pool.fetch(source, &frame.pieces)?;
         // SAFETY, here and below: the source blocks are frozen until this job reports back, which it does after its flush, or after
         // the endpoint is closed. Converted ones lie in `Posted` for as long. Extents stay inside the pools, the target's by the
         // check above.
@@ -511,7 +514,6 @@ impl Link {
             let puts: Vec<Put> = puts.collect();
             (Some(blocks), puts)
         } else {
-            let source = Place { view: &terms.source, pages: &frame.pages };
             let copies = plan::copies(source, target, &frame.pieces);
             if let Some(hasher) = &mut hasher {
                 // SAFETY: above.

@@ -66,7 +66,7 @@ async fn pair(config: &UcxConfig, allocate: bool, watch: bool) -> Pair {
     if watch {
         let door = Door::open().expect("door");
         let invitation = door.invitation();
-        let (writer, remote) = tokio::join!(shm::watch(&invitation, key()), door.receive(key()));
+        let (writer, remote) = tokio::join!(shm::watch(&invitation, key()), door.receive(key(), None));
         (word, watched) = (Some(remote), Some((writer.expect("watched"), Movers::start(2).expect("threads"))));
     }
     let window = timeout(SOON, to.ucx.accept(7)).await.expect("in time").expect("a worker");
