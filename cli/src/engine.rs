@@ -2,7 +2,7 @@
 
 use crate::{
     model::Located,
-    settings::{Adapters, EngineChoice, Speculate, Transport},
+    settings::{EngineChoice, Speculate, Transport},
 };
 use anyhow::{Context, bail};
 use engine::{Config, Device, Engine, Model};
@@ -34,18 +34,10 @@ impl Kind {
     ///
     /// # Errors
     /// Names what it does not run yet.
-    pub(crate) fn check(
-        &self,
-        located: &Located,
-        adapters: &Adapters,
-        guesses: Speculate,
-        config: &Config,
-    ) -> anyhow::Result<()> {
+    pub(crate) fn check(&self, located: &Located, guesses: Speculate, config: &Config) -> anyhow::Result<()> {
         let Self::Device(device) = self else { return Ok(()) };
-        let asked = [("--lora", !adapters.lora.is_empty()), ("--speculate draft", guesses == Speculate::Draft)];
-        let refused = asked.iter().find(|(_, asked)| *asked && *device != Device::Cpu);
-        if let Some((flag, _)) = refused {
-            bail!("--engine {device}: {flag} does not go with a card yet");
+        if guesses == Speculate::Draft && *device != Device::Cpu {
+            bail!("--engine {device}: --speculate draft does not go with a card yet");
         }
         engine::check_device(&located.path, config).with_context(|| format!("--engine {device}"))
     }

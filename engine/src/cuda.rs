@@ -32,11 +32,14 @@
 //! race        logits, edges     -> tokens       in place of the largest of rows that race
 //! ```
 //!
+//! Where rows have adapters, what these add is in the sums of linears that they change ([`adapters`]).
+//!
 //! Where bits may depend on the batch, dense linears of many rows are products by a library instead ([`products`]).
 //!
-//! Memory is taken when the engine is made, and none by a step. A step's rows are described in words that are copied once ([`rows`]);
+//! Memory is taken when the engine is made, and none by a step but the first with an adapter. A step's rows are described in words that are copied once ([`rows`]);
 //! what is asked of the device after that waits for nothing until the tokens are wanted.
 
+mod adapters;
 #[cfg(feature = "cuda")]
 mod cache;
 #[cfg(feature = "cuda")]
@@ -80,7 +83,7 @@ use crate::{
     Error, KvMemory, Model, Stuck,
     cpu::{nodes::Stay, pool::Pool},
     home::{Home, Logits, Pass},
-    model::checkpoint::ElementType,
+    model::{checkpoint::ElementType, decoder::Decoder},
 };
 use device::{MOST_SENT_BYTES, SLOTS};
 use graphs::Bucket;
@@ -232,6 +235,35 @@ impl Cuda {
         self.each(&|rank| rank.reserve_pages(model, layout))
     }
 
+    /// Uploads the adapters of `pass` that are not there, and gives back what others took that are gone.
+    ///
+    /// # Errors
+    /// [`Error::Row`] when there is no memory for one: whoever does without it can go on.
+    fn bring_adapters(&mut self, decoder: &Decoder, pass: &Pass<'_>) -> Result<(), Error> {
+        if self.first().adapters.are_those_of(pass) {
+            return Ok(());
+        }
+        self.each(&Rank::forget_adapters)?;
+        for (row, adapter) in pass.spans.iter().enumerate().filter_map(|(row, span)| Some((row, span.adapter?))) {
+            if self.first().adapters.has(adapter) {
+                continue;
+            }
+            // A rank that has no room is no rank that breaks.
+            let refused = Mutex::new(None);
+            self.each(&|rank| {
+                if let Err(error) = rank.upload_adapter(decoder, adapter) {
+                    lock(&refused).get_or_insert(error);
+                }
+                Ok(())
+            })?;
+            if let Some(error) = refused.into_inner().unwrap_or_else(PoisonError::into_inner) {
+                self.each(&|rank| rank.withdraw_adapter(adapter))?;
+                return Err(Error::Row(format!("row {row}: adapter {}: {error}", adapter.id())));
+            }
+        }
+        Ok(())
+    }
+
     /// Does `what` on all ranks, each on a thread of its own: they wait for each other.
     fn each(&mut self, what: &(dyn Fn(&mut Rank) -> Result<(), Error> + Sync)) -> Result<(), Error> {
         let (ranks, fault) = (&self.ranks, Mutex::new(None));
@@ -309,9 +341,7 @@ impl Home for Cuda {
         if pass.spans.is_empty() {
             return Ok(());
         }
-        if let Some(row) = pass.spans.iter().position(|span| span.adapter.is_some()) {
-            return Err(Error::Row(format!("row {row}: adapters do not run on a card yet")));
-        }
+        self.bring_adapters(&model.decoder, pass)?;
         let bucket = self.bucket(pass);
         self.each(&|rank| rank.begin(&model.decoder, memory.layout(), pass, bucket))?;
         if self.sizes.checked {
@@ -349,6 +379,9 @@ impl Home for Cuda {
         let Some(bucket) = self.bucket(pass).filter(|_| can) else {
             return Ok(false);
         };
+        if !self.first().adapters.are_those_of(pass) {
+            return Ok(false);
+        }
         let (slot, tokens) = (self.begun % SLOTS, pass.tokens.len() * 4);
         self.each(&|rank| {
             rank.begin(&model.decoder, memory.layout(), pass, Some(bucket))?;

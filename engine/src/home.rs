@@ -58,6 +58,11 @@ pub(crate) struct Pass<'a> {
 }
 
 impl Pass<'_> {
+    /// Says whether some of its rows have adapters.
+    pub(crate) fn is_adapted(&self) -> bool {
+        self.spans.iter().any(|span| span.adapter.is_some())
+    }
+
     /// Returns the rows of the places.
     pub(crate) fn kept_rows(&self) -> impl Iterator<Item = usize> {
         self.places.iter().map(|place| self.spans[place.row].first + place.token)

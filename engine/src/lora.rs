@@ -32,6 +32,8 @@ pub struct Adapter {
     rank: usize,
     bytes: u64,
     layers: Vec<LayerDeltas>,
+    /// Lives as long as the adapter.
+    life: Arc<()>,
 }
 
 impl Adapter {
@@ -73,6 +75,15 @@ impl Adapter {
 
     pub(crate) fn layer(&self, layer: usize) -> &LayerDeltas {
         &self.layers[layer]
+    }
+
+    pub(crate) fn layers(&self) -> &[LayerDeltas] {
+        &self.layers
+    }
+
+    /// Returns what tells it from all others, and whoever keeps a [`Weak`](std::sync::Weak) of it that nobody has the adapter any more.
+    pub(crate) fn life(&self) -> &Arc<()> {
+        &self.life
     }
 }
 

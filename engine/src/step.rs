@@ -505,7 +505,7 @@ impl Row<'_> {
     /// Says whether it is one token after which one is drawn from logits as they are, and nothing else.
     fn runs_ahead(&self) -> bool {
         let plain = self.tokens.len() == 1 && self.sample.is_some() && self.prompt_logprobs.is_none();
-        plain && !self.leaves && self.adapter.is_none() && (self.is_plain(0) || self.race(0).is_some())
+        plain && !self.leaves && (self.is_plain(0) || self.race(0).is_some())
     }
 
     /// Returns how many of its first tokens are followed by a token whose log-probabilities are wanted.

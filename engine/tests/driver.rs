@@ -6,7 +6,7 @@
 #![cfg(all(target_os = "linux", target_pointer_width = "64", feature = "cuda"))]
 
 use engine::{
-    Config, Device, Engine, Error, Model, Row, Sample, Sampling, TokenId,
+    Adapter, Config, Device, Engine, Error, Model, Row, Sample, Sampling, TokenId,
     cards::{self, Part, Reading},
 };
 use kv_cache::{Extent, PageId, PoolCopy};
@@ -455,6 +455,56 @@ impl Stand {
         }
     }
 
+    /// An adapter goes up when it is first computed, changes what its rows say as on the processor and nothing else, and leaves nothing behind.
+    fn check_adapters(&self) {
+        let (model, tokens, tables) = (model("llama"), tokens(), tables());
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/llama/adapters/lora-all");
+        let adapter = Adapter::load(&model, &path, 16).expect("a good adapter");
+        let sampling = Sampling { logprobs: Some(0), ..Sampling::default() };
+        let step = |engine: &mut Engine, end: usize, start: usize, adapters: [Option<&Adapter>; 2]| {
+            let history = &tokens[..end];
+            let sample = Sample {
+                sampling: &sampling,
+                history,
+                prompt_tokens: end,
+                forbidden: &[],
+                min_tokens: 0,
+                grammar: None,
+            };
+            let row = |at: usize| Row {
+                tokens: &history[start..],
+                start,
+                pages: &tables[at],
+                adapter: adapters[at],
+                sample: Some(sample),
+                ..Row::default()
+            };
+            engine.step(&[row(0), row(1)], &mut |_| {}).expect("good rows");
+            [0, 1].map(|row| engine.logits(row).expect("it was sampled").to_vec())
+        };
+        let prompt_and_more = |config: &Config, adapters: [Option<&Adapter>; 2]| {
+            let mut engine = Engine::new(model.clone(), config).expect("an engine");
+            let logits = [(40, 0), (41, 40), (42, 41)].map(|(end, start)| step(&mut engine, end, start, adapters));
+            (engine, logits.concat())
+        };
+        let two = Config { tensor_parallel: 2, ..self.config.clone() };
+        let (_, on_processor) =
+            prompt_and_more(&Config { device: Device::Cpu, ..self.config.clone() }, [Some(&adapter), None]);
+        let (engine, without) = prompt_and_more(&self.config, [None, None]);
+        let held = number(&self.driver, "leaks");
+        drop(engine);
+        let (mut engine, mixed) = prompt_and_more(&self.config, [Some(&adapter), None]);
+        for (found, expected) in mixed.iter().zip(&on_processor) {
+            check_alike(found, expected, "beside an adapter");
+        }
+        assert!(mixed[1] == without[1] && mixed[5] == without[5], "a row without an adapter has other bits");
+        assert!(mixed[0] != without[0] && number(&self.driver, "leaks") > held);
+        assert!(prompt_and_more(&two, [Some(&adapter), None]).1 == mixed, "two cards have other bits");
+        drop(adapter);
+        step(&mut engine, 43, 42, [None, None]);
+        assert_eq!(number(&self.driver, "leaks"), held + 1, "what is left is a graph for rows with adapters");
+    }
+
     /// A card that fails in the middle of a step fails the step, for which the others do not wait: one that computes a prompt, and one that decodes.
     fn check_failures(&self) {
         let (tokens, tables, sampling) = (tokens(), tables(), Sampling::default());
@@ -521,6 +571,8 @@ fn a_model_runs_behind_the_driver() {
     stand.check_failures();
     stand.check_empty();
     stand.check_handoffs(folder.path());
+    stand.check_empty();
+    stand.check_adapters();
     stand.check_empty();
     stand.check_library();
     stand.check_cards(folder.path());

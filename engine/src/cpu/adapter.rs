@@ -148,6 +148,41 @@ impl Delta {
         self.scales.len() * self.depth
     }
 
+    /// Returns the type of both factors.
+    pub(crate) fn dtype(&self) -> ElementType {
+        match self.format {
+            Format::Bf16 => ElementType::Bf16,
+            Format::F16 => ElementType::F16,
+            Format::F32 | Format::RoundedBf16 => ElementType::F32,
+        }
+    }
+
+    /// Returns the inputs.
+    pub(crate) fn depth(&self) -> usize {
+        self.depth
+    }
+
+    /// Returns what each number of `A x` is multiplied by; 0 for those that only pad.
+    pub(crate) fn scales(&self) -> &[f32] {
+        &self.scales
+    }
+
+    /// Returns row `rank` of `A`, `[depth]`.
+    pub(crate) fn down(&self, rank: usize) -> &[u8] {
+        &self.down.bytes()[rank * self.down_stride..][..self.depth * self.dtype().bytes()]
+    }
+
+    /// Returns the half panels of 32 outputs.
+    pub(crate) fn halves(&self) -> usize {
+        self.halves.len()
+    }
+
+    /// Returns the ranks that half panel `half` uses, and its part of `B`, `[ranks][32]`.
+    pub(crate) fn half(&self, half: usize) -> (Range<usize>, &[u8]) {
+        let Half { ranks, offset } = &self.halves[half];
+        (ranks.clone(), &self.up.bytes()[*offset..][..ranks.len() * HALF * self.dtype().bytes()])
+    }
+
     /// Returns the bytes in memory.
     pub(crate) fn bytes(&self) -> usize {
         self.down.len() + self.up.len()

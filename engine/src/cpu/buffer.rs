@@ -67,6 +67,11 @@ impl Buffer {
     }
 
     /// Returns the bytes.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.map[self.offset..][..self.len]
+    }
+
+    /// Returns the bytes for writing.
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.map[self.offset..][..self.len]
     }

@@ -4,7 +4,8 @@
 //! ([`super::driver`]) and, for tests, one that runs the kernels on the processor and counts what is asked of it.
 //!
 //! Work is in order: what is asked of a device is done after what was asked before, and whoever wants a result waits for it. Only
-//! [`Device::download`], [`Device::receive`] and [`Device::wait`] wait. Memory lives as long as the device; steps take none.
+//! [`Device::download`], [`Device::receive`], [`Device::wait`] and [`Device::free`] wait. Memory lives as long as the device, unless it is freed before;
+//! steps take none.
 //!
 //! Pages also move beside the steps, on threads of those who hand them off: by a [`Copier`].
 
@@ -120,6 +121,9 @@ pub(crate) trait Device: std::fmt::Debug + Send + Sync {
 
     /// Reserves `bytes` zeroed bytes for `purpose`, aligned to 256.
     fn alloc(&mut self, purpose: &'static str, bytes: usize) -> Result<Region, Error>;
+
+    /// Gives back `region`, all of what [`Device::alloc`] returned, once what was asked before is done.
+    fn free(&mut self, region: Region) -> Result<(), Error>;
 
     /// Copies `bytes` to the start of `to`; they may change once this returns.
     fn upload(&mut self, to: Region, bytes: &[u8]) -> Result<(), Error>;

@@ -393,6 +393,16 @@ impl Device for Card {
         Ok(Region { address, bytes })
     }
 
+    fn free(&mut self, region: Region) -> Result<(), Error> {
+        self.enter()?;
+        self.synchronize()?;
+        let at = self.memory.iter().position(|address| *address == region.address).expect("it was reserved");
+        self.memory.swap_remove(at);
+        self.own -= region.bytes as u64;
+        // SAFETY: it was reserved by this value, which knows it no more, and nothing is under way that uses it.
+        unsafe { result::free_sync(region.address) }.map_err(|error| self.fault("give memory back", error))
+    }
+
     fn upload(&mut self, to: Region, bytes: &[u8]) -> Result<(), Error> {
         assert!(bytes.len() <= to.bytes, "{} bytes into {}", bytes.len(), to.bytes);
         self.enter()?;

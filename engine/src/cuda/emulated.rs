@@ -25,9 +25,13 @@ use std::{
 const MEMORY: u64 = 64 << 20;
 
 /// What was asked of a device so far.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Asked {
     pub(crate) allocations: AtomicUsize,
+    /// Bytes that were given out and not given back.
+    pub(crate) held: AtomicUsize,
+    /// The most of them that it gives; for a test to say.
+    pub(crate) most: AtomicUsize,
     pub(crate) uploads: AtomicUsize,
     /// Downloads and waits for marks.
     pub(crate) waits: AtomicUsize,
@@ -37,6 +41,22 @@ pub(crate) struct Asked {
     pub(crate) calls: AtomicUsize,
     /// Those of a library, in graphs or not.
     pub(crate) products: AtomicUsize,
+}
+
+impl Default for Asked {
+    fn default() -> Self {
+        let none = AtomicUsize::default;
+        Self {
+            allocations: none(),
+            held: none(),
+            most: AtomicUsize::new(usize::MAX),
+            uploads: none(),
+            waits: none(),
+            downloaded: none(),
+            calls: none(),
+            products: none(),
+        }
+    }
 }
 
 /// The processor as a device. Memory ends at pages that cannot be touched.
@@ -216,10 +236,24 @@ impl Device for Emulated {
     fn alloc(&mut self, purpose: &'static str, bytes: usize) -> Result<Region, Error> {
         self.asked.allocations.fetch_add(1, Relaxed);
         assert!(self.remembered.is_none(), "memory for {purpose} is asked for in a graph");
+        if bytes > self.asked.most.load(Relaxed).saturating_sub(self.used as usize) {
+            return Err(Error::card("emulated", "reserve memory", format!("there are no {bytes} bytes for {purpose}")));
+        }
         self.memory.push(Buffer::new(bytes)?);
         let buffer = self.memory.last_mut().expect("it was just pushed");
         self.used += buffer.len() as u64;
+        self.asked.held.fetch_add(buffer.len(), Relaxed);
         Ok(Region { address: buffer.as_mut_ptr() as u64, bytes: buffer.len() })
+    }
+
+    fn free(&mut self, region: Region) -> Result<(), Error> {
+        self.asked.waits.fetch_add(1, Relaxed);
+        assert!(self.remembered.is_none(), "memory is given back in a graph");
+        let at = self.memory.iter().position(|buffer| buffer.as_ptr() as u64 == region.address);
+        let buffer = self.memory.swap_remove(at.expect("it was given out"));
+        self.used -= buffer.len() as u64;
+        self.asked.held.fetch_sub(buffer.len(), Relaxed);
+        Ok(())
     }
 
     fn upload(&mut self, to: Region, bytes: &[u8]) -> Result<(), Error> {

@@ -5,8 +5,8 @@ use super::{
     device::Region,
     graphs::Bucket,
     kernels::{
-        self, Attention, Call, Cap, Check, Choose, Cut, Draw, Embed, Finish, Gather, Group, HeadNorms, Join, JoinTo,
-        Largest, LatentAttention, Mix, Norm, NormTo, Pages, Pairs, Reorder, Rotary, Share,
+        self, Attention, Call, Cap, Check, Choose, Cut, DeltaOf, Deltas, Draw, Embed, Finish, Gather, Group, HeadNorms,
+        Join, JoinTo, Largest, LatentAttention, Mix, Norm, NormTo, Pages, Pairs, Reorder, Rotary, Share,
     },
     rank::{Buffers, ExpertBuffers, Rank, whole},
     rows::Capacity,
@@ -29,6 +29,8 @@ pub(super) struct At {
     pub(super) qkv: Region,
     /// Which of the pass's rows these are, where they are not all.
     pub(super) kept: Option<Region>,
+    /// The list of their adapters, where some have one.
+    adapted: Option<Region>,
     /// `[sequences][4]`, and which of them attend in the same way.
     sequences: Region,
     parts: [Part; 2],
@@ -38,6 +40,11 @@ impl At {
     /// Returns where those of `part` begin.
     pub(super) fn sequences_of(&self, part: &Part) -> u64 {
         self.sequences.part(part.first * 16, part.count * 16).address
+    }
+
+    /// Returns what adapters add to a linear of layer `layer`.
+    fn deltas(&self, layer: usize, of: DeltaOf) -> Option<Deltas> {
+        self.adapted.map(|list| Deltas::new(list.address, layer, of))
     }
 }
 
@@ -84,9 +91,12 @@ impl Rank {
         let rows = bucket.map_or(pass.tokens.len(), |bucket| bucket.rows);
         self.words.write(pass, rows, layout.page_tokens as usize, layout.pages);
         self.device.upload(self.parts.whole, self.words.bytes())?;
+        if pass.is_adapted() {
+            self.device.upload(self.adapters.list, self.adapters.write(pass, rows))?;
+        }
         match bucket {
             Some(bucket) => self.replay(decoder, bucket),
-            None => self.launch_pass(decoder, pass),
+            None => self.launch_pass(decoder, pass, pass.is_adapted()),
         }
     }
 
@@ -134,10 +144,21 @@ impl Rank {
     /// Makes ready every kernel that steps may call: neither a request nor a graph is the place to compile one.
     pub(super) fn prepare(&mut self, decoder: &Decoder) -> Result<(), Error> {
         self.listed = Some(HashSet::new());
+        // Adapters are not read for latent attention.
+        for adapted in [false, true].into_iter().filter(|adapted| !adapted || decoder.latent.is_none()) {
+            self.list(decoder, adapted)?;
+        }
+        let listed = self.listed.take().expect("it was put there above");
+        listed.iter().try_for_each(|kernel| self.device.prepare(kernel))?;
+        self.prepare_products()
+    }
+
+    /// Makes the calls of all kinds of steps, of rows that may have adapters or not.
+    fn list(&mut self, decoder: &Decoder, adapted: bool) -> Result<(), Error> {
         let Capacity { rows: most, sequences, .. } = self.sizes.capacity;
         for longest in [1, self.sizes.context] {
             for rows in (0..).map(|power| 1 << power).take_while(|rows| *rows <= most.min(sequences)) {
-                self.launch_decode(decoder, Bucket { rows, longest, races: self.races })?;
+                self.launch_decode(decoder, Bucket { rows, longest, races: self.races, adapted })?;
             }
         }
         // Kernels of linears change with the number of rows or pairs, those of attention with that of a sequence's rows; none at less than its double.
@@ -147,11 +168,9 @@ impl Rank {
             let places = [Place { row: 0, token: tokens - 1, race: None }];
             let tokens = vec![0; tokens];
             let pass = Pass { tokens: &tokens, spans: &[span], places: &places, kept: &[kept] };
-            self.launch_pass(decoder, &pass)?;
+            self.launch_pass(decoder, &pass, adapted)?;
         }
-        let listed = self.listed.take().expect("it was put there above");
-        listed.iter().try_for_each(|kernel| self.device.prepare(kernel))?;
-        self.prepare_products()
+        Ok(())
     }
 
     /// Asks the device for a call, or lists its kernel while that is what calls are made for.
@@ -166,11 +185,11 @@ impl Rank {
     }
 
     fn launch_decode(&mut self, decoder: &Decoder, bucket: Bucket) -> Result<(), Error> {
-        let Bucket { rows, longest, races } = bucket;
+        let Bucket { rows, longest, races, adapted } = bucket;
         let all = Part { first: 0, count: rows, rows, most_rows: 1, longest };
         let (residual, qkv) = (self.buffers.residual, self.buffers.qkv);
-        let parts = [all, Part::default()];
-        let at = At { rows, residual, qkv, kept: None, sequences: self.parts.sequences, parts };
+        let (parts, adapted) = ([all, Part::default()], adapted.then_some(self.adapters.list));
+        let at = At { rows, residual, qkv, kept: None, adapted, sequences: self.parts.sequences, parts };
         self.embed(decoder, &at)?;
         self.list_heads(rows)?;
         for layer in 0..self.weights.blocks.len() {
@@ -182,15 +201,16 @@ impl Rank {
         self.launch_head(decoder, self.buffers.input, at.rows, races)
     }
 
-    /// Asks for all of a pass, up to the head's inputs, and marks where each layer's pages are final.
-    fn launch_pass(&mut self, decoder: &Decoder, pass: &Pass<'_>) -> Result<(), Error> {
+    /// Asks for all of a pass, whose rows may have adapters or not, up to the head's inputs, and marks where each layer's pages are final.
+    fn launch_pass(&mut self, decoder: &Decoder, pass: &Pass<'_>, adapted: bool) -> Result<(), Error> {
         let Buffers { residual, qkv, kept_residual, kept_qkv, input, .. } = self.buffers;
         let few = match &decoder.latent {
             Some(_) => LatentAttention::few_tokens(decoder.heads),
             None => Attention::few_tokens(decoder.heads / decoder.kv_heads),
         };
         let (rows, parts) = (pass.tokens.len(), Part::cut(pass.spans, few));
-        let mut at = At { rows, residual, qkv, kept: None, sequences: self.parts.sequences, parts };
+        let (sequences, list) = (self.parts.sequences, adapted.then_some(self.adapters.list));
+        let mut at = At { rows, residual, qkv, kept: None, adapted: list, sequences, parts };
         (self.rows, self.hidden, self.computed) = (pass.places.len(), input, 0..0);
         let last = self.weights.blocks.len() - 1;
         self.embed(decoder, &at)?;
@@ -211,6 +231,7 @@ impl Rank {
                     (at.rows, at.residual, at.qkv, at.kept) =
                         (self.rows, kept_residual, kept_qkv, Some(self.parts.kept));
                     (at.sequences, at.parts) = (self.parts.kept_sequences, Part::cut(pass.kept, few));
+                    at.adapted = adapted.then(|| self.adapters.kept(rows));
                     self.list_heads(at.rows)?;
                 }
             }
@@ -269,7 +290,8 @@ impl Rank {
         match &block.attention {
             weights::Attention::Heads(heads) => {
                 let (from, to) = ((input, self.sizes.residual), (qkv, self.sizes.qkv));
-                self.large_linear(&heads.qkv, at.rows, from, to, Finish::Store)?;
+                let deltas = at.deltas(layer, DeltaOf::Qkv);
+                self.large_linear(&heads.qkv, at.rows, from, to, Finish::Store, deltas)?;
                 self.rotate_and_write(decoder, heads, at, layer)
             }
             weights::Attention::Latent(latent) => self.write_latents(decoder, latent, at, layer),
@@ -302,28 +324,39 @@ impl Rank {
             self.norm(decoder, at, block.mlp_norm)?;
         }
         let from = (attended, self.sizes.attended);
-        self.add(decoder, &block.output, at, from, block.attention_post_norm)?;
+        let deltas = at.deltas(layer, DeltaOf::Output);
+        self.add(decoder, (&block.output, deltas), at, from, block.attention_post_norm)?;
         if !decoder.parallel {
             self.norm(decoder, at, block.mlp_norm)?;
         }
         match &block.mlp {
-            Mlp::Dense(dense) => self.dense(decoder, dense, at, block.mlp_post_norm),
+            Mlp::Dense(dense) => {
+                let deltas = [DeltaOf::Up, DeltaOf::Down].map(|of| at.deltas(layer, of));
+                self.dense(decoder, dense, at, block.mlp_post_norm, deltas)
+            }
             Mlp::Experts(experts) => {
                 self.experts(decoder, experts, at)?;
-                experts.shared.map_or(Ok(()), |shared| self.dense(decoder, &shared, at, None))
+                experts.shared.map_or(Ok(()), |shared| self.dense(decoder, &shared, at, None, [None; 2]))
             }
         }
     }
 
-    /// Adds to the residual what every row goes through.
-    fn dense(&mut self, decoder: &Decoder, dense: &Dense, at: &At, norm: Option<NormWeights>) -> Result<(), Error> {
+    /// Adds to the residual what every row goes through, with what adapters add on the way in and out.
+    fn dense(
+        &mut self,
+        decoder: &Decoder,
+        dense: &Dense,
+        at: &At,
+        norm: Option<NormWeights>,
+        [up, down]: [Option<Deltas>; 2],
+    ) -> Result<(), Error> {
         let (input, gated) = (self.buffers.input, self.buffers.gated);
         let (inner, finish) = match &dense.inner {
             Inner::Gated(gate_up) => (gate_up, Finish::Gate(decoder.activation)),
             Inner::Plain(up) => (up, Finish::Activate(decoder.activation)),
         };
-        self.large_linear(inner, at.rows, (input, self.sizes.residual), (gated, self.sizes.gated), finish)?;
-        self.add(decoder, &dense.down, at, (gated, self.sizes.gated), norm)
+        self.large_linear(inner, at.rows, (input, self.sizes.residual), (gated, self.sizes.gated), finish, up)?;
+        self.add(decoder, (&dense.down, down), at, (gated, self.sizes.gated), norm)
     }
 
     /// Adds to the residual what the experts that each row chooses make of it.
@@ -483,10 +516,23 @@ impl Rank {
         to: (Region, usize),
         finish: Finish,
     ) -> Result<(), Error> {
+        self.linear_and(linear, rows, from, to, finish, None)
+    }
+
+    /// Computes a linear, and in its sums what adapters add to them.
+    pub(super) fn linear_and(
+        &mut self,
+        linear: &Linear,
+        rows: usize,
+        from: (Region, usize),
+        to: (Region, usize),
+        finish: Finish,
+        deltas: Option<Deltas>,
+    ) -> Result<(), Error> {
         let input = self.ordered(linear, rows, from)?;
         let call = linear.call(self.element, self.device.most_shared(), rows, input, from.1);
         let (partial, counters) = (self.buffers.partial.address, self.buffers.counters.address);
-        self.finished(linear.split, kernels::Linear { partial, counters, ..call }, to, finish)
+        self.finished(linear.split, kernels::Linear { partial, counters, deltas, ..call }, to, finish)
     }
 
     /// Brings a linear's inputs into the order of its weights, where they have one; returns where they are.
@@ -505,21 +551,21 @@ impl Rank {
         Ok(to)
     }
 
-    /// Adds a product to the residual, through a norm where there is one.
+    /// Adds a product, and what adapters add to it, to the residual, through a norm where there is one.
     fn add(
         &mut self,
         decoder: &Decoder,
-        linear: &Linear,
+        (linear, deltas): (&Linear, Option<Deltas>),
         at: &At,
         from: (Region, usize),
         norm: Option<NormWeights>,
     ) -> Result<(), Error> {
         let (residual, stride) = (at.residual, self.sizes.residual);
         if norm.is_none() {
-            return self.large_linear(linear, at.rows, from, (residual, stride), Finish::Add);
+            return self.large_linear(linear, at.rows, from, (residual, stride), Finish::Add, deltas);
         }
         let outcome = self.buffers.outcome;
-        self.large_linear(linear, at.rows, from, (outcome, stride), Finish::Store)?;
+        self.large_linear(linear, at.rows, from, (outcome, stride), Finish::Store, deltas)?;
         self.norm_rows(decoder, at, norm, outcome, (residual, NormTo::Add))
     }
 

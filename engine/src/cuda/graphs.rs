@@ -1,5 +1,5 @@
-//! Steps that only decode are replayed: what is asked of the device depends on how many rows there are, how long their sequences may be and whether tokens
-//! are drawn, so one graph serves every step whose rows and lengths round up to the same numbers. All else is in device memory.
+//! Steps that only decode are replayed: what is asked of the device depends on how many rows there are, how long their sequences may be, whether tokens
+//! are drawn and whether some have adapters, so one graph serves every step whose rows and lengths round up to the same numbers. All else is in device memory.
 //!
 //! A graph is made when it is first needed, which takes some milliseconds; there are few, because numbers are rounded up coarsely.
 
@@ -16,6 +16,8 @@ pub(super) struct Bucket {
     pub(super) longest: usize,
     /// Whether tokens are drawn, and not only the most likely ones found.
     pub(super) races: bool,
+    /// Whether rows may have adapters, whichever.
+    pub(super) adapted: bool,
 }
 
 /// The graphs made so far.
@@ -37,7 +39,7 @@ impl Bucket {
         let longest = pass.spans.iter().map(|span| span.start + 1).max().unwrap_or(0);
         let longest = longest.next_power_of_two().max(SHORTEST).min(context);
         let races = pass.places.iter().any(|place| place.race.is_some());
-        Some(Self { rows: rounded_up(count).min(rows), longest, races })
+        Some(Self { rows: rounded_up(count).min(rows), longest, races, adapted: pass.is_adapted() })
     }
 }
 
@@ -70,7 +72,7 @@ mod tests {
                 .collect();
             let places: Vec<Place> = (0..places).map(|row| Place { row, token: 0, race: None }).collect();
             let pass = Pass { tokens: &vec![1; tokens], spans: &spans, places: &places, kept: &spans };
-            let expected = expected.map(|(rows, longest)| Bucket { rows, longest, races: false });
+            let expected = expected.map(|(rows, longest)| Bucket { rows, longest, races: false, adapted: false });
             assert_eq!(Bucket::of(&pass, 6, 900), expected, "{starts:?} {tokens}");
         };
         check(&[5], 1, 1, Some((1, 512)));

@@ -11,6 +11,7 @@
 
 mod codes;
 mod copies;
+mod deltas;
 mod draw;
 mod experts;
 mod latent;
@@ -21,6 +22,7 @@ mod rows;
 
 pub(crate) use codes::Codes;
 pub(crate) use copies::Copies;
+pub(crate) use deltas::{DeltaOf, Deltas, Shrink};
 pub(crate) use draw::Draw;
 pub(crate) use experts::{Choose, Cut, Group, Mix, Pairs};
 pub(crate) use latent::{LatentAttention, LatentKeys, LatentQueries};
@@ -37,6 +39,7 @@ pub(crate) enum Source {
     Linear,
     Codes,
     Products,
+    Shrink,
     Experts,
     Rotary,
     Attention,
@@ -48,15 +51,17 @@ pub(crate) enum Source {
 impl Source {
     /// Returns the names and texts of what it is made of.
     fn files(self) -> &'static [(&'static str, &'static str)] {
+        const DELTAS: (&str, &str) = ("deltas.cu", include_str!("kernels/deltas.cu"));
         const LINEAR: (&str, &str) = ("linear.cu", include_str!("kernels/linear.cu"));
         const PAGES: (&str, &str) = ("pages.cu", include_str!("kernels/pages.cu"));
         const BLOCKS: (&str, &str) = ("blocks.cu", include_str!("kernels/blocks.cu"));
         match self {
             Source::Rows => &[("rows.cu", include_str!("kernels/rows.cu"))],
             Source::Draw => &[("draw.cu", include_str!("kernels/draw.cu"))],
-            Source::Linear => &[LINEAR],
-            Source::Codes => &[LINEAR, ("codes.cu", include_str!("kernels/codes.cu"))],
-            Source::Products => &[LINEAR, ("products.cu", include_str!("kernels/products.cu"))],
+            Source::Linear => &[DELTAS, LINEAR],
+            Source::Codes => &[DELTAS, LINEAR, ("codes.cu", include_str!("kernels/codes.cu"))],
+            Source::Products => &[DELTAS, LINEAR, ("products.cu", include_str!("kernels/products.cu"))],
+            Source::Shrink => &[DELTAS, ("shrink.cu", include_str!("kernels/shrink.cu"))],
             Source::Copies => &[("copies.cu", include_str!("kernels/copies.cu"))],
             Source::Experts => &[("experts.cu", include_str!("kernels/experts.cu"))],
             Source::Rotary => &[PAGES, ("rotary.cu", include_str!("kernels/rotary.cu"))],

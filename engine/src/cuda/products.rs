@@ -15,7 +15,7 @@
 use super::{
     Device,
     device::{Operand, Product, ProductShape, Region},
-    kernels::{self, Element, Finish, Narrow, Sums},
+    kernels::{self, Deltas, Element, Finish, Narrow, Shrink, Sums},
     rank::Rank,
     weights::{Linear, Uploaded},
 };
@@ -100,7 +100,7 @@ impl Plan {
     /// Whether products are what is wanted, where it is wanted.
     fn is_direct(&self) -> bool {
         let plain = matches!(self.linear.finish, Finish::Store | Finish::Add);
-        plain && self.linear.bias == 0 && self.operand.bytes() > 1
+        plain && self.linear.bias == 0 && self.linear.deltas.is_none() && self.operand.bytes() > 1
     }
 
     fn shape(&self, panels: u32) -> ProductShape {
@@ -117,7 +117,7 @@ impl Plan {
 }
 
 impl Rank {
-    /// Computes a linear of rows that all go through it: by the library where they are many.
+    /// Computes a linear of rows that all go through it, and in its sums what adapters add to them: by the library where rows are many.
     pub(super) fn large_linear(
         &mut self,
         linear: &Linear,
@@ -125,11 +125,17 @@ impl Rank {
         from: (Region, usize),
         to: (Region, usize),
         finish: Finish,
+        deltas: Option<Deltas>,
     ) -> Result<(), Error> {
-        let plan = self.plan(linear, rows, from, to, finish);
+        if let Some(deltas) = deltas {
+            let (steps, stride) = (linear.shape.steps, from.1 as u32);
+            let (element, rows, input) = (self.element, rows as u32, from.0.address);
+            self.call(&Shrink { element, rows, input, stride, steps, deltas }.call())?;
+        }
+        let plan = self.plan(linear, rows, from, to, finish, deltas);
         // What the library has no way for is computed by kernels of ours: when kernels are listed nobody knows yet.
         if plan.is_none() || self.listed.is_some() {
-            self.linear(linear, rows, from, to, finish)?;
+            self.linear_and(linear, rows, from, to, finish, deltas)?;
         }
         let Some(mut plan) = plan else { return Ok(()) };
         plan.linear.input = self.ordered(linear, rows, from)?.address;
@@ -144,11 +150,12 @@ impl Rank {
         (from, from_stride): (Region, usize),
         (to, to_stride): (Region, usize),
         finish: Finish,
+        deltas: Option<Deltas>,
     ) -> Option<Plan> {
         let products = self.products.as_ref().filter(|_| rows >= LEAST_ROWS)?;
         assert!(linear.split.is_none(), "`check` refuses a library for several ranks");
         let call = linear.call(self.element, self.device.most_shared(), rows, from, from_stride);
-        let call = kernels::Linear { to: to.address, to_stride: to_stride as u32, finish, ..call };
+        let call = kernels::Linear { to: to.address, to_stride: to_stride as u32, finish, deltas, ..call };
         let parts = call.shape.panels.div_ceil(MOST_PANELS as u32);
         let (operand, panels) = (operand(linear, self.element, &*self.device), call.shape.panels.div_ceil(parts));
         let plan = Plan { linear: call, operand, panels };

@@ -2,6 +2,7 @@
 
 use super::{
     Device,
+    adapters::Adapters,
     device::{Memory, Region},
     graphs::Graphs,
     kernels::{self, Cut, Draw, Element, JoinTo, Kernel, LatentAttention},
@@ -171,6 +172,7 @@ pub(crate) struct Rank {
     /// `None` before [`Rank::reserve_pages`].
     pub(super) pages: Option<Pages>,
     pub(super) graphs: Graphs,
+    pub(super) adapters: Adapters,
     /// Rows at hand, and where the head's inputs are.
     pub(super) rows: usize,
     pub(super) hidden: Region,
@@ -190,6 +192,7 @@ impl Rank {
         let buffers = Buffers::reserve(&mut *device, slice, &sizes, &model.decoder, &weights, element)?;
         let products = Products::reserve(&mut *device, &weights, element, sizes.capacity.rows)?;
         let region = device.alloc("the rows of a step", sizes.capacity.bytes())?;
+        let adapters = Adapters::reserve(&mut *device, sizes.capacity.rows)?;
         Ok(Self {
             device,
             slice,
@@ -203,6 +206,7 @@ impl Rank {
             parts: sizes.capacity.parts(region),
             pages: None,
             graphs: Graphs::new(),
+            adapters,
             rows: 0,
             computed: 0..0,
             races: model.decoder.vocab_size < Draw::MOST_COLUMNS,

@@ -71,6 +71,7 @@ impl Linear {
             codes: self.codes,
             most_shared,
             pairs: None,
+            deltas: None,
         }
     }
 }

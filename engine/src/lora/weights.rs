@@ -12,7 +12,7 @@ use crate::{
         decoder::{Decoder, QkvNames, UpNames},
     },
 };
-use std::{collections::BTreeSet, path::Path};
+use std::{collections::BTreeSet, path::Path, sync::Arc};
 
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
@@ -30,8 +30,9 @@ pub(crate) struct LayerDeltas {
 }
 
 impl LayerDeltas {
-    fn all(&self) -> impl Iterator<Item = &Delta> {
-        [&self.qkv, &self.output, &self.up, &self.down].into_iter().flatten()
+    /// Returns them in the order of the fields.
+    pub(crate) fn linears(&self) -> [Option<&Delta>; 4] {
+        [&self.qkv, &self.output, &self.up, &self.down].map(Option::as_ref)
     }
 }
 
@@ -177,7 +178,8 @@ pub(super) fn read(model: &Model, dir: &Path, max_rank: usize) -> Result<Adapter
         return Err(Error::checkpoint(&config_path, problem));
     }
     reader.check_names(&shapes)?;
-    let bytes = layers.iter().flat_map(LayerDeltas::all).map(|delta| delta.bytes() as u64).sum();
+    let bytes =
+        layers.iter().flat_map(|layer| layer.linears().into_iter().flatten()).map(|delta| delta.bytes() as u64).sum();
     Ok(Adapter {
         id: reader.hasher.finalize().to_hex()[..32].to_owned(),
         model: model.info().fingerprint.clone(),
@@ -185,6 +187,7 @@ pub(super) fn read(model: &Model, dir: &Path, max_rank: usize) -> Result<Adapter
         rank: peft.largest_rank(),
         bytes,
         layers,
+        life: Arc::default(),
     })
 }
 

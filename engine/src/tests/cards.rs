@@ -1,18 +1,27 @@
 //! A card, played by the processor: what it computes beside what was recorded, its bits in any batch, and what it is asked for.
 
+mod adapters;
+
 use super::{
     Runner, Unit, checkpoints, golden, invariance,
     invariance::{Plan, token_by_token},
     load, small_config, watched,
 };
 use crate::{
-    Config, Device, Engine, Error, Model, Row, Sample, Sampling, TokenId, check_device,
+    Adapter, Config, Device, Engine, Error, Model, Row, Sample, Sampling, TokenId, check_device,
     cpu::kernels::Kernels,
     cuda::{Device as _, Emulated, Order},
     scheduler::{Drawn, History, Limits, Request, Scheduler, Stop, Until},
 };
-use kv_cache::{KvDtype, PageId, PoolCopy};
-use std::{collections::HashMap, fs, ops::Range, path::Path, sync::atomic::Ordering::Relaxed, time::Duration};
+use kv_cache::{KvDtype, PageId, PoolCopy, root_salt};
+use std::{
+    collections::HashMap,
+    fs,
+    ops::Range,
+    path::Path,
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Duration,
+};
 
 const START: Duration = Duration::ZERO;
 
@@ -367,8 +376,8 @@ fn products_of_a_library_take_no_memory_and_wait_for_nobody() {
 }
 
 /// Decodes `steps` steps of sequences of the model at `path`, one for each of `samplings`, on an engine whose card computes nothing, and returns what it
-/// was asked meanwhile: memory, uploads, calls, waits, bytes that come down.
-fn asked(path: &str, steps: usize, samplings: &[Sampling]) -> Vec<[usize; 5]> {
+/// was asked meanwhile: memory, uploads, calls, waits, bytes that come down. `adapters` are dealt out in turn.
+fn asked(path: &str, steps: usize, samplings: &[Sampling], adapters: &[Option<Arc<Adapter>>]) -> Vec<[usize; 5]> {
     let device = Emulated::recording();
     let asked = device.asked();
     let config = Config { kv_bytes: Some(1 << 20), ..small_config() };
@@ -391,11 +400,15 @@ fn asked(path: &str, steps: usize, samplings: &[Sampling]) -> Vec<[usize; 5]> {
                 min_tokens: 0,
                 grammar: None,
             };
-            let row = |(pages, sampling)| {
-                let sample = Some(sample(sampling));
-                Row { tokens: &[7], start: 29 + step, pages, sample, ..Row::default() }
+            let row = |at: usize| Row {
+                tokens: &[7],
+                start: 29 + step,
+                pages: &pages[at],
+                adapter: adapters[at % adapters.len()].as_deref(),
+                sample: Some(sample(&samplings[at])),
+                ..Row::default()
             };
-            let rows: Vec<Row<'_>> = pages.iter().map(|pages| &pages[..]).zip(samplings).map(row).collect();
+            let rows: Vec<Row<'_>> = (0..samplings.len()).map(row).collect();
             let mut layers = 0;
             engine.step(&rows, &mut |_| layers += 1).expect("good rows");
             assert_eq!(layers, 3);
@@ -420,16 +433,18 @@ fn a_step_that_decodes_is_one_copy_one_graph_and_one_wait_for_its_tokens() {
         ("tests/golden/deepseek_v3", 1, Sampling::default()),
         ("tests/golden/deepseek_v3", 16, Sampling::default()),
     ] {
-        let steps = asked(path, 6, &vec![sampling; batch]);
+        let steps = asked(path, 6, &vec![sampling; batch], &[None]);
         // The first makes the graph. A wait for a mark that was passed long ago costs nothing, but is counted.
         assert!(steps[1..].iter().all(|step| *step == [0, 1, 1, 2, 4 * batch]), "{path} {batch}: {steps:?}");
     }
 }
 
 /// Runs some requests to their end on `unit`, each step ending before the next is planned or one step ahead. Returns what each drew, and how often
-/// a step was left under way.
-fn run(path: &str, unit: Unit, ahead: bool) -> (Vec<Vec<TokenId>>, usize) {
-    let mut engine = unit.engine(load(path), &small_config());
+/// a step was left under way. `adapters` of the model are dealt out in turn.
+fn run(path: &str, unit: Unit, ahead: bool, adapters: &[Option<&str>]) -> (Vec<Vec<TokenId>>, usize) {
+    let model = load(path);
+    let adapters = adapters::read(&model, adapters);
+    let mut engine = unit.engine(model, &small_config());
     let mut scheduler = Scheduler::new(Limits {
         pages: engine.memory().layout().pages as usize,
         page_tokens: engine.memory().layout().page_tokens as usize,
@@ -454,10 +469,14 @@ fn run(path: &str, unit: Unit, ahead: bool) -> (Vec<Vec<TokenId>>, usize) {
         warm(8),
         Sampling::default(),
     ];
+    let history = |at: usize, adapter: Option<&Adapter>| {
+        let tokens = (0..10 + 7 * at as TokenId).map(|token| token * 31 % 1000).collect();
+        History::new(&root_salt(b"", adapter.map(Adapter::id)), tokens, 16)
+    };
     let request = |(at, sampling): (usize, Sampling)| Request {
-        history: History::new(b"", (0..10 + 7 * at as TokenId).map(|token| token * 31 % 1000).collect(), 16),
+        history: history(at, adapters[at % adapters.len()].as_deref()),
         prompt_tokens: 10 + 7 * at,
-        adapter: None,
+        adapter: adapters[at % adapters.len()].clone(),
         // Some end by a token that nobody knew would come, some by their length, one because it is as long as can be.
         stop: Stop {
             max_tokens: if at == 3 { 4 } else { 12 + 9 * at },
@@ -486,9 +505,9 @@ fn run(path: &str, unit: Unit, ahead: bool) -> (Vec<Vec<TokenId>>, usize) {
     (ids.iter().map(|id| drawn.remove(id).expect("a token at least")).collect(), under_way)
 }
 
-fn check_ahead(path: &str, unit: Unit) {
-    let (expected, none) = run(path, unit, false);
-    let (drawn, under_way) = run(path, unit, true);
+fn check_ahead(path: &str, unit: Unit, adapters: &[Option<&str>]) {
+    let (expected, none) = run(path, unit, false, adapters);
+    let (drawn, under_way) = run(path, unit, true, adapters);
     assert_eq!(drawn, expected, "{path} {unit:?}");
     assert!(none == 0 && under_way > 60, "{path}: {none} and {under_way} steps were left under way");
     assert!(drawn.iter().any(|drawn| drawn.len() == 4) && drawn.iter().any(|drawn| drawn.len() > 80));
@@ -496,10 +515,10 @@ fn check_ahead(path: &str, unit: Unit) {
 
 #[test]
 fn a_host_one_step_ahead_draws_the_same() {
-    check_ahead("tests/golden/llama", Unit::Card(Order::Forward));
-    check_ahead("tests/golden/qwen3moe", Unit::Card(Order::Backward));
-    check_ahead("tests/golden/llama", Unit::Cards(2));
-    let (_, none) = run("tests/golden/llama", Kernels::detect().into(), true);
+    check_ahead("tests/golden/llama", Unit::Card(Order::Forward), &[None]);
+    check_ahead("tests/golden/qwen3moe", Unit::Card(Order::Backward), &[None]);
+    check_ahead("tests/golden/llama", Unit::Cards(2), &[None]);
+    let (_, none) = run("tests/golden/llama", Kernels::detect().into(), true, &[None]);
     assert_eq!(none, 0, "a processor has nothing to run ahead of");
 }
 
@@ -616,7 +635,7 @@ fn only_logits_that_are_needed_come_down() {
     let check = |watched: &[usize], waits: usize, bytes: usize| {
         let mut samplings = vec![warm.clone(); 16];
         watched.iter().for_each(|at| samplings[*at].logprobs = Some(0));
-        let steps = asked(path, 4, &samplings);
+        let steps = asked(path, 4, &samplings, &[None]);
         assert!(steps[1..].iter().all(|step| *step == [0, 1, 1, waits, bytes]), "{watched:?}: {steps:?}");
     };
     check(&[3], 3, 64 + row_bytes);
@@ -704,6 +723,13 @@ mod on_a_card {
 
     #[test]
     #[ignore = "needs a card"]
+    fn adapters() {
+        super::adapters::check_references(REAL);
+        super::adapters::check_batch(REAL, REAL);
+    }
+
+    #[test]
+    #[ignore = "needs a card"]
     fn draws_are_those_of_the_host() {
         check_draws("tests/golden/llama", REAL);
     }
@@ -711,6 +737,6 @@ mod on_a_card {
     #[test]
     #[ignore = "needs a card"]
     fn a_host_one_step_ahead_draws_the_same() {
-        check_ahead("tests/golden/llama", REAL);
+        check_ahead("tests/golden/llama", REAL, &[None]);
     }
 }

@@ -132,7 +132,7 @@ pub(super) fn run(
 }
 
 /// The same, with `adapters` dealt out to the sequences in turn.
-fn run_adapted(
+pub(super) fn run_adapted(
     model: &Arc<Model>,
     unit: impl Into<Unit>,
     config: &Config,

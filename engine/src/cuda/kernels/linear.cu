@@ -50,6 +50,10 @@ typedef struct {
     FIELD(u64, expert_bytes);     // of weights
     FIELD(u32, sharers);          // pairs that follow each other and have the same inputs
     FIELD(u32, width);            // outputs of a pair that are written, a multiple of 8
+#else
+    FIELD(const Adapted *, adapted);  // or null: no row has a delta
+    FIELD(u32, place);            // which of a layer's deltas
+    FIELD(u32, first_column);     // outputs of the delta before those at hand
 #endif
 } LinearArguments;
 
@@ -59,10 +63,15 @@ DEVICE float activate(float x, u32 activation) {
     return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
 }
 
-// Adds the biases of eight neighbouring outputs.
-DEVICE void add_bias(const LinearArguments *args, u32 column, float *sums) {
+// Adds the biases of eight neighbouring outputs of a row, and what its adapter makes of them.
+DEVICE void complete(const LinearArguments *args, u32 row, u32 column, float *sums) {
     int at;
     if (args->bias) UNROLL for (at = 0; at < 8; at++) sums[at] += args->bias[column + at];
+#if GROUPED
+    (void)row;
+#else
+    if (args->adapted) add_delta(args->adapted, args->place, row, args->first_column + column, sums);
+#endif
 }
 
 // Writes eight neighbouring 16-bit floats.
@@ -80,7 +89,7 @@ DEVICE void finish(const LinearArguments *args, u32 row, u32 column, float *sums
 #if GROUPED
     if (column >= args->width) return;
 #endif
-    add_bias(args, column, sums);
+    complete(args, row, column, sums);
     if (args->what == ACTIVATE || args->what == NARROW) {
         if (args->what == ACTIVATE) UNROLL for (i = 0; i < 8; i++) sums[i] = activate(sums[i], args->activation);
         write_narrow((u16 *)args->to + at, sums);
@@ -94,8 +103,8 @@ DEVICE void finish(const LinearArguments *args, u32 row, u32 column, float *sums
 // Ends eight neighbouring gates of a row and what they let through, from `column` of panel `panel` on.
 DEVICE void finish_gated(const LinearArguments *args, u32 row, u32 panel, u32 column, float *gates, float *ups) {
     int i;
-    add_bias(args, panel * PANEL + column, gates);
-    add_bias(args, panel * PANEL + 32 + column, ups);
+    complete(args, row, panel * PANEL + column, gates);
+    complete(args, row, panel * PANEL + 32 + column, ups);
     UNROLL for (i = 0; i < 8; i++) gates[i] = activate(gates[i], args->activation) * ups[i];
     write_narrow((u16 *)args->to + (u64)row * args->to_stride + panel * 32 + column, gates);
 }

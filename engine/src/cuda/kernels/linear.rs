@@ -1,6 +1,6 @@
 //! Kernels of `linear.cu`: which of them computes a linear, and over which grid.
 
-use super::{Args, Call, Codes, Defines, Element, Kernel, Pairs, Source};
+use super::{Args, Call, Codes, Defines, Deltas, Element, Kernel, Pairs, Source};
 use crate::model::decoder::Activation;
 
 /// Inputs of a step: what packed weights are padded to.
@@ -107,6 +107,8 @@ pub(crate) struct Linear {
     pub(crate) most_shared: u32,
     /// Present where rows are pairs of a row and an expert, and the weights those of all experts; `shape` is that of one, and there is no bias.
     pub(crate) pairs: Option<Pairs>,
+    /// Present where rows may have adapters: what they add is in the sums before anything follows them. Pairs have none.
+    pub(crate) deltas: Option<Deltas>,
 }
 
 /// A way to compile `linear_tiled`.
@@ -232,7 +234,10 @@ impl Linear {
         let LinearShape { panels, steps, splits } = self.shape;
         assert!(splits <= steps && self.input_stride.is_multiple_of(8) && self.to_stride.is_multiple_of(8));
         assert!(!self.finish.is_gated() || splits <= 4, "{:?} splits a pair of half panels", self.shape);
-        assert!(self.pairs.is_none() || self.bias == 0, "experts have no biases");
+        assert!(
+            self.pairs.is_none() || self.bias == 0 && self.deltas.is_none(),
+            "experts have neither biases nor deltas"
+        );
         let row_tiles = |rows: u32| self.pairs.map_or(self.rows.div_ceil(rows), |pairs| pairs.cut.count);
         let (name, defines, grid, threads, shared_bytes, partial) = match way {
             Way::Stream { tiles } => {
@@ -255,7 +260,6 @@ impl Linear {
             }
         };
         let args = self.words(partial);
-        let args = self.pairs.map_or(args, |pairs| pairs.append(args));
         let (source, args) = match way {
             Way::Codes { codes, .. } => (Source::Codes, codes.append(args)),
             Way::Stream { .. } | Way::Tiled { .. } => (Source::Linear, args),
@@ -269,7 +273,8 @@ impl Linear {
         let (LinearShape { panels, steps, splits }, (what, activation)) = (self.shape, self.finish.numbers());
         let args = Args::default().word(self.weights).word(self.bias).word(self.input).word(self.to);
         let args = args.word(partial).word(self.counters).number(self.rows).number(panels).number(steps).number(splits);
-        args.number(self.input_stride).number(self.to_stride).number(what).number(activation)
+        let args = args.number(self.input_stride).number(self.to_stride).number(what).number(activation);
+        self.pairs.map_or_else(|| Deltas::append(self.deltas, args), |pairs| pairs.append(args))
     }
 }
 

@@ -1,6 +1,6 @@
 //! Kernels of linears that the device's library computes: those that lay out its operands, and what ends its sums (`products.cu`).
 
-use super::{Args, Call, Defines, Element, Finish, Kernel, Linear, Source};
+use super::{Args, Call, Defines, Deltas, Element, Finish, Kernel, Linear, Source};
 
 const PRODUCT_THREADS: u32 = 256;
 
@@ -19,6 +19,9 @@ impl Linear {
             weights: self.weights + first * panel_bytes,
             bias: if self.bias == 0 { 0 } else { self.bias + first * 256 },
             to: self.to + first * to_bytes,
+            deltas: self
+                .deltas
+                .map(|deltas| Deltas { first_column: deltas.first_column + first as u32 * 64, ..deltas }),
             ..*self
         }
     }

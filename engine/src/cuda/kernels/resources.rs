@@ -98,6 +98,7 @@ fn kernels() -> Vec<Kernel> {
     let mut kernels = vec![plain(Source::Rows, Element::Bf16), plain(Source::Rows, Element::F16)];
     kernels.extend([Element::Bf16, Element::F16].map(|element| plain(Source::Products, element)));
     kernels.push(plain(Source::Copies, Element::Bf16));
+    kernels.extend([Element::Bf16, Element::F16].map(|element| plain(Source::Shrink, element)));
     kernels.push(plain(Source::Experts, Element::Bf16));
     kernels.push(plain(Source::Draw, Element::Bf16));
     kernels.extend(Linear::variants(Element::Bf16).chain(Linear::variants(Element::F16)));

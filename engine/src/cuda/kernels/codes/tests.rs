@@ -75,6 +75,7 @@ impl Case {
             codes: Some(codes),
             most_shared: 0,
             pairs: None,
+            deltas: None,
         }
     }
 

@@ -239,6 +239,7 @@ fn a_pair_has_the_bits_of_its_row_alone_with_its_expert() {
             codes: None,
             most_shared: 227 << 10,
             pairs: None,
+            deltas: None,
         };
         let expert_bytes = (outputs * inputs.next_multiple_of(32) * 2) as u64;
         for (cut_rows, most_shared) in [(16, 227), (32, 227), (64, 227), (128, 227), (128, 163)] {
@@ -287,6 +288,7 @@ fn so_has_a_pair_whose_expert_is_codes() {
         codes: Some(codes),
         most_shared: 227 << 10,
         pairs: None,
+        deltas: None,
     };
     for cut_rows in [16, 32] {
         check_pairs("codes", &linear, (panels * packed.panel_bytes()) as u64, (rows, chosen, experts), cut_rows);

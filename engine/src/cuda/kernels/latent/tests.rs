@@ -176,6 +176,7 @@ fn a_linear_by_head_writes_its_width_and_no_more() {
                 codes: None,
                 most_shared: 227 << 10,
                 pairs: Some(pairs),
+                deltas: None,
             };
             linear.call()
         }));

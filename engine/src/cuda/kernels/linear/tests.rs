@@ -71,6 +71,7 @@ impl Case {
             codes: None,
             most_shared: WIDE_SHARED,
             pairs: None,
+            deltas: None,
         }
     }
 

@@ -26,6 +26,7 @@ fn linear(element: Element, outputs: usize, inputs: usize, rows: usize, finish: 
         codes: None,
         most_shared: 0,
         pairs: None,
+        deltas: None,
     }
 }
 
