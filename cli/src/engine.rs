@@ -2,7 +2,7 @@
 
 use crate::{
     model::Located,
-    settings::{Adapters, EngineChoice, Speculate},
+    settings::{Adapters, EngineChoice, Quantize, Speculate},
 };
 use anyhow::{Context, bail};
 use engine::{Config, Device, Engine, Model};
@@ -37,6 +37,7 @@ impl Kind {
     pub(crate) fn check(
         &self,
         located: &Located,
+        quantize: Option<Quantize>,
         adapters: &Adapters,
         guesses: Speculate,
         config: &Config,
@@ -47,7 +48,8 @@ impl Kind {
         if let Some((flag, _)) = refused {
             bail!("--engine {device}: {flag} does not go with a card yet");
         }
-        engine::check_device(&located.path, config).with_context(|| format!("--engine {device}"))
+        engine::check_device(&located.path, quantize.map(Into::into), config)
+            .with_context(|| format!("--engine {device}"))
     }
 
     /// Makes an engine for `model`.

@@ -79,7 +79,7 @@ impl Plan {
             );
         }
         let kind = Kind::read(&up.compute.engine)?;
-        kind.check(located, &up.adapters, up.speculation.speculate, &engine)?;
+        kind.check(located, up.compute.quantize, &up.adapters, up.speculation.speculate, &engine)?;
         let workers = up.prefill + up.decode;
         // They share a card as they share the cores.
         engine.gpu_memory_utilization /= workers as f64;

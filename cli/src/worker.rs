@@ -41,7 +41,7 @@ pub(crate) async fn run(
         Role::Prefill => Speculate::Off,
         Role::Decode(speculation) => speculation.speculate,
     };
-    kind.check(&located, &worker.adapters, guesses, &engine_config)?;
+    kind.check(&located, worker.compute.quantize, &worker.adapters, guesses, &engine_config)?;
     let start = Start::new(role, worker, tables, &located)?;
     let (directory, door): (Arc<dyn Directory>, _) = match worker.http.http {
         None => (Arc::new(config::directory(&worker.membership)?), None),

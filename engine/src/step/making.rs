@@ -2,7 +2,7 @@
 
 use super::{Engine, limits::Limits};
 use crate::{
-    Config, Device, Error, KvMemory, Model,
+    Config, Device, Error, KvMemory, Model, Quantize,
     cpu::{Cpu, kernels::Kernels},
     home::Home,
     model::checkpoint::ElementType,
@@ -177,18 +177,19 @@ impl Engine {
     }
 }
 
-/// Checks, from a model's description alone, that an engine of `config` could run it: whoever asks before the weights are loaded need not wait
-/// for them to learn that it cannot.
+/// Checks, from a model's description alone, that an engine of `config` could run it, loaded as `quantize` says: whoever asks before the weights
+/// are loaded need not wait for them to learn that it cannot.
 ///
 /// # Errors
 /// As [`Engine::new`].
-pub fn check_device(path: &Path, config: &Config) -> Result<(), Error> {
+pub fn check_device(path: &Path, quantize: Option<Quantize>, config: &Config) -> Result<(), Error> {
     match config.device {
         Device::Cpu => check_one(config),
         #[cfg(feature = "cuda")]
-        Device::Cuda(_) => crate::cuda::check_path(path, config),
+        Device::Cuda(_) => crate::cuda::check_path(path, quantize, config),
         #[cfg(not(feature = "cuda"))]
         Device::Cuda(_) => {
+            let _ = quantize;
             let problem = format!(
                 "{} is asked for {}, and this binary was built without the feature `cuda`",
                 config.device,
