@@ -96,7 +96,7 @@ use {crate::Config, std::path::Path};
 
 /// Returns what keys and values of `model` are kept as when nobody says.
 pub(crate) fn kv_dtype(model: &Model) -> KvDtype {
-    weights::kv_dtype(weights::element(&model.weights))
+    weights::kv_dtype(weights::element(model.weights()))
 }
 
 /// Opens card `card` and as many behind it as share the model under `config`.

@@ -196,7 +196,7 @@ pub(crate) struct Uploaded {
 /// # Errors
 /// [`Error::Setting`] names it.
 pub(crate) fn check(model: &Model, config: &Config) -> Result<(), Error> {
-    let weights = &model.weights;
+    let weights = model.weights();
     check_decoder(&model.decoder, element(weights), config)?;
     let embedding = match &weights.embedding {
         Embedding::Packed(packed) => Some(packed),

@@ -65,7 +65,7 @@ impl Engine {
     ) -> Result<Self, Error> {
         let limits = Limits::new(&model, config, &layout, timed.is_some())?;
         let (tokens, logits, context) = (limits.token_budget, limits.logits_rows(), context(&model, config));
-        let format = kernels.format(model.weights.packed());
+        let format = kernels.format(model.weights().packed());
         let home = Cpu::new(kernels, &model.decoder, format, threads(config)?, tokens, logits, context)?;
         let fingerprint = match timed {
             // Pages that hold nothing are nobody else's.
@@ -130,6 +130,8 @@ impl Engine {
             true => derived(&format!("bf16 {}", fingerprint(&model, context))),
             false => fingerprint(&model, context),
         };
+        // The cards have the weights: the last engine of the process that is made lets go of those in the host's memory.
+        let model = Arc::new(model.without_weights());
         Self::build(model, &config, limits, layout, fingerprint, Box::new(home), None)
     }
 
@@ -251,7 +253,7 @@ fn derived(from: &str) -> String {
 pub(crate) fn page_layout(model: &Model, config: &Config) -> Result<PageLayout, Error> {
     let decoder = &model.decoder;
     check_page_tokens(config)?;
-    let dtype = config.kv_dtype.unwrap_or(match model.weights.stored {
+    let dtype = config.kv_dtype.unwrap_or(match model.weights().stored {
         ElementType::F32 => KvDtype::F32,
         ElementType::F16 => KvDtype::F16,
         ElementType::Bf16 => KvDtype::Bf16,

@@ -224,6 +224,25 @@ fn check_invariance(model: Arc<Model>, alone: Unit, together: Unit) {
     }
 }
 
+#[test]
+fn weights_leave_the_host_s_memory() {
+    let model = load("tests/golden/qwen3moe");
+    let (weights, info) = (Arc::downgrade(&model), model.info().clone());
+    // Several workers share a model that one process loads once.
+    let mut engines =
+        [Unit::Card(Order::Forward), Unit::Cards(2)].map(|unit| unit.engine(model.clone(), &small_config()));
+    assert!(weights.upgrade().is_some());
+    drop(model);
+    assert!(weights.upgrade().is_none(), "an engine keeps them");
+    let pages: Vec<PageId> = (0..8).map(PageId).collect();
+    let [one, two] = engines.each_mut().map(|engine| {
+        assert!(*engine.model().info() == info && engine.expert_traffic().all > 0);
+        engine.model().grammars().expect("its tokens");
+        logits(engine, &[5, 6, 7], 0, &pages, false)
+    });
+    assert!(one == two);
+}
+
 /// Computes `tokens[start..]` as a row of its own, and returns the logits of what follows.
 fn logits(engine: &mut Engine, tokens: &[TokenId], start: usize, pages: &[PageId], leaves: bool) -> Vec<u32> {
     let sampling = watched();

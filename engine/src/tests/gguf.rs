@@ -33,10 +33,10 @@ fn check(name: &str, dtype: &str) {
 
     let mut row = vec![0.0; model.decoder.hidden];
     let sampled = |row: &[f32]| row.iter().step_by(row.len() / 8).copied().collect::<Vec<f32>>();
-    model.weights.embed(1, &mut row);
+    model.weights().embed(1, &mut row);
     assert_eq!(sampled(&row), expected.rows["model.embed_tokens.weight"], "{name}: embedding");
     if let Some(head) = expected.rows.get("lm_head.weight") {
-        model.weights.head.packed.column(1, &mut row);
+        model.weights().head.packed.column(1, &mut row);
         assert_eq!(sampled(&row), *head, "{name}: head");
     }
     // Inputs have fifteen bits where weights are integers.
