@@ -2,7 +2,7 @@
 
 use crate::{
     model::Located,
-    settings::{EngineChoice, Speculate, Transport},
+    settings::{EngineChoice, Quantize, Speculate, Transport},
 };
 use anyhow::{Context, bail};
 use engine::{Config, Device, Engine, Model};
@@ -34,12 +34,19 @@ impl Kind {
     ///
     /// # Errors
     /// Names what it does not run yet.
-    pub(crate) fn check(&self, located: &Located, guesses: Speculate, config: &Config) -> anyhow::Result<()> {
+    pub(crate) fn check(
+        &self,
+        located: &Located,
+        quantize: Option<Quantize>,
+        guesses: Speculate,
+        config: &Config,
+    ) -> anyhow::Result<()> {
         let Self::Device(device) = self else { return Ok(()) };
         if guesses == Speculate::Draft && *device != Device::Cpu {
             bail!("--engine {device}: --speculate draft does not go with a card yet");
         }
-        engine::check_device(&located.path, config).with_context(|| format!("--engine {device}"))
+        engine::check_device(&located.path, quantize.map(Into::into), config)
+            .with_context(|| format!("--engine {device}"))
     }
 
     /// Checks likewise that pages can go the way that is asked for.

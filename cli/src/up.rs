@@ -14,7 +14,7 @@ use crate::{
 };
 use anyhow::{Context, bail};
 use cluster::{Directory, MemoryDirectory};
-use engine::Model;
+use engine::{Model, ModelInfo};
 use kv_cache::PageLayout;
 use kv_transfer::TransportKind;
 use std::{
@@ -43,12 +43,14 @@ pub(crate) async fn run(up: &Up, tables: &Tables, shutdown: CancellationToken) -
     let Some(loaded) = shutdown.run_until_cancelled(loading).await.transpose()? else { return Ok(()) };
     let (model, guesser) = loaded;
 
-    let mut cluster = Cluster::start(plan.clone(), model.clone(), &guesser, listener)?;
+    let info = model.info().clone();
+    // Nobody but its engines keeps the model: on a card they let go of its weights.
+    let mut cluster = Cluster::start(plan.clone(), model, &guesser, listener)?;
     let parts = cluster.healths.clone();
     tokio::select! {
         // All arms are cancel safe: the first polls, the second keeps what has ended in the set.
         () = ready(&parts) => {
-            let welcome = Welcome { address, located: &located, model: &model, plan: &plan, layout: &cluster.layout };
+            let welcome = Welcome { address, located: &located, info: &info, plan: &plan, layout: &cluster.layout };
             println!("{}", welcome.text(began.elapsed()));
         }
         ended = cluster.part_ended() => return cluster.stop(ended).await,
@@ -79,7 +81,7 @@ impl Plan {
             );
         }
         let kind = Kind::read(&up.compute.engine)?;
-        kind.check(located, up.speculation.speculate, &engine)?;
+        kind.check(located, up.compute.quantize, up.speculation.speculate, &engine)?;
         let workers = up.prefill + up.decode;
         // They share a card as they share the cores.
         engine.gpu_memory_utilization /= workers as f64;
@@ -200,7 +202,7 @@ pub(crate) async fn ready(parts: &[Health]) {
 struct Welcome<'a> {
     address: SocketAddr,
     located: &'a Located,
-    model: &'a Model,
+    info: &'a ModelInfo,
     plan: &'a Plan,
     layout: &'a PageLayout,
 }
@@ -210,7 +212,7 @@ impl Welcome<'_> {
     fn text(&self, took: Duration) -> String {
         let scheme = if self.plan.router.tls.is_some() { "https" } else { "http" };
         let url = format!("{scheme}://{}", listen::reachable(self.address));
-        let (info, name) = (self.model.info(), &self.located.name);
+        let (info, name) = (self.info, &self.located.name);
         let program = std::env::args().next().unwrap_or_else(|| "baton".into());
         format!(
             r#"Baton is ready on {url} after {took:.2} s

@@ -41,7 +41,7 @@ pub(crate) async fn run(
         Role::Prefill => Speculate::Off,
         Role::Decode(speculation) => speculation.speculate,
     };
-    kind.check(&located, guesses, &engine_config)?;
+    kind.check(&located, worker.compute.quantize, guesses, &engine_config)?;
     kind.check_transport(worker.transport)?;
     let start = Start::new(role, worker, tables, &located)?;
     let (directory, door): (Arc<dyn Directory>, _) = match worker.http.http {

@@ -107,7 +107,7 @@ use {
 
 /// Returns what keys and values of `model` are kept as when nobody says.
 pub(crate) fn kv_dtype(model: &Model) -> KvDtype {
-    weights::kv_dtype(weights::element(&model.weights))
+    weights::kv_dtype(weights::element(model.weights()))
 }
 
 /// Opens card `card` and as many behind it as share the model under `config`.

@@ -59,9 +59,12 @@ pub struct LoadProgress {
 #[derive(Debug)]
 pub struct Model {
     info: ModelInfo,
-    tokens: Tokens,
+    tokens: Arc<Tokens>,
     pub(crate) decoder: Decoder,
-    pub(crate) weights: Weights,
+    /// `None` where they are on a card alone.
+    weights: Option<Weights>,
+    /// Of all experts.
+    pub(crate) expert_bytes: u64,
 }
 
 impl Model {
@@ -120,7 +123,23 @@ impl Model {
             weight_bytes: weights.bytes(),
             dtype: weights.dtype.clone(),
         };
-        Self { info, tokens, decoder, weights }
+        let expert_bytes = weights.expert_bytes();
+        Self { info, tokens: Arc::new(tokens), decoder, weights: Some(weights), expert_bytes }
+    }
+
+    /// Returns what it is without its weights, for whoever has them on a card: the memory of those is given back with the last model that has them.
+    pub(crate) fn without_weights(&self) -> Self {
+        let Self { info, tokens, decoder, expert_bytes, .. } = self;
+        let (info, tokens, decoder) = (info.clone(), tokens.clone(), decoder.clone());
+        Self { info, tokens, decoder, weights: None, expert_bytes: *expert_bytes }
+    }
+
+    /// Returns the weights.
+    ///
+    /// # Panics
+    /// Of a model [without them](Model::without_weights).
+    pub(crate) fn weights(&self) -> &Weights {
+        self.weights.as_ref().expect("what a card's engine calls its model is no model to make another engine of")
     }
 
     /// Returns what compiles grammars for this model; the first call takes a while.

@@ -175,7 +175,7 @@ impl Engine {
         &self.fingerprint
     }
 
-    /// Returns the model.
+    /// Returns the model; on a card without its weights, which are there: it is none to make another engine of.
     pub fn model(&self) -> &Arc<Model> {
         &self.model
     }
@@ -330,7 +330,7 @@ impl Engine {
     /// Returns how much of the experts' weights steps have read.
     pub fn expert_traffic(&self) -> ExpertTraffic {
         let (chosen, read) = self.home.expert_bytes();
-        ExpertTraffic { all: self.model.weights.expert_bytes(), chosen, read }
+        ExpertTraffic { all: self.model.expert_bytes, chosen, read }
     }
 
     /// Says which row cannot be computed, and claims the pages that they write.

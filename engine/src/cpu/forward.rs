@@ -25,7 +25,7 @@ impl Home for Cpu {
         pass: &Pass<'_>,
         on_layer: &mut dyn FnMut(u32),
     ) -> Result<(), Error> {
-        let (decoder, weights) = (&model.decoder, &model.weights);
+        let (decoder, weights) = (&model.decoder, model.weights());
         let mut spans = pass.spans;
         if spans.is_empty() {
             return Ok(());
@@ -116,7 +116,7 @@ impl Home for Cpu {
     }
 
     fn find_tokens(&mut self, model: &Model, rows: Range<usize>) -> Result<(), Error> {
-        self.compute_largest(&model.weights.head, rows);
+        self.compute_largest(&model.weights().head, rows);
         Ok(())
     }
 
@@ -125,7 +125,7 @@ impl Home for Cpu {
     }
 
     fn compute_logits(&mut self, model: &Model, rows: Range<usize>, _: &dyn Fn(usize) -> bool) -> Result<(), Error> {
-        self.head(&model.weights.head, rows);
+        self.head(&model.weights().head, rows);
         Ok(())
     }
 

@@ -92,14 +92,14 @@ pub(crate) struct Kernel {
     pub(crate) defines: Defines,
 }
 
-/// Names and values of defines, up to five.
+/// Names and values of defines, up to six.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub(crate) struct Defines([(&'static str, u32); 5]);
+pub(crate) struct Defines([(&'static str, u32); 6]);
 
 impl Defines {
-    /// Returns `defines`, which are at most five.
+    /// Returns `defines`, which are at most six.
     pub(crate) const fn of(defines: &[(&'static str, u32)]) -> Self {
-        let (mut all, mut at) = ([("", 0); 5], 0);
+        let (mut all, mut at) = ([("", 0); 6], 0);
         while at < defines.len() {
             all[at] = defines[at];
             at += 1;
@@ -110,7 +110,7 @@ impl Defines {
     /// Returns those of a linear, with that which says whether its rows are [`Pairs`].
     fn grouped(mut self, grouped: bool) -> Self {
         let free = self.0.iter_mut().find(|(name, _)| name.is_empty());
-        *free.expect("linears have up to four") = ("GROUPED", u32::from(grouped));
+        *free.expect("linears have up to five") = ("GROUPED", u32::from(grouped));
         self
     }
 

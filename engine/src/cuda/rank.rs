@@ -187,8 +187,8 @@ pub(crate) struct Rank {
 impl Rank {
     /// Uploads `slice` of `model` to `device` and reserves buffers.
     pub(super) fn new(mut device: Box<dyn Device>, slice: Slice, model: &Model, sizes: Sizes) -> Result<Self, Error> {
-        let element = weights::element(&model.weights);
-        let weights = Uploaded::upload(&mut *device, slice, &model.decoder, &model.weights, element, sizes.context)?;
+        let element = weights::element(model.weights());
+        let weights = Uploaded::upload(&mut *device, slice, &model.decoder, model.weights(), element, sizes.context)?;
         let buffers = Buffers::reserve(&mut *device, slice, &sizes, &model.decoder, &weights, element)?;
         let products = Products::reserve(&mut *device, &weights, element, sizes.capacity.rows)?;
         let region = device.alloc("the rows of a step", sizes.capacity.bytes())?;

@@ -20,6 +20,7 @@ use crate::{
         decoder::{Decoder, QkNorm},
         experts::Mixture,
         latent::LatentShape,
+        quantized::Quantize,
         weights::{self, Embedding, Layer, Norm, Plain, Weights},
     },
 };
@@ -196,7 +197,7 @@ pub(crate) struct Uploaded {
 /// # Errors
 /// [`Error::Setting`] names it.
 pub(crate) fn check(model: &Model, config: &Config) -> Result<(), Error> {
-    let weights = &model.weights;
+    let weights = model.weights();
     check_decoder(&model.decoder, element(weights), config)?;
     let embedding = match &weights.embedding {
         Embedding::Packed(packed) => Some(packed),
@@ -204,28 +205,26 @@ pub(crate) fn check(model: &Model, config: &Config) -> Result<(), Error> {
     };
     for packed in weights.packed().chain(embedding) {
         if let WeightType::Quantized(_) = packed.weights() {
-            Codes::new(packed).map_err(|problem| unread(&format!("{} ({problem})", weights.dtype)))?;
+            Codes::new(packed).map_err(|problem| {
+                Error::setting("device", format!("weights of type {} are not read on a card: {problem}", weights.dtype))
+            })?;
         }
     }
     Ok(())
 }
 
-/// Says the same of the checkpoint at `path`, as far as its description goes.
+/// Says the same of the checkpoint at `path`, loaded as `quantize` says, as far as its description goes.
 ///
 /// # Errors
 /// As [`check`], and [`Error::Checkpoint`] for a description that is at fault.
-pub(crate) fn check_path(path: &Path, config: &Config) -> Result<(), Error> {
-    let Opened { decoder, checkpoint, .. } = Opened::open(path)?;
-    check_decoder(&decoder, element_of(checkpoint.matrix_dtype()), config)?;
-    checkpoint.blocks_name().map_or(Ok(()), |blocks| Err(unread(blocks)))
-}
-
-fn unread(dtype: &str) -> Error {
-    let problem = format!(
-        "weights of type {dtype} are not read on a card yet: bf16 and f16 are, f32, which are rounded to bf16, and int4, int8 and fp8 of \
-         checkpoints in safetensors, in groups of a multiple of 32 inputs"
-    );
-    Error::setting("device", problem)
+pub(crate) fn check_path(path: &Path, quantize: Option<Quantize>, config: &Config) -> Result<(), Error> {
+    let Opened { decoder, checkpoint, quantization, .. } = Opened::open(path)?;
+    let element = match (quantize, quantization) {
+        (None, None) => element_of(checkpoint.matrix_dtype()),
+        // As codes are no f16.
+        _ => Element::Bf16,
+    };
+    check_decoder(&decoder, element, config)
 }
 
 fn check_decoder(decoder: &Decoder, element: Element, config: &Config) -> Result<(), Error> {
@@ -366,12 +365,16 @@ impl Uploaded {
         let blocks = weights.layers.iter().map(&mut block).collect::<Result<_, Error>>()?;
         let final_norm = to.norm(Some(&weights.final_norm))?.expect("it is there");
         let head = to.linear(&weights.head, Outputs::Plain(decoder.vocab_size))?;
-        let table = match &weights.embedding {
-            Embedding::Tied if head.codes.is_some() => to.rows_of(&weights.head.packed, decoder.vocab_size)?,
-            Embedding::Tied if head.split.is_some() => (Table::Panels, to.linear(&weights.head, Outputs::All)?.panels),
-            Embedding::Tied => (Table::Panels, head.panels),
-            Embedding::Rows { dtype, bytes } => to.rows(*dtype, bytes)?,
-            Embedding::Packed(packed) => to.rows_of(packed, decoder.vocab_size)?,
+        let table = match (&weights.embedding, head.codes) {
+            (Embedding::Rows { dtype, bytes }, _) => to.rows(*dtype, bytes)?,
+            (Embedding::Packed(packed), _) => to.codes(packed)?,
+            // Ranks have parts of the head, and each looks up any token.
+            (Embedding::Tied, Some(_)) if head.split.is_some() => to.codes(&weights.head.packed)?,
+            (Embedding::Tied, Some(codes)) => (Table::Codes(codes), head.panels),
+            (Embedding::Tied, None) if head.split.is_some() => {
+                (Table::Panels, to.linear(&weights.head, Outputs::All)?.panels)
+            }
+            (Embedding::Tied, None) => (Table::Panels, head.panels),
         };
         let angles = decoder.ropes.iter().map(|rope| {
             let (turns, pairs) = (rope.turns(context), rope.pairs());
@@ -494,7 +497,7 @@ impl Uploader<'_> {
         };
         let (codes, shape, panel_bytes) = match packed.weights() {
             WeightType::Quantized(_) => {
-                let codes = Codes::new(packed).expect("`check` refuses what kernels do not read");
+                let codes = codes_of(packed);
                 (Some(codes), codes.shape(each, outputs.gated(), chosen), packed.panel_bytes())
             }
             WeightType::Float(_) => {
@@ -580,17 +583,15 @@ impl Uploader<'_> {
         self.floats("norms of heads", own)
     }
 
-    /// Uploads the rows of an embedding that is quantised, widened.
-    fn rows_of(&mut self, packed: &Packed, vocab: usize) -> Result<(Table, Region), Error> {
-        let (width, mut row) = (packed.depth(), vec![0.0; packed.depth()]);
-        let region = self.device.alloc("the embedding", vocab * width * 4)?;
-        for token in 0..vocab {
-            packed.column(token, &mut row);
-            // SAFETY: an f32 is four bytes.
-            let bytes = unsafe { std::slice::from_raw_parts(row.as_ptr().cast(), width * 4) };
-            self.device.upload(region.part(token * width * 4, width * 4), bytes)?;
+    /// Uploads an embedding that is quantised.
+    fn codes(&mut self, packed: &Packed) -> Result<(Table, Region), Error> {
+        assert!(packed.order().is_none(), "embeddings are looked up in order");
+        let (panels, bytes) = (packed.panels(), packed.panel_bytes());
+        let region = self.device.alloc("the embedding", panels * bytes)?;
+        for panel in 0..panels {
+            self.device.upload(region.part(panel * bytes, bytes), packed.panel_contents(panel))?;
         }
-        Ok((Table::Floats, region))
+        Ok((Table::Codes(codes_of(packed)), region))
     }
 
     fn norm(&mut self, norm: Option<&Norm>) -> Result<Option<NormWeights>, Error> {
@@ -624,6 +625,10 @@ impl Uploader<'_> {
         self.device.upload(region, bytes)?;
         Ok((kind, region))
     }
+}
+
+fn codes_of(packed: &Packed) -> Codes {
+    Codes::new(packed).expect("`check` refuses what kernels do not read")
 }
 
 /// Makes of a panel of elements of `bytes` bytes, `[depth][64]`, pairs of neighbours along the depth, `[depth / 2][64][2]`, with zeros up to a

@@ -2,7 +2,7 @@
 
 use super::{Engine, limits::Limits};
 use crate::{
-    Config, Device, Error, KvMemory, Model,
+    Config, Device, Error, KvMemory, Model, Quantize,
     cpu::{Cpu, kernels::Kernels},
     home::Home,
     model::checkpoint::ElementType,
@@ -65,7 +65,7 @@ impl Engine {
     ) -> Result<Self, Error> {
         let limits = Limits::new(&model, config, &layout, timed.is_some())?;
         let (tokens, logits, context) = (limits.token_budget, limits.logits_rows(), context(&model, config));
-        let format = kernels.format(model.weights.packed());
+        let format = kernels.format(model.weights().packed());
         let home = Cpu::new(kernels, &model.decoder, format, threads(config)?, tokens, logits, context)?;
         let fingerprint = match timed {
             // Pages that hold nothing are nobody else's.
@@ -130,6 +130,8 @@ impl Engine {
             true => derived(&format!("bf16 {}", fingerprint(&model, context))),
             false => fingerprint(&model, context),
         };
+        // The cards have the weights: the last engine of the process that is made lets go of those in the host's memory.
+        let model = Arc::new(model.without_weights());
         Self::build(model, &config, limits, layout, fingerprint, Box::new(home), None)
     }
 
@@ -179,18 +181,19 @@ impl Engine {
     }
 }
 
-/// Checks, from a model's description alone, that an engine of `config` could run it: whoever asks before the weights are loaded need not wait
-/// for them to learn that it cannot.
+/// Checks, from a model's description alone, that an engine of `config` could run it, loaded as `quantize` says: whoever asks before the weights
+/// are loaded need not wait for them to learn that it cannot.
 ///
 /// # Errors
 /// As [`Engine::new`].
-pub fn check_device(path: &Path, config: &Config) -> Result<(), Error> {
+pub fn check_device(path: &Path, quantize: Option<Quantize>, config: &Config) -> Result<(), Error> {
     match config.device {
         Device::Cpu => check_one(config),
         #[cfg(feature = "cuda")]
-        Device::Cuda(_) => crate::cuda::check_path(path, config),
+        Device::Cuda(_) => crate::cuda::check_path(path, quantize, config),
         #[cfg(not(feature = "cuda"))]
         Device::Cuda(_) => {
+            let _ = quantize;
             let problem = format!(
                 "{} is asked for {}, and this binary was built without the feature `cuda`",
                 config.device,
@@ -252,7 +255,7 @@ fn derived(from: &str) -> String {
 pub(crate) fn page_layout(model: &Model, config: &Config) -> Result<PageLayout, Error> {
     let decoder = &model.decoder;
     check_page_tokens(config)?;
-    let dtype = config.kv_dtype.unwrap_or(match model.weights.stored {
+    let dtype = config.kv_dtype.unwrap_or(match model.weights().stored {
         ElementType::F32 => KvDtype::F32,
         ElementType::F16 => KvDtype::F16,
         ElementType::Bf16 => KvDtype::Bf16,

@@ -3,12 +3,12 @@
 mod adapters;
 
 use super::{
-    Runner, Unit, checkpoints, golden, invariance,
+    Runner, Unit, checkpoints, gguf, golden, invariance,
     invariance::{Plan, token_by_token},
-    load, small_config, watched,
+    load, repository, small_config, watched,
 };
 use crate::{
-    Adapter, Config, Device, Engine, Error, Model, Row, Sample, Sampling, TokenId, check_device,
+    Adapter, Config, Device, Engine, Error, Model, Quantize, Row, Sample, Sampling, TokenId, check_device,
     cpu::kernels::Kernels,
     cuda::{Device as _, Emulated, Order},
     scheduler::{Drawn, History, Limits, Request, Scheduler, Stop, Until},
@@ -109,6 +109,56 @@ fn quantised_weights() {
     check(&QUANTISED);
 }
 
+/// Files of blocks: of every type, and matrices that are put together of two.
+const BLOCKS: [&str; 3] = ["llama-q4_0", "qwen2-q8_0", "k-quants"];
+
+#[test]
+fn blocks_of_gguf() {
+    BLOCKS.into_iter().for_each(|name| gguf::check_on(name, Unit::Card(Order::Forward), golden::BF16.logit));
+}
+
+/// What is quantised as it is loaded: models with a head of its own, a tied one, biases, norms after blocks, experts, latents.
+const AT_LOAD: [&str; 6] = [
+    "tests/golden/llama",
+    "tests/golden/llama3-bf16-sharded",
+    "tests/golden/gptneox",
+    "tests/golden/gemma2",
+    "tests/golden/qwen3moe",
+    "tests/golden/deepseek_v2",
+];
+
+/// How far a card may be from the processor, which rounds inputs of int8 to eight bits: twice what was measured, most of it of random weights.
+const BESIDE: [f64; 3] = [0.2, 0.06, 0.03];
+/// The same of a library, for which inputs of int8 and of fp8 are rounded to eight bits.
+const BESIDE_A_LIBRARY: [f64; 3] = [0.15, 0.06, 0.6];
+
+fn load_quantized(path: &str, quantize: Quantize) -> Arc<Model> {
+    Model::load_quantized(&repository(path), Some(quantize), &mut |_| {}).expect("a good checkpoint")
+}
+
+/// Compares logits of the model at `path` with those of the processor, over the same weights; `limits` are of their size, for int8, int4 and fp8.
+fn check_at_load(path: &str, unit: Unit, limits: [f64; 3]) {
+    let tokens: Vec<TokenId> = (0..60).map(|at| at * 13 % 900).collect();
+    let logits = |model: Arc<Model>, unit: Unit| {
+        let mut runner = Runner::new(model, unit);
+        runner.draw(&tokens, 0, 33, &watched());
+        runner.engine.logits(0).expect("sampled").to_vec()
+    };
+    for (quantize, limit) in [Quantize::Int8, Quantize::Int4, Quantize::Fp8].into_iter().zip(limits) {
+        let model = load_quantized(path, quantize);
+        let (ours, expected) = (logits(model.clone(), unit), logits(model, Kernels::detect().into()));
+        let size = |values: &[f32]| values.iter().map(|value| f64::from(value * value)).sum::<f64>().sqrt();
+        let difference: Vec<f32> = ours.iter().zip(&expected).map(|(a, b)| a - b).collect();
+        let error = size(&difference) / size(&expected);
+        assert!(error < limit, "{path} {quantize} {unit:?}: {error}");
+    }
+}
+
+#[test]
+fn weights_quantised_at_load() {
+    AT_LOAD.iter().for_each(|path| check_at_load(path, Unit::Card(Order::Forward), BESIDE));
+}
+
 #[test]
 fn pages_of_eight_bits() {
     let card = Unit::Card(Order::Forward);
@@ -125,9 +175,9 @@ fn threads_may_take_turns_in_the_other_order() {
 
 #[test]
 fn a_sequence_has_its_bits_in_any_batch_and_in_any_chunks() {
-    for path in INVARIANT {
-        check_invariance(path, Unit::Card(Order::Forward), Unit::Card(Order::Backward));
-    }
+    let (alone, together) = (Unit::Card(Order::Forward), Unit::Card(Order::Backward));
+    INVARIANT.iter().for_each(|path| check_invariance(load(path), alone, together));
+    check_invariance(load_quantized("tests/golden/llama3-bf16-sharded", Quantize::Int4), alone, together);
 }
 
 #[test]
@@ -142,22 +192,26 @@ fn cards_that_share_a_model_have_the_bits_of_one() {
         ("tests/golden/mixtral", 2),
         ("tests/golden/llama-gptq-int4-g32-actorder", 2),
         ("tests/golden/llama-int8-w8a8", 2),
+        ("tests/gguf/k-quants.gguf", 4),
     ] {
-        check_invariance(path, Unit::Card(Order::Forward), Unit::Cards(ranks));
+        check_invariance(load(path), Unit::Card(Order::Forward), Unit::Cards(ranks));
     }
+    // A tied head of codes.
+    let model = load_quantized("tests/golden/llama3-bf16-sharded", Quantize::Int8);
+    check_invariance(model, Unit::Card(Order::Forward), Unit::Cards(3));
 }
 
-/// A dense model, one with experts, and those with latent attention.
-const INVARIANT: [&str; 4] = [
+/// A dense model, one in blocks, one with experts, and those with latent attention.
+const INVARIANT: [&str; 5] = [
     "tests/golden/llama3-bf16-sharded",
+    "tests/gguf/k-quants.gguf",
     "tests/golden/qwen3moe",
     "tests/golden/deepseek_v2",
     "tests/golden/deepseek_v3",
 ];
 
 /// Computes some sequences token by token, each alone, on one unit, and mixed on another; the bits are to be the same.
-fn check_invariance(path: &str, alone: Unit, together: Unit) {
-    let model = load(path);
+fn check_invariance(model: Arc<Model>, alone: Unit, together: Unit) {
     let config = Config { token_budget: 160, ..small_config() };
     let lengths = [70, 33, 20, 5];
     let steps = vec![
@@ -168,8 +222,27 @@ fn check_invariance(path: &str, alone: Unit, together: Unit) {
     let mixed = invariance::run(&model, together, &config, &lengths, &Plan { threads: 2, steps, page_stride: 29 });
     for (sequence, length) in lengths.into_iter().enumerate() {
         let plain = invariance::run(&model, alone, &config, &lengths, &token_by_token(sequence, length));
-        invariance::compare(&plain, &mixed, &format!("{path} on a card"));
+        invariance::compare(&plain, &mixed, &format!("{} on a card", model.info().architecture));
     }
+}
+
+#[test]
+fn weights_leave_the_host_s_memory() {
+    let model = load("tests/golden/qwen3moe");
+    let (weights, info) = (Arc::downgrade(&model), model.info().clone());
+    // Several workers share a model that one process loads once.
+    let mut engines =
+        [Unit::Card(Order::Forward), Unit::Cards(2)].map(|unit| unit.engine(model.clone(), &small_config()));
+    assert!(weights.upgrade().is_some());
+    drop(model);
+    assert!(weights.upgrade().is_none(), "an engine keeps them");
+    let pages: Vec<PageId> = (0..8).map(PageId).collect();
+    let [one, two] = engines.each_mut().map(|engine| {
+        assert!(*engine.model().info() == info && engine.expert_traffic().all > 0);
+        engine.model().grammars().expect("its tokens");
+        logits(engine, &[5, 6, 7], 0, &pages, false)
+    });
+    assert!(one == two);
 }
 
 /// Computes `tokens[start..]` as a row of its own, and returns the logits of what follows.
@@ -343,6 +416,8 @@ fn a_library_multiplies_quantised_weights() {
     let widened = QUANTISED.iter().filter(|path| NARROW.iter().all(|(narrow, _)| narrow != *path));
     widened.for_each(|path| check_on(path, Unit::Library(0)));
     NARROW.into_iter().for_each(|(path, tolerance)| check_pages(path, Unit::Library(0), None, tolerance));
+    BLOCKS.into_iter().for_each(|name| gguf::check_on(name, Unit::Library(0), golden::BF16.logit));
+    AT_LOAD[..3].iter().for_each(|path| check_at_load(path, Unit::Library(0), BESIDE_A_LIBRARY));
 }
 
 /// Computes prompts of 40 tokens of the model at `path`, and then of 5, on a recording device; returns what it was asked by each: memory, waits, products.
@@ -648,16 +723,15 @@ fn only_logits_that_are_needed_come_down() {
 fn what_a_card_does_not_run_is_refused_by_name_before_weights_are_loaded() {
     let refused = |path: &str, kv_dtype: Option<KvDtype>, words: &[&str]| {
         let config = Config { device: Device::Cuda(0), kv_dtype, ..small_config() };
-        let path = super::repository(path);
-        let error = check_device(&path, &config).expect_err("nothing that runs").to_string();
+        let path = repository(path);
+        let error = check_device(&path, None, &config).expect_err("nothing that runs").to_string();
         words.iter().for_each(|word| assert!(error.contains(word), "{error:?} lacks {word:?}"));
-        check_device(&path, &Config { device: Device::Cpu, ..config }).expect("the processor runs all");
+        check_device(&path, None, &Config { device: Device::Cpu, ..config }).expect("the processor runs all");
     };
-    refused("tests/gguf/qwen2-q8_0.gguf", None, &["Q8_0"]);
     refused("tests/golden/llama", Some(KvDtype::F16), &["kv_dtype", "f16"]);
     let shared = |path: &str, device: Device, tensor_parallel: usize, words: &[&str]| {
         let config = Config { device, tensor_parallel, ..small_config() };
-        let error = check_device(&super::repository(path), &config).expect_err("nothing that runs").to_string();
+        let error = check_device(&repository(path), None, &config).expect_err("nothing that runs").to_string();
         words.iter().for_each(|word| assert!(error.contains(word), "{error:?} lacks {word:?}"));
     };
     let card = Device::Cuda(0);
@@ -668,15 +742,24 @@ fn what_a_card_does_not_run_is_refused_by_name_before_weights_are_loaded() {
     shared("tests/golden/llama", Device::Cpu, 2, &["tensor_parallel", "cpu"]);
     let inexact = |device: Device, tensor_parallel: usize, words: &[&str]| {
         let config = Config { device, tensor_parallel, exact: false, ..small_config() };
-        let error = check_device(&super::repository("tests/golden/llama"), &config).expect_err("nothing that runs");
+        let error = check_device(&repository("tests/golden/llama"), None, &config).expect_err("nothing that runs");
         words.iter().for_each(|word| assert!(error.to_string().contains(word), "{error} lacks {word:?}"));
     };
     inexact(Device::Cpu, 1, &["exact", "cpu"]);
     inexact(card, 2, &["exact", "2 cards", "one card alone"]);
     let config = Config { device: Device::Cuda(0), ..small_config() };
-    for path in ["tests/golden/llama", "tests/golden/mixtral", "tests/golden/qwen3moe", "tests/golden/deepseek_v2"] {
-        check_device(&super::repository(path), &config).expect("a model that runs");
+    for path in [
+        "tests/golden/llama",
+        "tests/golden/mixtral",
+        "tests/golden/qwen3moe",
+        "tests/golden/deepseek_v2",
+        "tests/gguf/k-quants.gguf",
+    ] {
+        check_device(&repository(path), None, &config).expect("a model that runs");
     }
+    // Inputs of codes are bf16, whatever the checkpoint's floats are.
+    let config = Config { kv_dtype: Some(KvDtype::Bf16), ..config };
+    check_device(&repository("tests/golden/llama-gptq-int4-g32"), None, &config).expect("pages as they are written");
 }
 
 #[test]
@@ -705,6 +788,8 @@ mod on_a_card {
             .concat()
             .iter()
             .for_each(|path| check_on(path, REAL));
+        BLOCKS.into_iter().for_each(|name| gguf::check_on(name, REAL, golden::BF16.logit));
+        AT_LOAD.iter().for_each(|path| check_at_load(path, REAL, BESIDE));
     }
 
     #[test]
@@ -718,7 +803,7 @@ mod on_a_card {
     #[test]
     #[ignore = "needs a card"]
     fn bits_in_any_batch_and_in_any_chunks() {
-        INVARIANT.iter().for_each(|path| check_invariance(path, REAL, REAL));
+        INVARIANT.iter().for_each(|path| check_invariance(load(path), REAL, REAL));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! GGUF files: written by llama.cpp's own package (`tests/gguf/make.py`), made of golden checkpoints, and broken in every way.
 
 use super::{
-    Runner,
+    Runner, Unit,
     golden::{F32, Tolerance, check_model},
     load, repository, watched,
 };
@@ -28,29 +28,36 @@ struct Prompt {
 /// Compares what the file computes with float64 over its dequantised weights.
 fn check(name: &str, dtype: &str) {
     let model = load(&format!("tests/gguf/{name}.gguf"));
-    let expected = std::fs::read(repository(&format!("tests/gguf/{name}.json"))).expect("expected values");
-    let expected: Expected = serde_json::from_slice(&expected).expect("expected values");
+    let expected = expected(name);
     assert_eq!(model.info().dtype, dtype);
 
     let mut row = vec![0.0; model.decoder.hidden];
     let sampled = |row: &[f32]| row.iter().step_by(row.len() / 8).copied().collect::<Vec<f32>>();
-    model.weights.embed(1, &mut row);
+    model.weights().embed(1, &mut row);
     assert_eq!(sampled(&row), expected.rows["model.embed_tokens.weight"], "{name}: embedding");
     if let Some(head) = expected.rows.get("lm_head.weight") {
-        model.weights.head.packed.column(1, &mut row);
+        model.weights().head.packed.column(1, &mut row);
         assert_eq!(sampled(&row), *head, "{name}: head");
     }
-    for kernels in Kernels::available() {
-        let mut runner = Runner::new(model.clone(), kernels);
-        for prompt in &expected.prompts {
-            runner.draw(&prompt.ids, 0, 33, &watched());
-            let logits = runner.engine.logits(0).expect("the row was sampled");
-            let largest = prompt.logits.iter().fold(0.0_f32, |largest, logit| largest.max(logit.abs()));
-            let worst = logits.iter().zip(&prompt.logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert_eq!(logits.len(), prompt.logits.len(), "{name}");
-            // Inputs have fifteen bits where weights are integers.
-            assert!(worst <= 3e-4 * largest, "{name} {}: logits differ by {worst} of {largest}", kernels.name);
-        }
+    // Inputs have fifteen bits where weights are integers.
+    Kernels::available().into_iter().for_each(|kernels| check_on(name, kernels.into(), 3e-4));
+}
+
+fn expected(name: &str) -> Expected {
+    let expected = std::fs::read(repository(&format!("tests/gguf/{name}.json"))).expect("expected values");
+    serde_json::from_slice(&expected).expect("expected values")
+}
+
+/// Compares what `unit` computes of the file; logits may differ by `limit` of the largest.
+pub(super) fn check_on(name: &str, unit: Unit, limit: f32) {
+    let mut runner = Runner::new(load(&format!("tests/gguf/{name}.gguf")), unit);
+    for prompt in expected(name).prompts {
+        runner.draw(&prompt.ids, 0, 33, &watched());
+        let logits = runner.engine.logits(0).expect("the row was sampled");
+        let largest = prompt.logits.iter().fold(0.0_f32, |largest, logit| largest.max(logit.abs()));
+        let worst = logits.iter().zip(&prompt.logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert_eq!(logits.len(), prompt.logits.len(), "{name}");
+        assert!(worst <= limit * largest, "{name} {unit:?}: logits differ by {worst} of {largest}");
     }
 }
 

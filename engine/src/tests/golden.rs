@@ -294,7 +294,7 @@ fn fp8_per_channel() {
 fn check_fp8(path: &str) {
     let model = load(path);
     for kernels in Kernels::available() {
-        let inputs = model.weights.packed().map(|weights| kernels.linear(weights).1);
+        let inputs = model.weights().packed().map(|weights| kernels.linear(weights).1);
         let bf16 = inputs.into_iter().any(|inputs| inputs == Encoding::Floats(Format::Bf16));
         let tolerance = if bf16 { QUANTISED_INPUTS } else { F32 };
         check_kernels(&model, &None, None, path, tolerance, kernels, "");

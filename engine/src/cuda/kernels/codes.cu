@@ -6,6 +6,9 @@
 // inputs as they are; so a *segment* of inputs has an exact scale, its chain of `mma` is multiplied once with it, in f32, and segments are added
 // from first to last. A segment is a group, or 128 inputs of a longer one. Runs are whole segments.
 //
+// Groups hold whole steps, or a step two groups (STEP_GROUPS): then a lane has four inputs of each instead of eight neighbours, so that the two `mma`
+// of a step are a group each.
+//
 // Bytes: what comes from memory is what lies there, 512 bytes of codes of four bits for a step of half a panel, four to six steps ahead of
 // use, 16 warps on a processor: 32 KiB on their way, and 4.3 TB/s want 25. Widening costs a code about half an instruction (four bits) to
 // two (eight) for all rows of a tile; blocks along y take further rows and find the codes in the second-level cache. Grouped, they take further
@@ -21,44 +24,82 @@ typedef struct {
     FIELD(u32, narrow);              // scales are f16
 } CodesArguments;
 
-// CODE: 0 integers of four bits, 1 of eight, 2 e4m3. OFFSETS: there are some.
-enum { CODES_OF_WORD = CODE ? 4 : 8, CODE_QUADS = CODE ? 2 : 1 };
+// CODE: 0 integers of four bits, 1 of eight, 2 e4m3. OFFSETS: there are some. STEP_GROUPS: 1, or 2 of 16 integers of eight bits.
+enum { CODES_OF_WORD = CODE ? 4 : 8, CODE_QUADS = CODE ? 2 : 1, LANE_INPUTS = 8 / STEP_GROUPS };
 
 typedef struct { quad a[2 * STREAM_TILES], codes[CODE_QUADS]; } CodesStage;
+
+// Eight bytes.
+typedef struct ALIGNED(8) { u32 word[2]; } twin;
 
 // What a segment's sums of eight outputs are multiplied by, and what its sums of inputs are.
 typedef struct { float scales[8], offsets[OFFSETS ? 8 : 1]; } SegmentScales;
 
+DEVICE u32 group_inputs(const CodesArguments *args) { return STEP_GROUPS == 2 ? 16 : args->group_inputs; }
+
 DEVICE const u8 *group_at(const CodesArguments *args, const u8 *panel, u32 input) {
-    return panel + (u64)(input / args->group_inputs) * args->group_bytes;
+    return panel + (u64)(input / group_inputs(args)) * args->group_bytes;
+}
+
+// First input of a part of a step that lies in one group.
+DEVICE u32 part_start(u32 step, int part) { return step * 32 + part * 16; }
+
+// The group that has the scales of a part of a step: of one behind the last input, those of the last.
+DEVICE const u8 *scales_at(const CodesArguments *args, const u8 *panel, u32 step, int part) {
+    u32 first = part_start(step, part);
+    return group_at(args, panel, STEP_GROUPS == 1 || first < args->inputs ? first : args->inputs - 1);
 }
 
 DEVICE u32 header_bytes(const CodesArguments *args) { return PANEL * (args->narrow ? 2 : 4) + OFFSETS * PANEL * 4; }
 
 // Loads a lane's codes of four outputs: eight inputs of each.
 DEVICE void words_load(const CodesArguments *args, quad *codes, const u8 *panel, u32 column, u32 step) {
-    u32 q = THREAD % WARP % 4, first = step * 32 + 8 * q;
     quad none = {{0, 0, 0, 0}};
-    const u8 *words = group_at(args, panel, first) + header_bytes(args) + (u64)(first % args->group_inputs / CODES_OF_WORD * PANEL + column) * 4;
-    int at;
-    UNROLL for (at = 0; at < CODE_QUADS; at++)
-        codes[at] = first + at * CODES_OF_WORD < args->inputs ? load_once(words + at * PANEL * 4) : none;
+    int part, at;
+    UNROLL for (part = 0; part < STEP_GROUPS; part++) {
+        u32 first = part_start(step, part) + LANE_INPUTS * (THREAD % WARP % 4);
+        const u8 *words = group_at(args, panel, first) + header_bytes(args) + (u64)(first % group_inputs(args) / CODES_OF_WORD * PANEL + column) * 4;
+        UNROLL for (at = 0; at < CODE_QUADS / STEP_GROUPS; at++)
+            codes[part + at] = first + at * CODES_OF_WORD < args->inputs ? load_once(words + at * PANEL * 4) : none;
+    }
+}
+
+// Loads the inputs that meet them, of rows g + 8 * at.
+DEVICE quad codes_inputs(const LaneInputs *inputs, int at, u32 step) {
+#if STEP_GROUPS == 1
+    return load_inputs(inputs, at, step);
+#else
+    quad none = {{0, 0, 0, 0}};
+    // There eight neighbours would begin.
+    const u16 *from = inputs->from[at] + step * 32 - 4 * (THREAD % WARP % 4);
+    if (!inputs->from[at]) return none;
+    twin low = *(const twin *)from, high = *(const twin *)(from + 16);
+    quad both = {{low.word[0], low.word[1], high.word[0], high.word[1]}};
+    return both;
+#endif
 }
 
 DEVICE void codes_load(const CodesArguments *args, CodesStage *stage, const u8 *panel, u32 column, const LaneInputs *inputs, u32 step, u32 end) {
     int at;
     if (step >= end) return;
     words_load(args, stage->codes, panel, column, step);
-    UNROLL for (at = 0; at < 2 * STREAM_TILES; at++) stage->a[at] = load_inputs(inputs, at, step);
+    UNROLL for (at = 0; at < 2 * STREAM_TILES; at++) stage->a[at] = codes_inputs(inputs, at, step);
 }
 
-DEVICE void scales_load(const CodesArguments *args, SegmentScales *to, const u8 *panel, u32 column, u32 step) {
-    const u8 *group = group_at(args, panel, step * 32);
-    const u8 *offsets = group + PANEL * (args->narrow ? 2 : 4);
+DEVICE float scale_of(const CodesArguments *args, const u8 *group, u32 column) {
+    return args->narrow ? f16_float(((const u16 *)group)[column]) : ((const float *)group)[column];
+}
+
+DEVICE float offset_of(const CodesArguments *args, const u8 *group, u32 column) {
+    return ((const float *)(group + PANEL * (args->narrow ? 2 : 4)))[column];
+}
+
+DEVICE void scales_load(const CodesArguments *args, SegmentScales *to, const u8 *panel, u32 column, u32 step, int part) {
+    const u8 *group = scales_at(args, panel, step, part);
     int at;
     UNROLL for (at = 0; at < 8; at++) {
-        to->scales[at] = args->narrow ? f16_float(((const u16 *)group)[column + at]) : ((const float *)group)[column + at];
-        if (OFFSETS) to->offsets[at % (OFFSETS ? 8 : 1)] = ((const float *)offsets)[column + at];
+        to->scales[at] = scale_of(args, group, column + at);
+        if (OFFSETS) to->offsets[at % (OFFSETS ? 8 : 1)] = offset_of(args, group, column + at);
     }
 }
 
@@ -111,6 +152,25 @@ DEVICE u32 codes_run_start(const CodesArguments *args, u32 run) {
     return step < steps ? step : steps;
 }
 
+// Adds a segment's sums to those before it, and begins with nothing again.
+DEVICE void end_segment(const SegmentScales *scales, float *inputs, float *sums, float *totals) {
+    int i, e, j;
+    UNROLL for (i = 0; i < 2; i++) {
+        if (OFFSETS) {
+            inputs[i] += shuffle_xor(inputs[i], 1);
+            inputs[i] += shuffle_xor(inputs[i], 2);
+        }
+        UNROLL for (e = 0; e < 2; e++)
+            UNROLL for (j = 0; j < 4; j++) {
+                int at = 4 * j + 2 * i + e;
+                totals[at] = fmaf(scales->scales[4 * e + j], sums[at], totals[at]);
+                if (OFFSETS) totals[at] = fmaf(scales->offsets[(4 * e + j) % (OFFSETS ? 8 : 1)], inputs[i], totals[at]);
+                sums[at] = 0.0f;
+            }
+        inputs[i] = 0.0f;
+    }
+}
+
 // Any number of rows: blocks along y take 16 * STREAM_TILES each, along x 8 / splits halves of panels.
 KERNEL(linear_codes, CodesArguments, STREAM_WARPS * WARP, STREAM_BLOCKS) {
     SHARED(room);
@@ -118,7 +178,7 @@ KERNEL(linear_codes, CodesArguments, STREAM_WARPS * WARP, STREAM_BLOCKS) {
     u32 halves = STREAM_WARPS / splits, run = warp % splits, half = BLOCK_X * halves + warp / splits;
     Tile rows = tile_at(&args.linear, BLOCK_Y, STREAM_ROWS);
     float totals[STREAM_TILES][16], sums[STREAM_TILES][16], inputs[STREAM_TILES][2];
-    int at, tile, stage, i, j, e;
+    int at, tile, stage, part, i;
     if (GROUPED && rows.rows == 0) return;
     UNROLL for (tile = 0; tile < STREAM_TILES; tile++) {
         UNROLL for (at = 0; at < 16; at++) totals[tile][at] = sums[tile][at] = 0.0f;
@@ -135,38 +195,26 @@ KERNEL(linear_codes, CodesArguments, STREAM_WARPS * WARP, STREAM_BLOCKS) {
         for (; step < end; step += STREAM_STAGES) {
             UNROLL for (stage = 0; stage < STREAM_STAGES; stage++) {
                 if (step + stage >= end) break;
-                if (left == args.segment_steps) scales_load(&args, &scales, panel, outputs, step + stage);
-                quad b[4];
-                widen_codes(stages[stage].codes, b);
-                UNROLL for (tile = 0; tile < STREAM_TILES; tile++) {
-                    quad a[2];
-                    UNROLL for (i = 0; i < 2; i++) {
-                        quad own = stages[stage].a[2 * tile + i];
-                        a[i] = order_inputs(own);
-                        if (OFFSETS)
-                            UNROLL for (at = 0; at < 4; at++) inputs[tile][i] += wide((u16)own.word[at]) + wide((u16)(own.word[at] >> 16));
-                    }
-                    multiply_step(sums[tile], a, b);
-                }
-                codes_load(&args, &stages[stage], panel, column, &lane, step + STREAM_STAGES + stage, end);
-                if (--left && step + stage + 1 < end) continue;
-                // A segment has ended.
-                left = args.segment_steps;
-                UNROLL for (tile = 0; tile < STREAM_TILES; tile++) {
-                    UNROLL for (i = 0; i < 2; i++) {
-                        if (OFFSETS) {
-                            inputs[tile][i] += shuffle_xor(inputs[tile][i], 1);
-                            inputs[tile][i] += shuffle_xor(inputs[tile][i], 2);
+                UNROLL for (part = 0; part < STEP_GROUPS; part++) {
+                    if (left == args.segment_steps) scales_load(&args, &scales, panel, outputs, step + stage, part);
+                    quad b[4];
+                    widen_codes(stages[stage].codes, b);
+                    UNROLL for (tile = 0; tile < STREAM_TILES; tile++) {
+                        quad a[2];
+                        UNROLL for (i = 0; i < 2; i++) {
+                            quad own = stages[stage].a[2 * tile + i];
+                            a[i] = order_inputs(own);
+                            if (OFFSETS)
+                                UNROLL for (at = part * LANE_INPUTS / 2; at < (part + 1) * LANE_INPUTS / 2; at++)
+                                    inputs[tile][i] += wide((u16)own.word[at]) + wide((u16)(own.word[at] >> 16));
                         }
-                        UNROLL for (e = 0; e < 2; e++)
-                            UNROLL for (j = 0; j < 4; j++) {
-                                float *sum = &sums[tile][4 * j + 2 * i + e], *total = &totals[tile][4 * j + 2 * i + e];
-                                *total = fmaf(scales.scales[4 * e + j], *sum, *total);
-                                if (OFFSETS) *total = fmaf(scales.offsets[(4 * e + j) % (OFFSETS ? 8 : 1)], inputs[tile][i], *total);
-                                *sum = 0.0f;
-                            }
-                        inputs[tile][i] = 0.0f;
+                        UNROLL for (i = part; i < part + 2 / STEP_GROUPS; i++) multiply_half(sums[tile], a, b, i);
                     }
+                    if (part + 1 == STEP_GROUPS) codes_load(&args, &stages[stage], panel, column, &lane, step + STREAM_STAGES + stage, end);
+                    if (--left && step + stage + 1 < end) continue;
+                    // A segment has ended.
+                    left = args.segment_steps;
+                    UNROLL for (tile = 0; tile < STREAM_TILES; tile++) end_segment(&scales, inputs[tile], sums[tile], totals[tile]);
                 }
             }
         }
@@ -188,30 +236,42 @@ KERNEL(lay_codes, LayCodesArguments, STREAM_WARPS * WARP, 2) {
     u32 lane = THREAD % WARP, g = lane / 4, q = lane % 4, steps = args.codes.linear.steps;
     u32 index = BLOCK_X * STREAM_WARPS + THREAD / WARP, half = index / steps, step = index % steps;
     u32 column = half % 2 * 32 + 4 * g, output = half * 32 + 4 * g;
-    u64 inputs = (u64)steps * 32, first = step * 32 + 8 * q;
+    u64 inputs = (u64)steps * 32, first = step * 32 + LANE_INPUTS * q;
     quad codes[CODE_QUADS], b[4];
-    int i, j;
+    int part, i, j;
     if (half >= 2 * args.codes.linear.panels) return;
-    const u8 *panel = (const u8 *)args.codes.linear.weights + (u64)(half / 2) * args.codes.panel_bytes, *group = group_at(&args.codes, panel, step * 32);
+    const u8 *panel = (const u8 *)args.codes.linear.weights + (u64)(half / 2) * args.codes.panel_bytes;
     words_load(&args.codes, codes, panel, column, step);
-    widen_codes(codes, b);
-    UNROLL for (j = 0; j < 4; j++) {
-        float scale = args.codes.narrow ? f16_float(((const u16 *)group)[column + j]) : ((const float *)group)[column + j];
-#if CODE && !OFFSETS
-        if (args.scales) {
+#if CODE && !OFFSETS && STEP_GROUPS == 1
+    if (args.scales) {
+        UNROLL for (j = 0; j < 4; j++) {
             // Integers count from 128.
             u32 *to = (u32 *)(args.to + (output + j) * inputs + first);
             UNROLL for (i = 0; i < 2; i++) to[i] = codes[i].word[j] ^ (CODE == 1 ? 0x80808080u : 0);
-            if (first == 0) args.scales[output + j] = scale;
-            continue;
+            if (first == 0) args.scales[output + j] = scale_of(&args.codes, panel, column + j);
+        }
+        return;
+    }
+#endif
+    widen_codes(codes, b);
+    UNROLL for (j = 0; j < 4; j++) {
+        u16 *to = (u16 *)args.to + (output + j) * inputs + first;
+        quad pairs;
+        UNROLL for (part = 0; part < STEP_GROUPS; part++) {
+            const u8 *group = scales_at(&args.codes, panel, step, part);
+            float scale = scale_of(&args.codes, group, column + j), offset = OFFSETS ? offset_of(&args.codes, group, column + j) : 0.0f;
+            UNROLL for (i = part * LANE_INPUTS / 2; i < (part + 1) * LANE_INPUTS / 2; i++)
+                pairs.word[i] = narrow_pair(scale * wide((u16)b[i].word[j]) + offset, scale * wide((u16)(b[i].word[j] >> 16)) + offset);
+        }
+#if STEP_GROUPS == 1
+        // To bring inputs into the order of codes is to bring codes into that of inputs.
+        *(quad *)to = order_inputs(pairs);
+#else
+        UNROLL for (part = 0; part < 2; part++) {
+            twin own = {{pairs.word[2 * part], pairs.word[2 * part + 1]}};
+            *(twin *)(to + 16 * part) = own;
         }
 #endif
-        float offset = OFFSETS ? ((const float *)(group + PANEL * (args.codes.narrow ? 2 : 4)))[column + j] : 0.0f;
-        quad pairs;
-        UNROLL for (i = 0; i < 4; i++)
-            pairs.word[i] = narrow_pair(scale * wide((u16)b[i].word[j]) + offset, scale * wide((u16)(b[i].word[j] >> 16)) + offset);
-        // To bring inputs into the order of codes is to bring codes into that of inputs.
-        *(quad *)((u16 *)args.to + (output + j) * inputs + first) = order_inputs(pairs);
     }
 }
 #endif

@@ -146,16 +146,19 @@ DEVICE u32 output_row(const LinearArguments *args, u32 row) {
 // First step of a run.
 DEVICE u32 run_start(const LinearArguments *args, u32 run) { return (u32)((u64)args->steps * run / args->splits); }
 
-// Multiplies a step: `a` holds inputs of rows g and g + 8, `b` the pairs of half a panel; sums[4 * j ..] are product j.
-DEVICE void multiply_step(float *sums, const quad *a, const quad *b) {
-    int k, j;
-    UNROLL for (k = 0; k < 2; k++) {
-        u32 rows[4] = {a[0].word[2 * k], a[1].word[2 * k], a[0].word[2 * k + 1], a[1].word[2 * k + 1]};
-        UNROLL for (j = 0; j < 4; j++) {
-            u32 columns[2] = {b[2 * k].word[j], b[2 * k + 1].word[j]};
-            mma(sums + 4 * j, rows, columns);
-        }
+// Multiplies half `k` of a step: `a` holds inputs of rows g and g + 8, `b` the pairs of half a panel; sums[4 * j ..] are product j.
+DEVICE void multiply_half(float *sums, const quad *a, const quad *b, int k) {
+    u32 rows[4] = {a[0].word[2 * k], a[1].word[2 * k], a[0].word[2 * k + 1], a[1].word[2 * k + 1]};
+    int j;
+    UNROLL for (j = 0; j < 4; j++) {
+        u32 columns[2] = {b[2 * k].word[j], b[2 * k + 1].word[j]};
+        mma(sums + 4 * j, rows, columns);
     }
+}
+
+DEVICE void multiply_step(float *sums, const quad *a, const quad *b) {
+    multiply_half(sums, a, b, 0);
+    multiply_half(sums, a, b, 1);
 }
 
 #ifdef STREAM_TILES

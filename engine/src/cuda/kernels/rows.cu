@@ -14,28 +14,71 @@ typedef struct {
     FIELD(u32, vocab);
     FIELD(u32, width);
     FIELD(u32, stride);
-    FIELD(u32, kind);            // of the table: 0 rows of 16-bit floats, 1 rows of f32, 2 packed panels of 16-bit floats
     FIELD(float, scale);
 } EmbedArguments;
 
-// residual = scale * embedding, zero beyond the width.
-KERNEL(embed, EmbedArguments, ROW_THREADS, 4) {
-    u32 token = args.tokens[BLOCK_X], at, steps = (args.width + 31) / 32;
-    float *to = args.to + (u64)BLOCK_X * args.stride;
+// The token of a block's row.
+DEVICE u32 token_of(const EmbedArguments *args) {
+    u32 token = args->tokens[BLOCK_X];
     if (token >> 31) {
-        token = args.found[token & 0x7fffffff];
-        if (token >= args.vocab) token = 0;
+        token = args->found[token & 0x7fffffff];
+        if (token >= args->vocab) token = 0;
     }
-    for (at = THREAD; at < args.stride; at += ROW_THREADS) {
+    return token;
+}
+
+typedef struct {
+    FIELD(EmbedArguments, all);
+    FIELD(u32, kind);            // of the table: 0 rows of 16-bit floats, 1 rows of f32, 2 packed panels of 16-bit floats
+} EmbedFloatsArguments;
+
+// residual = scale * embedding, zero beyond the width.
+KERNEL(embed, EmbedFloatsArguments, ROW_THREADS, 4) {
+    u32 token = token_of(&args.all), width = args.all.width, steps = (width + 31) / 32, at;
+    const void *table = args.all.table;
+    float *to = args.all.to + (u64)BLOCK_X * args.all.stride;
+    for (at = THREAD; at < args.all.stride; at += ROW_THREADS) {
         float value = 0.0f;
-        if (at < args.width) {
-            u64 index = (u64)token * args.width + at;
-            if (args.kind == 1) value = ((const float *)args.table)[index];
-            else if (args.kind == 0) value = wide(((const u16 *)args.table)[index]);
-            else value = wide(((const u16 *)args.table)[panel_pair(token, at / 2, steps) * 2 + at % 2]);
+        if (at < width) {
+            u64 index = (u64)token * width + at;
+            if (args.kind == 1) value = ((const float *)table)[index];
+            else if (args.kind == 0) value = wide(((const u16 *)table)[index]);
+            else value = wide(((const u16 *)table)[panel_pair(token, at / 2, steps) * 2 + at % 2]);
         }
-        to[at] = value * args.scale;
+        to[at] = value * args.all.scale;
     }
+}
+
+typedef struct {
+    FIELD(EmbedArguments, all);  // of panels as in codes.cu
+    FIELD(u64, panel_bytes);
+    FIELD(u32, group_bytes);
+    FIELD(u32, group_inputs);
+    FIELD(u32, narrow);          // scales are f16
+    FIELD(u32, offsets);         // there are some
+    FIELD(u32, code);            // 0 integers of four bits, 1 of eight, 2 e4m3
+} EmbedCodesArguments;
+
+// Weight `at` of an output of a panel, to the bit what the CPU home makes of it.
+DEVICE float widened(const EmbedCodesArguments *args, const u8 *panel, u32 column, u32 at) {
+    const u8 *group = panel + (u64)(at / args->group_inputs) * args->group_bytes, *offsets = group + PANEL * (args->narrow ? 2 : 4);
+    u32 per_word = args->code ? 4 : 8, place = at % args->group_inputs, index = place % per_word;
+    u32 word = ((const u32 *)(offsets + (args->offsets ? PANEL * 4 : 0)))[place / per_word * PANEL + column];
+    u32 code = args->code ? word >> 8 * index & 255 : word >> (index % 2 * 4 + index / 2 % 2 * 16 + index / 4 * 8) & 15;
+    float scale = args->narrow ? f16_float(((const u16 *)group)[column]) : ((const float *)group)[column], value = (float)code;
+    // The exponent of an e4m3 is too small by 120.
+    if (args->code == 2) value = bits_float((code & 0x7f) << 20 | (code & 0x80) << 24) * bits_float((127 + 120) << 23);
+    float middle = args->code == 0 ? 8.0f : args->code == 1 ? 128.0f : 0.0f;
+    return fmaf(value, scale, args->offsets ? ((const float *)offsets)[column] : -middle * scale);
+}
+
+// As `embed`, of codes.
+KERNEL(embed_codes, EmbedCodesArguments, ROW_THREADS, 4) {
+    u32 token = token_of(&args.all), at;
+    const u8 *panel = (const u8 *)args.all.table + (u64)(token / PANEL) * args.panel_bytes;
+    float *to = args.all.to + (u64)BLOCK_X * args.all.stride;
+    for (at = THREAD; at < args.all.stride; at += ROW_THREADS)
+        to[at] = at < args.all.width ? widened(&args, panel, token % PANEL, at) * args.all.scale : 0.0f;
 }
 
 typedef struct {

@@ -1,6 +1,6 @@
 //! Kernels of `rows.cu`, which take a row at a time.
 
-use super::{Args, Call, Defines, Element, Kernel, Source};
+use super::{Args, Call, Codes, Defines, Element, Kernel, Source};
 use crate::model::decoder::NormKind;
 
 const ROW_THREADS: u32 = 256;
@@ -16,11 +16,13 @@ fn call(name: &'static str, element: Element, rows: u32, threads: u32, args: Arg
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Table {
     /// `[vocab][width]` 16-bit floats.
-    Rows = 0,
+    Rows,
     /// `[vocab][width]` f32.
-    Floats = 1,
+    Floats,
     /// Packed weights of 16-bit floats: a tied head.
-    Panels = 2,
+    Panels,
+    /// Packed weights that are codes, and whose inputs are in order.
+    Codes(Codes),
 }
 
 /// `to = scale * table[tokens]`, zero beyond the width.
@@ -45,9 +47,14 @@ pub(crate) struct Embed {
 impl Embed {
     pub(crate) fn call(&self) -> Call {
         let args = Args::default().word(self.tokens).word(self.found).word(self.table).word(self.to);
-        let args =
-            args.number(self.vocab).number(self.width).number(self.stride).number(self.kind as u32).float(self.scale);
-        call("embed", self.element, self.rows, ROW_THREADS, args)
+        let args = args.number(self.vocab).number(self.width).number(self.stride).float(self.scale);
+        let (name, args) = match self.kind {
+            Table::Rows => ("embed", args.number(0)),
+            Table::Floats => ("embed", args.number(1)),
+            Table::Panels => ("embed", args.number(2)),
+            Table::Codes(codes) => ("embed_codes", codes.append_table(args)),
+        };
+        call(name, self.element, self.rows, ROW_THREADS, args)
     }
 }
 

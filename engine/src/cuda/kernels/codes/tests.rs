@@ -112,6 +112,11 @@ fn outputs_are_sums_of_products_of_weights() {
             }
         }
     }
+    // Two groups of a step; the last step has but one, or half of one.
+    for (element, offsets) in [(Element::Bf16, false), (Element::Bf16, true), (Element::F16, true)] {
+        check(element, scheme(Code::Int8, 16, !offsets, offsets), 70, 304, 3);
+        check(element, scheme(Code::Int8, 16, offsets, offsets), 64, 300, 40);
+    }
     check(Element::Bf16, Scheme::per_output(Code::Int8, 520), 130, 520, 17);
     check(Element::Bf16, Scheme::per_output(Code::Fp8, 68), 64, 68, 1);
     check(Element::Bf16, scheme(Code::Int4, 64, true, true), 64, 1000, 33);
@@ -119,7 +124,9 @@ fn outputs_are_sums_of_products_of_weights() {
 
 #[test]
 fn a_row_alone_has_the_bits_it_has_among_others() {
-    for (code, group, offsets) in [(Code::Int4, 32, true), (Code::Int4, 128, false), (Code::Int8, 4096, false)] {
+    for (code, group, offsets) in
+        [(Code::Int4, 32, true), (Code::Int4, 128, false), (Code::Int8, 16, true), (Code::Int8, 4096, false)]
+    {
         let case = Case::new(Element::Bf16, scheme(code, group, false, offsets), 192, 1100, 40);
         let width = case.packed.panels() * PANEL;
         assert!(case.linear(0, 1).shape.splits > 1);
@@ -134,13 +141,14 @@ fn a_row_alone_has_the_bits_it_has_among_others() {
 
 #[test]
 fn what_the_kernel_cannot_do_is_said() {
-    let problem = |group: usize| {
+    let problem = |code: Code, group: usize| {
         let zeros = |_: usize, _: &mut QuantizedRow| false;
-        let packed =
-            Packed::pack_quantized(scheme(Code::Int4, group, true, false), 1, 64, 1, None, &zeros).expect("memory");
+        let packed = Packed::pack_quantized(scheme(code, group, true, false), 1, 64, 1, None, &zeros).expect("memory");
         Codes::new(&packed).expect_err("not possible")
     };
-    assert!(problem(16).contains("groups of 16"));
+    assert!(problem(Code::Int4, 16).contains("int4 in groups of 16"));
+    assert!(problem(Code::Fp8, 16).contains("fp8 in groups of 16"));
+    assert!(problem(Code::Int8, 24).contains("int8 in groups of 24"));
 }
 
 #[test]
@@ -150,6 +158,8 @@ fn weights_are_laid_out_widened() {
         (Element::Bf16, scheme(Code::Int4, 128, true, true)),
         (Element::F16, scheme(Code::Int4, 64, false, true)),
         (Element::Bf16, scheme(Code::Int8, 32, true, true)),
+        (Element::Bf16, scheme(Code::Int8, 16, false, true)),
+        (Element::F16, scheme(Code::Int8, 16, false, false)),
         (Element::F16, scheme(Code::Int8, 4096, false, false)),
         (Element::Bf16, scheme(Code::Fp8, 128, false, false)),
     ] {

@@ -251,8 +251,13 @@ fn a_pair_has_the_bits_of_its_row_alone_with_its_expert() {
 
 #[test]
 fn so_has_a_pair_whose_expert_is_codes() {
+    check_codes(Code::Int4, 32);
+    check_codes(Code::Int8, 16);
+}
+
+fn check_codes(code: Code, group: usize) {
     let (rows, chosen, experts, inputs, panels) = (24, 2, 3, 300, 2);
-    let scheme = Scheme { code: Code::Int4, group: 32, narrow: true, offsets: true, narrow_inputs: false };
+    let scheme = Scheme { code, group, narrow: true, offsets: true, narrow_inputs: false };
     let read = |output: usize, row: &mut QuantizedRow| {
         row.codes
             .iter_mut()

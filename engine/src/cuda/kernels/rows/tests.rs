@@ -1,6 +1,14 @@
 use super::*;
 use crate::cuda::kernels::tests::{Memory, close, floats, halves, noise, noises, pack, run, run_floats, words};
-use crate::{cuda::kernels::Draw, home::FOUND};
+use crate::{
+    cpu::{
+        packed::Packed,
+        scheme::{Code, QuantizedRow, Scheme},
+    },
+    cuda::kernels::Draw,
+    home::FOUND,
+};
+use half::f16;
 
 const ELEMENTS: [Element; 2] = [Element::Bf16, Element::F16];
 
@@ -37,6 +45,57 @@ fn embeddings_are_looked_up_in_every_table() {
                 let expected = (0..stride).map(|at| if at < width { table[token * width + at] * 1.5 } else { 0.0 });
                 assert!(got[row * stride..][..stride].iter().copied().eq(expected), "{element:?} {kind:?} row {row}");
             }
+        }
+    }
+}
+
+#[test]
+fn embeddings_that_are_codes_are_those_of_the_processor() {
+    let (vocab, width, stride) = (100, 300, 320);
+    for (code, group, narrow, offsets) in [
+        (Code::Int4, 32, true, false),
+        (Code::Int4, 32, false, true),
+        (Code::Int8, 32, true, false),
+        (Code::Int8, 16, false, true),
+        (Code::Int8, 304, false, false),
+        (Code::Fp8, 128, false, false),
+    ] {
+        let scheme = Scheme { code, group, narrow, offsets, narrow_inputs: false };
+        let read = |token: usize, row: &mut QuantizedRow| {
+            let highest = if code == Code::Int4 { 16.0 } else { 255.0 };
+            let any = |salt: u64, at: usize| (noise(salt, token * width + at) + 1.0) / 2.0;
+            row.codes.iter_mut().enumerate().for_each(|(at, code)| *code = (any(1, at) * highest) as u8);
+            if code == Code::Fp8 {
+                // Those that are no numbers have no place.
+                row.codes.iter_mut().for_each(|code| *code &= 0xf7);
+            }
+            row.scales.iter_mut().enumerate().for_each(|(at, scale)| *scale = f16::from_f32(any(2, at)).to_f32());
+            row.offsets.iter_mut().enumerate().for_each(|(at, offset)| *offset = any(3, at));
+            token < vocab
+        };
+        let packed = Packed::pack_quantized(scheme, 2, width, 1, None, &read).expect("memory");
+        let tokens = Memory::of_words(&[0, 99, 64, FOUND]);
+        let found = Memory::of_words(&[31]);
+        let embed = Embed {
+            element: Element::Bf16,
+            rows: 4,
+            tokens: tokens.address(),
+            found: found.address(),
+            vocab: vocab as u32,
+            table: packed.panel(0) as u64,
+            to: 0,
+            width: width as u32,
+            stride: stride as u32,
+            kind: Table::Codes(Codes::new(&packed).expect("codes that kernels know")),
+            scale: 1.5,
+        };
+        let got = run_floats(4 * stride, |to| Embed { to, ..embed }.call());
+        let mut expected = vec![0.0; stride];
+        for (row, token) in [0, 99, 64, 31].into_iter().enumerate() {
+            packed.column(token, &mut expected[..width]);
+            expected[..width].iter_mut().for_each(|value| *value *= 1.5);
+            assert!(got[row * stride..][..stride] == expected, "{scheme:?} row {row}");
+            expected.fill(0.0);
         }
     }
 }
