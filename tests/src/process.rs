@@ -36,10 +36,16 @@ pub struct Baton {
 impl Baton {
     /// Starts `baton` with `arguments`; nothing of the test's own environment reaches its settings.
     pub fn start(arguments: &[&str]) -> Self {
+        Self::start_in(arguments, &[])
+    }
+
+    /// The same with `variables` in its environment.
+    pub fn start_in(arguments: &[&str], variables: &[(&str, &Path)]) -> Self {
         let log = tempfile::NamedTempFile::new().expect("a temporary file can be made");
         let output = |file: &File| Stdio::from(file.try_clone().expect("a file handle can be cloned"));
         let child = Command::new(baton_binary())
             .args(arguments)
+            .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stdout(output(log.as_file()))
             .stderr(output(log.as_file()))

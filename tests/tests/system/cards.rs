@@ -1,7 +1,18 @@
-//! Cards of NVIDIA, where there is none: the binary starts without any of their libraries, and says what is missing to whoever asks for one.
+//! Cards of NVIDIA, where there is none: the binary starts without any of their libraries, and says what is missing to whoever asks for one. With the
+//! engine's stand-ins for them (engine/tests/driver) two processes hand pages to each other from card to card.
 
-use cluster_tests::process::{Baton, baton_binary};
-use std::{fs, time::Duration};
+use crate::etcd::{Etcd, wait_for_fleet};
+use cluster_tests::{
+    Client,
+    process::{Baton, baton_binary, free_address},
+};
+use serde_json::json;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
 /// Returns the shared libraries that the system's loader must find before the program `elf` starts: the `DT_NEEDED` entries of its dynamic
 /// section (System V ABI, chapter 5; 64 bits, little-endian).
@@ -68,4 +79,65 @@ async fn what_a_card_does_not_run_yet_is_refused_before_weights_are_loaded() {
         words.iter().for_each(|word| assert!(output.contains(word), "{model}: {output:?} lacks {word:?}"));
         assert!(!output.contains("loading weights"), "{output}");
     }
+}
+
+/// Compiles what stands in for NVIDIA's driver and the compiler of kernels into `folder`, and returns the latter.
+fn stand_ins(folder: &Path) -> PathBuf {
+    let engine = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine");
+    let emulator = format!("-DEMULATOR=\"{}\"", engine.join("src/cuda/emulator.c").display());
+    let compile = |source: &str, name: &str| {
+        let mut compiler = Command::new("cc");
+        compiler.args(["-std=gnu11", "-O1", "-fPIC", "-shared", "-pthread", &emulator, &format!("-Wl,-soname,{name}")]);
+        compiler.arg("-o").arg(folder.join(name)).arg(engine.join("tests/driver").join(source)).arg("-ldl");
+        assert!(compiler.status().expect("a C compiler").success(), "{source}");
+        folder.join(name)
+    };
+    compile("libcuda.c", "libcuda.so");
+    compile("libnvrtc.c", "libnvrtc.so")
+}
+
+/// Pages of prompts that one process computes go to another that decodes: by CUDA IPC, and through the host's memory where that is asked for. Nothing else
+/// changes.
+#[tokio::test]
+#[cfg(all(target_os = "linux", target_pointer_width = "64"))]
+async fn processes_hand_over_from_card_to_card() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let nvrtc = stand_ins(folder.path());
+    let (nvrtc, model) = (nvrtc.display().to_string(), format!("{}/../models/demo-draft", env!("CARGO_MANIFEST_DIR")));
+    // Kernels are kept in the home directory.
+    let home = [("LD_LIBRARY_PATH", folder.path()), ("HOME", folder.path()), ("XDG_CACHE_HOME", folder.path())];
+    let mut texts = Vec::new();
+    for (transport, asked) in [("cuda", &[][..]), ("shm", &["--transport", "shm"])] {
+        let etcd = Etcd::start();
+        let (endpoint, patience) = (etcd.endpoint(), Duration::from_secs(120));
+        let worker = |role: &str, card: &str| {
+            let admin = free_address().to_string();
+            let arguments = [role, "--etcd", &endpoint, "--admin-listen", &admin, "--engine", card, "--model", &model];
+            let more = ["--nvrtc-library", &nvrtc, "--kv-memory", "8MiB", "--max-sequences", "4"];
+            let process = Baton::start_in(&[&arguments[..], &more, asked].concat(), &home);
+            (process, Client::new(format!("http://{admin}")))
+        };
+        // Cards of one host, and cards of another number.
+        let (mut prefill, mut decode) = (worker("prefill-worker", "cuda:1"), worker("decode-worker", "cuda:0"));
+        for (process, admin) in [&mut prefill, &mut decode] {
+            process.ready(admin, "/livez", patience).await;
+        }
+        let listen = free_address().to_string();
+        let arguments =
+            ["router", "--etcd", &endpoint, "--listen", &listen, "--model", &model, "--placement", "remote"];
+        let (mut router, client) = (Baton::start(&arguments), Client::new(format!("http://{listen}")));
+        router.ready(&client, "/readyz", patience).await;
+        wait_for_fleet(&client, 2).await?;
+        let prompt =
+            "A router sends a prompt to a worker that computes it, and its pages to one that decodes. ".repeat(4);
+        let request = json!({"prompt": prompt, "max_tokens": 12, "temperature": 0.8, "seed": 5, "ignore_eos": true});
+        let answer = client.post("/v1/completions", &request).await?;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        texts.push(answer.json()["choices"][0]["text"].clone());
+        let labels = [r#"side="target""#, r#"outcome="landed""#, &format!("transport={transport:?}")];
+        let landed = decode.1.metric("baton_handoffs_total", &labels).await?;
+        assert!(landed >= 1.0, "{transport}: {}", decode.0.output());
+    }
+    assert_eq!(texts[0], texts[1]);
+    Ok(())
 }
