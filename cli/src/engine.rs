@@ -1,10 +1,7 @@
 //! The engines of workers: which kind, and made.
 
-use crate::{
-    model::Located,
-    settings::{EngineChoice, Speculate},
-};
-use anyhow::{Context, bail};
+use crate::{model::Located, settings::EngineChoice};
+use anyhow::Context;
 use engine::{Config, Device, Engine, Model};
 use std::sync::Arc;
 use timing::Profile;
@@ -30,26 +27,51 @@ impl Kind {
         })
     }
 
-    /// Checks, before weights are loaded, that the device runs what is asked of it.
+    /// Checks, before weights are loaded, that the device runs the model `located`, and the one that drafts for it.
     ///
     /// # Errors
     /// Names what it does not run yet.
-    pub(crate) fn check(&self, located: &Located, guesses: Speculate, config: &Config) -> anyhow::Result<()> {
+    pub(crate) fn check(&self, located: &Located, draft: Option<&Located>, config: &Config) -> anyhow::Result<()> {
         let Self::Device(device) = self else { return Ok(()) };
-        if guesses == Speculate::Draft && *device != Device::Cpu {
-            bail!("--engine {device}: --speculate draft does not go with a card yet");
-        }
-        engine::check_device(&located.path, config).with_context(|| format!("--engine {device}"))
+        engine::check_device(&located.path, config).with_context(|| format!("--engine {device}"))?;
+        let Some(draft) = draft else { return Ok(()) };
+        // Several cards share the model alone.
+        let config = Config { kv_dtype: None, tensor_parallel: 1, ..config.clone() };
+        engine::check_device(&draft.path, &config).with_context(|| format!("--engine {device}: --draft-model"))
     }
 
     /// Makes an engine for `model`.
     pub(crate) fn engine(&self, model: Arc<Model>, config: &Config) -> anyhow::Result<Engine> {
+        let engine = match self {
+            Self::Device(_) => Engine::new(model, config),
+            Self::Timed(profile) => Engine::timed(model, config, profile),
+        };
+        engine.context(self.making())
+    }
+
+    /// Makes an engine for `model`, and one for the model that drafts for it.
+    pub(crate) fn engine_with_draft(
+        &self,
+        model: Arc<Model>,
+        draft: Arc<Model>,
+        config: &Config,
+    ) -> anyhow::Result<(Engine, Engine)> {
         match self {
-            Self::Device(Device::Cpu) => {
-                Engine::new(model, config).context("reserve memory for a worker (--kv-memory)")
+            Self::Device(_) => Engine::with_draft(model, draft, config).context(self.making()),
+            Self::Timed(_) => {
+                let engine = self.engine(model, config)?;
+                let draft = engine.draft(draft).context("--draft-model")?;
+                Ok((engine, draft))
             }
-            Self::Device(_) => Engine::new(model, config).context("start a worker on a card (--engine)"),
-            Self::Timed(profile) => Engine::timed(model, config, profile).context("make a timed engine (--engine)"),
+        }
+    }
+
+    /// Says what is tried when an engine is made, and what to change where that fails.
+    fn making(&self) -> &'static str {
+        match self {
+            Self::Device(Device::Cpu) => "reserve memory for a worker (--kv-memory)",
+            Self::Device(Device::Cuda(_)) => "start a worker on a card (--engine)",
+            Self::Timed(_) => "make a timed engine (--engine)",
         }
     }
 

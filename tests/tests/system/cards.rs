@@ -55,7 +55,12 @@ async fn what_a_card_does_not_run_yet_is_refused_before_weights_are_loaded() {
     for (engine, model, more, words) in [
         ("cuda", "golden/deepseek_v2", &["--tensor-parallel", "2"][..], ["--engine cuda:0", "latent attention"]),
         ("cuda", "gguf/qwen2-q8_0.gguf", &[], ["--engine cuda:0", "Q8_0"]),
-        ("cuda", "golden/llama", &["--speculate", "draft"], ["--engine cuda:0", "--speculate draft"]),
+        (
+            "cuda",
+            "golden/qwen2",
+            &["--speculate", "draft", "--draft-model", &file("gguf/qwen2-q8_0.gguf")],
+            ["--draft-model", "Q8_0"],
+        ),
         ("cuda", "golden/llama", &["--kv-dtype", "f16"], ["kv_dtype", "f16"]),
         ("cuda", "golden/llama", &["--tensor-parallel", "3"], ["--engine cuda:0", "evenly: 1, 2, 6 would be right"]),
         ("cpu", "golden/llama", &["--tensor-parallel", "2"], ["--engine cpu", "tensor_parallel"]),
