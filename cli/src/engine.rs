@@ -2,7 +2,7 @@
 
 use crate::{
     model::Located,
-    settings::{EngineChoice, Quantize, Speculate, Transport},
+    settings::{EngineChoice, Quantize, Transport},
 };
 use anyhow::{Context, bail};
 use engine::{Config, Device, Engine, Model};
@@ -30,7 +30,7 @@ impl Kind {
         })
     }
 
-    /// Checks, before weights are loaded, that the device runs what is asked of it.
+    /// Checks, before weights are loaded, that the device runs the model `located`, and the one that drafts for it.
     ///
     /// # Errors
     /// Names what it does not run yet.
@@ -38,15 +38,16 @@ impl Kind {
         &self,
         located: &Located,
         quantize: Option<Quantize>,
-        guesses: Speculate,
+        draft: Option<&Located>,
         config: &Config,
     ) -> anyhow::Result<()> {
         let Self::Device(device) = self else { return Ok(()) };
-        if guesses == Speculate::Draft && *device != Device::Cpu {
-            bail!("--engine {device}: --speculate draft does not go with a card yet");
-        }
         engine::check_device(&located.path, quantize.map(Into::into), config)
-            .with_context(|| format!("--engine {device}"))
+            .with_context(|| format!("--engine {device}"))?;
+        let Some(draft) = draft else { return Ok(()) };
+        // Several cards share the model alone.
+        let config = Config { kv_dtype: None, tensor_parallel: 1, ..config.clone() };
+        engine::check_device(&draft.path, None, &config).with_context(|| format!("--engine {device}: --draft-model"))
     }
 
     /// Checks likewise that pages can go the way that is asked for.
@@ -64,12 +65,36 @@ impl Kind {
 
     /// Makes an engine for `model`.
     pub(crate) fn engine(&self, model: Arc<Model>, config: &Config) -> anyhow::Result<Engine> {
+        let engine = match self {
+            Self::Device(_) => Engine::new(model, config),
+            Self::Timed(profile) => Engine::timed(model, config, profile),
+        };
+        engine.context(self.making())
+    }
+
+    /// Makes an engine for `model`, and one for the model that drafts for it.
+    pub(crate) fn engine_with_draft(
+        &self,
+        model: Arc<Model>,
+        draft: Arc<Model>,
+        config: &Config,
+    ) -> anyhow::Result<(Engine, Engine)> {
         match self {
-            Self::Device(Device::Cpu) => {
-                Engine::new(model, config).context("reserve memory for a worker (--kv-memory)")
+            Self::Device(_) => Engine::with_draft(model, draft, config).context(self.making()),
+            Self::Timed(_) => {
+                let engine = self.engine(model, config)?;
+                let draft = engine.draft(draft).context("--draft-model")?;
+                Ok((engine, draft))
             }
-            Self::Device(_) => Engine::new(model, config).context("start a worker on a card (--engine)"),
-            Self::Timed(profile) => Engine::timed(model, config, profile).context("make a timed engine (--engine)"),
+        }
+    }
+
+    /// Says what is tried when an engine is made, and what to change where that fails.
+    fn making(&self) -> &'static str {
+        match self {
+            Self::Device(Device::Cpu) => "reserve memory for a worker (--kv-memory)",
+            Self::Device(Device::Cuda(_)) => "start a worker on a card (--engine)",
+            Self::Timed(_) => "make a timed engine (--engine)",
         }
     }
 

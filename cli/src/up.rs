@@ -38,14 +38,14 @@ pub(crate) async fn run(up: &Up, tables: &Tables, shutdown: CancellationToken) -
     let address = listener.local_addr().context("read the bound address")?;
     let loading = async {
         let model = model::load(&located, up.compute.quantize).await?;
-        anyhow::Ok((model, speculation::load(&up.speculation, &located).await?))
+        anyhow::Ok((model, speculation::load(&up.speculation, plan.draft.as_ref()).await?))
     };
     let Some(loaded) = shutdown.run_until_cancelled(loading).await.transpose()? else { return Ok(()) };
     let (model, guesser) = loaded;
 
     let info = model.info().clone();
     // Nobody but its engines keeps the model: on a card they let go of its weights.
-    let mut cluster = Cluster::start(plan.clone(), model, &guesser, listener)?;
+    let mut cluster = Cluster::start(plan.clone(), model, guesser, listener)?;
     let parts = cluster.healths.clone();
     tokio::select! {
         // All arms are cancel safe: the first polls, the second keeps what has ended in the set.
@@ -66,6 +66,8 @@ pub(crate) async fn run(up: &Up, tables: &Tables, shutdown: CancellationToken) -
 #[derive(Clone, Debug)]
 struct Plan {
     kind: Kind,
+    /// The model that drafts, where one does.
+    draft: Option<Located>,
     engine: engine::Config,
     prefill: Vec<prefill_worker::Config>,
     decode: Vec<decode_worker::Config>,
@@ -81,7 +83,8 @@ impl Plan {
             );
         }
         let kind = Kind::read(&up.compute.engine)?;
-        kind.check(located, up.compute.quantize, up.speculation.speculate, &engine)?;
+        let draft = speculation::locate(&up.speculation, located)?;
+        kind.check(located, up.compute.quantize, draft.as_ref(), &engine)?;
         let workers = up.prefill + up.decode;
         // They share a card as they share the cores.
         engine.gpu_memory_utilization /= workers as f64;
@@ -95,6 +98,7 @@ impl Plan {
         decode.iter().try_for_each(|config| config::check_links("decode-worker", false, &config.transfer))?;
         Ok(Self {
             kind,
+            draft,
             engine,
             prefill,
             decode,
@@ -124,7 +128,7 @@ struct Cluster {
 }
 
 impl Cluster {
-    fn start(plan: Plan, model: Arc<Model>, guesser: &Guesser, listener: TcpListener) -> anyhow::Result<Self> {
+    fn start(plan: Plan, model: Arc<Model>, guesser: Guesser, listener: TcpListener) -> anyhow::Result<Self> {
         let directory: Arc<dyn Directory> = Arc::new(MemoryDirectory::default());
         let (stop_router, stop_workers) = (CancellationToken::new(), CancellationToken::new());
         let mut healths = Vec::new();
@@ -133,20 +137,20 @@ impl Cluster {
             healths[healths.len() - 1].clone()
         };
         let mut layout = None;
-        let mut engine = || {
-            let engine = plan.kind.engine(model.clone(), &plan.engine)?;
+        let mut engine = |guesser: &Guesser| {
+            let (engine, speculator) = guesser.engine(&plan.kind, model.clone(), &plan.engine)?;
             layout = Some(engine.memory().layout().clone());
-            anyhow::Ok(engine)
+            anyhow::Ok((engine, speculator))
         };
         let mut parts = JoinSet::new();
         for config in plan.prefill {
             let (directory, stop) = (directory.clone(), stop_workers.clone());
-            parts.spawn(prefill_worker::run(config, engine()?, directory, health(), stop));
+            let (engine, _) = engine(&Guesser::Nothing)?;
+            parts.spawn(prefill_worker::run(config, engine, directory, health(), stop));
         }
         for config in plan.decode {
             let (directory, stop) = (directory.clone(), stop_workers.clone());
-            let engine = engine()?;
-            let speculator = guesser.speculator(&engine)?;
+            let (engine, speculator) = engine(&guesser)?;
             parts.spawn(decode_worker::run(config, engine, speculator, directory, health(), stop));
         }
         let workers = parts.len();

@@ -4,7 +4,7 @@ use crate::{
     config,
     engine::Kind,
     listen, model,
-    settings::{Speculate, Speculation, Tables, Worker},
+    settings::{Speculation, Tables, Worker},
     speculation::{self, Guesser},
 };
 use anyhow::{Context, bail};
@@ -37,11 +37,11 @@ pub(crate) async fn run(
     let located = model::locate(&worker.model)?;
     let kind = Kind::read(&worker.compute.engine)?;
     let engine_config = config::worker_engine(worker, tables)?;
-    let guesses = match role {
-        Role::Prefill => Speculate::Off,
-        Role::Decode(speculation) => speculation.speculate,
+    let draft = match role {
+        Role::Prefill => None,
+        Role::Decode(choice) => speculation::locate(choice, &located)?,
     };
-    kind.check(&located, worker.compute.quantize, guesses, &engine_config)?;
+    kind.check(&located, worker.compute.quantize, draft.as_ref(), &engine_config)?;
     kind.check_transport(worker.transport)?;
     let start = Start::new(role, worker, tables, &located)?;
     let (directory, door): (Arc<dyn Directory>, _) = match worker.http.http {
@@ -62,13 +62,9 @@ pub(crate) async fn run(
         let model = model::load(&located, worker.compute.quantize).await?;
         let guesser = match role {
             Role::Prefill => Guesser::Nothing,
-            Role::Decode(choice) => speculation::load(choice, &located).await?,
+            Role::Decode(choice) => speculation::load(choice, draft.as_ref()).await?,
         };
-        let engine = tokio::task::spawn_blocking(move || {
-            let engine = kind.engine(model, &engine_config)?;
-            let speculator = guesser.speculator(&engine)?;
-            anyhow::Ok((engine, speculator))
-        });
+        let engine = tokio::task::spawn_blocking(move || guesser.engine(&kind, model, &engine_config));
         engine.await.context("reserve memory")?
     };
     let Some((engine, speculator)) = shutdown.run_until_cancelled(loading).await.transpose()? else { return Ok(()) };

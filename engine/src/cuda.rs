@@ -95,6 +95,7 @@ pub(crate) use rank::Sizes;
 use rows::Capacity;
 use slice::Slice;
 use std::{
+    iter::repeat,
     ops::Range,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -220,14 +221,24 @@ impl Cuda {
         self.first().weights.rounded
     }
 
-    /// Returns what a `share` of the devices' memory leaves for pages.
+    /// Returns for how many pages of `page_bytes` bytes a `share` of the devices' memory leaves room. Of the first device's share another engine has `taken`: bytes, and
+    /// as many again for each page.
     ///
     /// # Errors
     /// [`Error::Card`] says who has the rest.
-    pub(crate) fn bytes_for_pages(&mut self, share: f64) -> Result<u64, Error> {
+    pub(crate) fn room_for_pages(&mut self, share: f64, page_bytes: u64, taken: (u64, u64)) -> Result<u64, Error> {
         // Each has a part of every page: its heads.
-        let left = self.ranks.iter_mut().map(|rank| own(rank).bytes_for_pages(share)).collect::<Result<Vec<_>, _>>()?;
-        Ok(left.iter().min().expect("a rank at least") * left.len().min(self.kv_heads) as u64)
+        let parts = self.ranks.len().min(self.kv_heads) as u64;
+        let mut most = u64::MAX;
+        for (rank, (bytes, of_page)) in self.ranks.iter_mut().zip([taken].into_iter().chain(repeat((0, 0)))) {
+            most = most.min(own(rank).bytes_for_pages(share, bytes)? * parts / (page_bytes + of_page * parts));
+        }
+        Ok(most)
+    }
+
+    /// Returns the bytes that it has on the first device.
+    pub(crate) fn bytes_taken(&mut self) -> Result<u64, Error> {
+        Ok(self.first().device.memory()?.own)
     }
 
     /// Reserves the pool, and makes ready what steps of `model` do.

@@ -17,16 +17,13 @@ mod ngram;
 mod policy;
 
 use crate::{
-    Engine, Error, Model,
+    Engine, Error,
     scheduler::{Computed, Scheduler, SequenceId},
 };
 use draft::{DraftModel, Wanted};
 use ngram::Ngrams;
 use policy::{Offer, Policy};
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 /// Most drafts of a sequence in one step, whatever is asked for.
 pub const MAX_DRAFTS: usize = 16;
@@ -54,15 +51,10 @@ impl Speculator {
         Self { proposer: Proposer::Ngrams(Ngrams::default()), policy: Policy::new(most), most }
     }
 
-    /// Guesses what `draft` would say: at most `most` tokens at a time. Its pages hold as many tokens as those of `target`, whose
-    /// settings it shares otherwise.
-    ///
-    /// # Errors
-    /// [`Error::Setting`] when the two vocabularies differ in size or the draft does not fit.
-    pub fn draft(draft: Arc<Model>, target: &Engine, most: usize) -> Result<Self, Error> {
+    /// Guesses what the model of `draft`, an engine of [`Engine::with_draft`], would say: at most `most` tokens at a time.
+    pub fn draft(draft: Engine, most: usize) -> Self {
         let most = most.min(MAX_DRAFTS);
-        let proposer = Proposer::Draft(Box::new(DraftModel::new(draft, target)?));
-        Ok(Self { proposer, policy: Policy::new(most), most })
+        Self { proposer: Proposer::Draft(Box::new(DraftModel::new(draft))), policy: Policy::new(most), most }
     }
 
     /// Adds drafts to the sequences of which the next step computes one token, as many as pay. To be called right before

@@ -16,7 +16,6 @@ use crate::{
 use kv_cache::{Backing, PageId};
 use limits::Limits;
 pub use making::check_device;
-pub(crate) use making::page_layout;
 use std::{
     collections::VecDeque,
     ops::Range,

@@ -505,6 +505,28 @@ impl Stand {
         assert_eq!(number(&self.driver, "leaks"), held + 1, "what is left is a graph for rows with adapters");
     }
 
+    /// A draft model is on the first card beside the model: both within the card's share, and neither changes what the other says.
+    fn check_draft(&self) {
+        let (tokens, one) = (tokens(), &tables()[..1]);
+        let alone = |model: &Arc<Model>| {
+            let mut engine = Engine::new(model.clone(), &self.config).expect("an engine");
+            [(40, 0), (41, 40)].map(|(end, start)| logits(&mut engine, &tokens[..end], start, one, false))
+        };
+        let small = model("llama3");
+        let expected = [alone(&self.model), alone(&small)];
+        for config in [self.config.clone(), self.shared()] {
+            let config = Config { kv_bytes: None, gpu_memory_utilization: 0.02, ..config };
+            let engines = Engine::with_draft(self.model.clone(), small.clone(), &config);
+            let (mut engine, mut draft) = engines.expect("two engines");
+            assert_eq!(engine.memory().layout().pages, draft.memory().layout().pages);
+            for (step, (end, start)) in [(40, 0), (41, 40)].into_iter().enumerate() {
+                for (engine, expected) in [&mut engine, &mut draft].into_iter().zip(&expected) {
+                    assert!(logits(engine, &tokens[..end], start, one, false) == expected[step], "other bits");
+                }
+            }
+        }
+    }
+
     /// A card that fails in the middle of a step fails the step, for which the others do not wait: one that computes a prompt, and one that decodes.
     fn check_failures(&self) {
         let (tokens, tables, sampling) = (tokens(), tables(), Sampling::default());
@@ -573,6 +595,8 @@ fn a_model_runs_behind_the_driver() {
     stand.check_handoffs(folder.path());
     stand.check_empty();
     stand.check_adapters();
+    stand.check_empty();
+    stand.check_draft();
     stand.check_empty();
     stand.check_library();
     stand.check_cards(folder.path());

@@ -156,7 +156,9 @@ impl TestCluster {
         Ok(match &self.speculation {
             Speculation::Off => None,
             Speculation::Ngrams => Some(Speculator::ngrams(4)),
-            Speculation::Draft(dir) => Some(Speculator::draft(engine::Model::load(dir, &mut |_| {})?, engine, 4)?),
+            Speculation::Draft(dir) => {
+                Some(Speculator::draft(engine.draft(engine::Model::load(dir, &mut |_| {})?)?, 4))
+            }
         })
     }
 

@@ -21,9 +21,6 @@ use std::{
     time::Duration,
 };
 
-/// Bytes that it says it has.
-const MEMORY: u64 = 64 << 20;
-
 /// What was asked of a device so far.
 #[derive(Debug)]
 pub(crate) struct Asked {
@@ -134,6 +131,9 @@ impl Peers {
 }
 
 impl Emulated {
+    /// Bytes that it says it has.
+    pub(crate) const MEMORY: u64 = 64 << 20;
+
     /// Makes one whose threads take turns in `order`.
     pub(crate) fn new(order: Order) -> Self {
         Self {
@@ -230,7 +230,7 @@ impl Device for Emulated {
     }
 
     fn memory(&mut self) -> Result<Memory, Error> {
-        Ok(Memory { total: MEMORY, free: MEMORY - self.used, own: self.used })
+        Ok(Memory { total: Self::MEMORY, free: Self::MEMORY - self.used, own: self.used })
     }
 
     fn alloc(&mut self, purpose: &'static str, bytes: usize) -> Result<Region, Error> {

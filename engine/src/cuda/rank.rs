@@ -214,12 +214,13 @@ impl Rank {
         })
     }
 
-    /// Returns what a `share` of the device's memory leaves for pages.
+    /// Returns what a `share` of the device's memory leaves for pages, of which another engine of ours has `beside` bytes.
     ///
     /// # Errors
     /// [`Error::Card`] says who has the rest.
-    pub(super) fn bytes_for_pages(&mut self, share: f64) -> Result<u64, Error> {
+    pub(super) fn bytes_for_pages(&mut self, share: f64, beside: u64) -> Result<u64, Error> {
         let Memory { total, free, own } = self.device.memory()?;
+        let own = own + beside;
         let mine = (total as f64 * share) as u64;
         let (left, others) = (mine.saturating_sub(own), total.saturating_sub(free + own));
         if left > 0 && left <= free {

@@ -6,9 +6,9 @@
 //! read in pieces of at most a step while others are drafted. When pages run out, whoever was not drafted for
 //! the longest time loses its cache and has it computed again when its turn comes.
 
-use crate::{Config, Device, Engine, Error, Model, Row, Sample, Sampling, scheduler::SequenceId, step};
+use crate::{Engine, Error, Row, Sample, Sampling, scheduler::SequenceId};
 use kv_cache::{PageId, TokenId};
-use std::{collections::HashMap, sync::Arc};
+use std::collections::HashMap;
 
 /// A sequence to draft for.
 #[derive(Clone, Copy, Debug)]
@@ -63,27 +63,10 @@ struct Part {
 }
 
 impl DraftModel {
-    pub(super) fn new(model: Arc<Model>, target: &Engine) -> Result<Self, Error> {
-        let (ours, theirs) = (model.info().vocab_size, target.model().info().vocab_size);
-        if ours != theirs {
-            let problem = format!("its vocabulary has {ours} tokens, the model's {theirs}: they must be the same");
-            return Err(Error::setting("draft_model", problem));
-        }
-        if target.config().device != Device::Cpu {
-            let problem =
-                format!("the model runs on {}, and no draft model runs beside it yet", target.config().device);
-            return Err(Error::setting("draft_model", problem));
-        }
-        let longest = target.max_model_len().min(model.info().max_position as usize);
-        let mut config = Config { kv_dtype: None, max_model_len: None, ..target.config().clone() };
-        let page_bytes =
-            step::page_layout(&model, &Config { kv_bytes: Some(u64::MAX), ..config.clone() })?.page_bytes() as u64;
-        config.kv_bytes = Some(page_bytes * u64::from(target.memory().layout().pages));
-        config.max_model_len = Some(longest as u32);
-        let engine = Engine::new(model, &config)?;
+    pub(super) fn new(engine: Engine) -> Self {
         let layout = engine.memory().layout();
         let (page_tokens, free) = (layout.page_tokens as usize, (0..layout.pages).rev().map(PageId).collect());
-        Ok(Self { engine, page_tokens, free, caches: HashMap::new(), rounds: 0 })
+        Self { engine, page_tokens, free, caches: HashMap::new(), rounds: 0 }
     }
 
     /// Returns how many drafts may follow `tokens` tokens.

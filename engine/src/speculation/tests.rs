@@ -2,12 +2,16 @@
 
 use super::*;
 use crate::{
-    Config, ElementType, ModelShape, Row, Sample, Sampled, Sampling, TokenId,
+    Config, Device, ElementType, Model, ModelShape, Row, Sample, Sampled, Sampling, TokenId,
+    cuda::{Emulated, Order},
     scheduler::{Finish, History, Limits, Request, Stop, Until},
     tests::{load, repository, small_config},
 };
 use kv_cache::PageId;
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::Ordering::Relaxed},
+};
 
 const START: Duration = Duration::ZERO;
 
@@ -26,7 +30,10 @@ struct Worker {
 
 impl Worker {
     fn new(model: &Arc<Model>, config: &Config, pages: usize) -> Self {
-        let engine = Engine::new(model.clone(), config).expect("an engine");
+        Self::of(Engine::new(model.clone(), config).expect("an engine"), config, pages)
+    }
+
+    fn of(engine: Engine, config: &Config, pages: usize) -> Self {
         let limits = Limits {
             pages: pages.min(engine.memory().layout().pages as usize),
             page_tokens: config.page_tokens as usize,
@@ -44,8 +51,13 @@ impl Worker {
         self
     }
 
-    fn draft(mut self, draft: &Arc<Model>, most: usize) -> Self {
-        self.speculator = Some(Speculator::draft(draft.clone(), &self.engine, most).expect("a draft model"));
+    fn draft(self, draft: &Arc<Model>, most: usize) -> Self {
+        let draft = self.engine.draft(draft.clone()).expect("a draft model");
+        self.drafted_by(draft, most)
+    }
+
+    fn drafted_by(mut self, draft: Engine, most: usize) -> Self {
+        self.speculator = Some(Speculator::draft(draft, most));
         self
     }
 
@@ -173,9 +185,15 @@ fn golden_models_say_the_same_with_and_without() {
 
 #[test]
 fn a_draft_of_another_vocabulary_is_refused() {
-    let engine = Engine::new(load("tests/golden/llama"), &small_config()).expect("an engine");
-    let error = Speculator::draft(load("models/demo-draft"), &engine, 4).expect_err("another vocabulary").to_string();
-    assert!(error.contains("4096") && error.contains("1031"), "{error}");
+    let (model, draft) = (load("tests/golden/llama"), load("models/demo-draft"));
+    let engine = Engine::new(model.clone(), &small_config()).expect("an engine");
+    for device in [Device::Cpu, Device::Cuda(0)] {
+        let config = Config { device, ..small_config() };
+        let error =
+            Engine::with_draft(model.clone(), draft.clone(), &config).expect_err("another vocabulary").to_string();
+        assert!(error.contains("4096") && error.contains("1031"), "{error}");
+    }
+    engine.draft(draft).expect_err("another vocabulary");
 }
 
 #[test]
@@ -212,6 +230,74 @@ fn tiny(seed: u64, hidden: usize) -> Arc<Model> {
         latent: None,
     };
     Model::random(&shape, seed).expect("memory")
+}
+
+/// Engines for `model` and `draft` on `ranks` cards that the processor plays, of which the first has both.
+fn on_cards(model: &Arc<Model>, draft: &Arc<Model>, config: &Config, ranks: usize) -> (Engine, Engine) {
+    let boxed = |device| Box::new(device) as Box<dyn crate::cuda::Device>;
+    let devices = Emulated::team(Order::Forward, ranks).into_iter().map(boxed).collect();
+    let (first, config) = (boxed(Emulated::new(Order::Backward)), Config { tensor_parallel: ranks, ..config.clone() });
+    Engine::on_devices_with_draft((model.clone(), devices), (draft.clone(), vec![first]), &config).expect("two engines")
+}
+
+#[test]
+fn a_card_says_the_same_with_and_without_a_draft_model_beside() {
+    let (model, draft) = (tiny(3, 32), tiny(4, 48));
+    let config = Config { kv_bytes: Some(1 << 20), max_model_len: Some(320), max_sequences: 8, ..small_config() };
+    let warm = |seed| Sampling { temperature: 0.9, seed, ..Sampling::default() };
+    let samplings = [
+        Sampling::default(),
+        warm(1),
+        Sampling { top_k: 5, top_p: 0.9, ..warm(2) },
+        // The host draws from what the card computed.
+        Sampling { repetition_penalty: 1.2, logprobs: Some(3), ..warm(3) },
+    ];
+    let prompt = |at: usize| (0..3 + 11 * at as TokenId).map(|token| token * 7 % 12).collect();
+    let requests: Vec<Request> =
+        (0..8).map(|at| request(prompt(at), 20 + at, samplings[at % samplings.len()].clone())).collect();
+    let mut expected = None;
+    for ranks in [1, 2] {
+        let (engine, _) = on_cards(&model, &draft, &config, ranks);
+        let plain = Worker::of(engine, &config, 4096).run(&requests);
+        assert!(*expected.get_or_insert_with(|| plain.clone()) == plain, "{ranks} cards");
+        // Few pages: sequences are preempted in the middle of speculation.
+        for pages in [4096, 12] {
+            let (engine, drafts) = on_cards(&model, &draft, &config, ranks);
+            let mut drafted = Worker::of(engine, &config, pages).drafted_by(drafts, 3);
+            assert!(drafted.run(&requests) == plain, "{ranks} cards, {pages} pages");
+            assert!(drafted.accepted > 0 && drafted.accepted < drafted.drafts, "{} drafts", drafted.drafts);
+        }
+        let (engine, drafts) = on_cards(&model, &model, &config, ranks);
+        let mut drafted = Worker::of(engine, &config, 4096).drafted_by(drafts, 4);
+        assert!(drafted.run(&requests) == plain && drafted.accepted == drafted.drafts && drafted.drafts > 50);
+    }
+}
+
+#[test]
+fn a_model_and_its_draft_share_a_card_s_memory() {
+    let (model, draft) = (load("tests/golden/llama3-bf16-sharded"), load("tests/golden/llama3"));
+    for ranks in [1, 3] {
+        let config = Config { kv_bytes: None, gpu_memory_utilization: 0.6, tensor_parallel: ranks, ..small_config() };
+        let (team, first) = (Emulated::team(Order::Forward, ranks), Emulated::new(Order::Forward));
+        let asked: Vec<_> = team.iter().chain([&first]).map(Emulated::asked).collect();
+        let share = (Emulated::MEMORY as f64 * config.gpu_memory_utilization) as usize;
+        let boxed = |device| Box::new(device) as Box<dyn crate::cuda::Device>;
+        let devices = team.into_iter().map(boxed).collect();
+        let engines =
+            Engine::on_devices_with_draft((model.clone(), devices), (draft.clone(), vec![boxed(first)]), &config);
+        let (engine, drafts) = engines.expect("two engines");
+        assert_eq!(engine.memory().layout().pages, drafts.memory().layout().pages);
+        let held: Vec<usize> = asked.iter().map(|asked| asked.held.load(Relaxed)).collect();
+        // Both of the first, where each pool ends with a page for rows that only pad; the others have as many pages, and more room than they need.
+        let (taken, pools) =
+            (held[0] + held[ranks], [&engine, &drafts].map(|engine| engine.memory().layout().page_bytes()));
+        let most = share + pools.iter().sum::<usize>();
+        assert!(taken <= most && taken > share / 10 * 9, "{ranks} cards: {taken} of {share}");
+        assert!(held[1..ranks].iter().all(|held| *held < taken));
+        let alone = Config { max_model_len: Some(60), ..config };
+        let (short, _) = on_cards(&model, &draft, &alone, ranks);
+        assert_eq!(short.max_model_len(), 60);
+    }
 }
 
 /// Chi-square of the second and third token together, over many seeds, against what the model says. Both come out of drafts.

@@ -36,6 +36,36 @@ impl Engine {
         }
     }
 
+    /// Makes an engine for `model`, and beside it one for `draft`, which is to guess for it ([`Speculator::draft`](crate::speculation::Speculator::draft)): its pages
+    /// hold as many tokens, and all else is as `config` says. On a card both take what they need of the one share; where several cards share `model`, `draft` is on the
+    /// first alone.
+    ///
+    /// # Errors
+    /// As [`Engine::new`], and [`Error::Setting`] when the two vocabularies differ in size.
+    pub fn with_draft(model: Arc<Model>, draft: Arc<Model>, config: &Config) -> Result<(Self, Self), Error> {
+        match config.device {
+            Device::Cpu => {
+                check_draft(&model, &draft)?;
+                let engine = Self::new(model, config)?;
+                let draft = engine.draft(draft)?;
+                Ok((engine, draft))
+            }
+            Device::Cuda(card) => Self::on_card_with_draft(model, draft, config, card),
+        }
+    }
+
+    /// Makes an engine on the processor for `draft`, as [`Engine::with_draft`] does, beside this one.
+    ///
+    /// # Errors
+    /// As [`Engine::with_draft`].
+    pub fn draft(&self, draft: Arc<Model>) -> Result<Self, Error> {
+        let config = Config { device: Device::Cpu, ..draft_config(&self.model, &draft, &self.config)? };
+        let page_bytes = any_layout(&draft, &config)?.page_bytes() as u64;
+        let kv_bytes = Some(page_bytes * u64::from(self.memory.layout().pages));
+        let max_model_len = Some(draft_len(self, &draft));
+        Self::new(draft, &Config { kv_bytes, max_model_len, ..config })
+    }
+
     /// Makes an engine that computes nothing: its steps take as long as `profile` says, its tokens are made up from those before
     /// them, and its pages, as many as the profile has room for, hold next to nothing. `model` lends its vocabulary, its number of
     /// layers and the tokens that end a sequence; `kv_bytes`, `threads` and `device` mean nothing, and `max_model_len` may be more than the
@@ -76,10 +106,8 @@ impl Engine {
     }
 
     #[cfg(not(feature = "cuda"))]
-    fn on_card(_: Arc<Model>, config: &Config, card: usize) -> Result<Self, Error> {
-        let problem = format!("cuda:{card} is asked for, and this binary was built without the feature `cuda`");
-        let _ = config;
-        Err(Error::setting("device", problem))
+    fn on_card(_: Arc<Model>, _: &Config, card: usize) -> Result<Self, Error> {
+        Err(without_cards(card))
     }
 
     #[cfg(feature = "cuda")]
@@ -90,6 +118,25 @@ impl Engine {
         Self::on_devices(model, config, cards)
     }
 
+    #[cfg(not(feature = "cuda"))]
+    fn on_card_with_draft(_: Arc<Model>, _: Arc<Model>, _: &Config, card: usize) -> Result<(Self, Self), Error> {
+        Err(without_cards(card))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_card_with_draft(
+        model: Arc<Model>,
+        draft: Arc<Model>,
+        config: &Config,
+        card: usize,
+    ) -> Result<(Self, Self), Error> {
+        let own = draft_config(&model, &draft, config)?;
+        crate::cuda::check(&model, config)?;
+        crate::cuda::check(&draft, &own)?;
+        let (cards, first) = (crate::cuda::open(card, config)?, crate::cuda::open(card, &own)?);
+        Self::on_devices_with_draft((model, cards), (draft, first), config)
+    }
+
     /// Makes an engine on cards that share the model, or on what stands in for them.
     #[cfg(any(feature = "cuda", test))]
     pub(crate) fn on_devices(
@@ -97,42 +144,36 @@ impl Engine {
         config: &Config,
         devices: Vec<Box<dyn crate::cuda::Device>>,
     ) -> Result<Self, Error> {
-        crate::cuda::check(&model, config)?;
-        let context = context(&model, config);
-        // Without pages yet; how many there is room for is known when everything else has its memory.
-        let mut config = Config {
-            kv_dtype: Some(config.kv_dtype.unwrap_or_else(|| crate::cuda::kv_dtype(&model))),
-            ..config.clone()
+        let mut made = Unpaged::new(model, config, devices)?;
+        let page_bytes = made.page_bytes()?;
+        let kv_bytes = match config.kv_bytes {
+            Some(bytes) => bytes,
+            None => made.home.room_for_pages(config.gpu_memory_utilization, page_bytes, (0, 0))? * page_bytes,
         };
-        let most = Limits::new(
-            &model,
-            &config,
-            &page_layout(&model, &Config { kv_bytes: Some(u64::MAX), ..config.clone() })?,
-            false,
-        )?;
-        let sizes = crate::cuda::Sizes::new(
-            &model,
-            &config,
-            (most.token_budget, most.max_sequences),
-            most.logits_rows(),
-            context,
-            most.page_tokens,
-        );
-        let mut home = crate::cuda::Cuda::new(devices, &model, sizes, threads(&config)?)?;
-        if config.kv_bytes.is_none() {
-            config.kv_bytes = Some(home.bytes_for_pages(config.gpu_memory_utilization)?);
-        }
-        let layout = page_layout(&model, &config)?;
-        let limits = Limits::new(&model, &config, &layout, false)?;
-        home.reserve_pages(&model, &layout)?;
-        let fingerprint = match home.rounds() {
-            // What weights were rounded to is another model.
-            true => derived(&format!("bf16 {}", fingerprint(&model, context))),
-            false => fingerprint(&model, context),
+        made.reserve_pages(kv_bytes, config.max_model_len)
+    }
+
+    /// Makes an engine as [`Engine::with_draft`]: the draft model has a device of its own, which is the first of the others, opened once more.
+    #[cfg(any(feature = "cuda", test))]
+    pub(crate) fn on_devices_with_draft(
+        (model, devices): (Arc<Model>, Vec<Box<dyn crate::cuda::Device>>),
+        (draft, first): (Arc<Model>, Vec<Box<dyn crate::cuda::Device>>),
+        config: &Config,
+    ) -> Result<(Self, Self), Error> {
+        let own = draft_config(&model, &draft, config)?;
+        let (mut made, mut beside) = (Unpaged::new(model, config, devices)?, Unpaged::new(draft, &own, first)?);
+        let (page_bytes, own_page_bytes) = (made.page_bytes()?, beside.page_bytes()?);
+        let pages = match config.kv_bytes {
+            Some(bytes) => bytes / page_bytes,
+            None => {
+                let taken = (beside.home.bytes_taken()?, own_page_bytes);
+                made.home.room_for_pages(config.gpu_memory_utilization, page_bytes, taken)?
+            }
         };
-        // The cards have the weights: the last engine of the process that is made lets go of those in the host's memory.
-        let model = Arc::new(model.without_weights());
-        Self::build(model, &config, limits, layout, fingerprint, Box::new(home), None)
+        let engine = made.reserve_pages(pages * page_bytes, config.max_model_len)?;
+        let longest = draft_len(&engine, &beside.model);
+        let draft = beside.reserve_pages(u64::from(engine.memory.layout().pages) * own_page_bytes, Some(longest))?;
+        Ok((engine, draft))
     }
 
     fn build(
@@ -181,6 +222,85 @@ impl Engine {
     }
 }
 
+/// An engine on cards without its pages: how many there is room for is known when everything else has its memory.
+#[cfg(any(feature = "cuda", test))]
+struct Unpaged {
+    model: Arc<Model>,
+    config: Config,
+    context: usize,
+    home: crate::cuda::Cuda,
+}
+
+#[cfg(any(feature = "cuda", test))]
+impl Unpaged {
+    fn new(model: Arc<Model>, config: &Config, devices: Vec<Box<dyn crate::cuda::Device>>) -> Result<Self, Error> {
+        crate::cuda::check(&model, config)?;
+        let context = context(&model, config);
+        let kv_dtype = Some(config.kv_dtype.unwrap_or_else(|| crate::cuda::kv_dtype(&model)));
+        let config = Config { kv_dtype, ..config.clone() };
+        let most = Limits::new(&model, &config, &any_layout(&model, &config)?, false)?;
+        let sizes = crate::cuda::Sizes::new(
+            &model,
+            &config,
+            (most.token_budget, most.max_sequences),
+            most.logits_rows(),
+            context,
+            most.page_tokens,
+        );
+        let home = crate::cuda::Cuda::new(devices, &model, sizes, threads(&config)?)?;
+        Ok(Self { model, config, context, home })
+    }
+
+    fn page_bytes(&self) -> Result<u64, Error> {
+        Ok(any_layout(&self.model, &self.config)?.page_bytes() as u64)
+    }
+
+    /// Makes the engine, with pages of `kv_bytes` bytes and sequences of up to `max_model_len` tokens.
+    fn reserve_pages(self, kv_bytes: u64, max_model_len: Option<u32>) -> Result<Engine, Error> {
+        let Self { model, config, context, mut home } = self;
+        let config = Config { kv_bytes: Some(kv_bytes), max_model_len, ..config };
+        let layout = page_layout(&model, &config)?;
+        let limits = Limits::new(&model, &config, &layout, false)?;
+        home.reserve_pages(&model, &layout)?;
+        let fingerprint = match home.rounds() {
+            // What weights were rounded to is another model.
+            true => derived(&format!("bf16 {}", fingerprint(&model, context))),
+            false => fingerprint(&model, context),
+        };
+        // The cards have the weights: the last engine of the process that is made lets go of those in the host's memory.
+        let model = Arc::new(model.without_weights());
+        Engine::build(model, &config, limits, layout, fingerprint, Box::new(home), None)
+    }
+}
+
+/// Returns the settings of a model that guesses for one of `config`, but for what depends on that one's pages.
+fn draft_config(model: &Model, draft: &Model, config: &Config) -> Result<Config, Error> {
+    check_draft(model, draft)?;
+    // A guess that is no number is a wrong guess.
+    let config = Config { kv_dtype: None, tensor_parallel: 1, nan_guard: false, ..config.clone() };
+    let longest = context(model, &config).min(draft.decoder.max_position);
+    Ok(Config { max_model_len: Some(longest as u32), ..config })
+}
+
+/// Returns the longest sequence of which `draft` guesses tokens for `engine`.
+fn draft_len(engine: &Engine, draft: &Model) -> u32 {
+    engine.max_model_len().min(draft.decoder.max_position) as u32
+}
+
+fn check_draft(model: &Model, draft: &Model) -> Result<(), Error> {
+    let (ours, theirs) = (draft.info().vocab_size, model.info().vocab_size);
+    if ours == theirs {
+        return Ok(());
+    }
+    let problem = format!("its vocabulary has {ours} tokens, the model's {theirs}: they must be the same");
+    Err(Error::setting("draft_model", problem))
+}
+
+/// Returns the shape of a pool of any size.
+fn any_layout(model: &Model, config: &Config) -> Result<PageLayout, Error> {
+    page_layout(model, &Config { kv_bytes: Some(u64::MAX), ..config.clone() })
+}
+
 /// Checks, from a model's description alone, that an engine of `config` could run it, loaded as `quantize` says: whoever asks before the weights
 /// are loaded need not wait for them to learn that it cannot.
 ///
@@ -223,6 +343,12 @@ fn check_one(config: &Config) -> Result<(), Error> {
     }
 }
 
+#[cfg(not(feature = "cuda"))]
+fn without_cards(card: usize) -> Error {
+    let problem = format!("cuda:{card} is asked for, and this binary was built without the feature `cuda`");
+    Error::setting("device", problem)
+}
+
 fn threads(config: &Config) -> Result<usize, Error> {
     match config.threads {
         Some(0) => Err(Error::setting("threads", "0 threads compute nothing")),
@@ -252,7 +378,7 @@ fn derived(from: &str) -> String {
 }
 
 /// Returns the shape of the pool that `config` asks for.
-pub(crate) fn page_layout(model: &Model, config: &Config) -> Result<PageLayout, Error> {
+fn page_layout(model: &Model, config: &Config) -> Result<PageLayout, Error> {
     let decoder = &model.decoder;
     check_page_tokens(config)?;
     let dtype = config.kv_dtype.unwrap_or(match model.weights().stored {

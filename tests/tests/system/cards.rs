@@ -66,7 +66,6 @@ async fn what_a_card_does_not_run_yet_is_refused_before_weights_are_loaded() {
     for (engine, model, more, words) in [
         ("cuda", "golden/deepseek_v2", &["--tensor-parallel", "2"][..], ["--engine cuda:0", "latent attention"]),
         ("cuda", "gguf/qwen2-q8_0.gguf", &["--kv-dtype", "f16"], ["--engine cuda:0", "kv_dtype"]),
-        ("cuda", "golden/llama", &["--speculate", "draft"], ["--engine cuda:0", "--speculate draft"]),
         ("cuda", "golden/llama", &["--kv-dtype", "f16"], ["kv_dtype", "f16"]),
         ("cuda", "golden/llama", &["--tensor-parallel", "3"], ["--engine cuda:0", "evenly: 1, 2, 6 would be right"]),
         ("cpu", "golden/llama", &["--tensor-parallel", "2"], ["--engine cpu", "tensor_parallel"]),
