@@ -20,7 +20,8 @@
 //! *Sealed* is the proof that no write can land in these pages any more. Where the target does the writing itself (tcp) or
 //! admits each write (memory), closing the landing is that proof. A transport whose source writes by itself (shared memory,
 //! RDMA) may say `Sealed` only once the source has vouched for it (`Quiet`, or `Commit`, which follows the last write, or a
-//! [word](crate::words) of shared memory) or is provably gone. No state leaves quarantine because time passed.
+//! [word](crate::words) of shared memory) or is provably gone. No state leaves quarantine because time passed. A source that has settled says nothing
+//! after its `Commit`, so that counts whenever it comes: the word may be another leg's by then.
 
 use crate::{
     Commit, Event, HandoffId,
@@ -264,13 +265,19 @@ impl Target {
         settled: bool,
         out: &mut Vec<Action>,
     ) -> bool {
-        let expected = matches!(self.state, State::Landing) && self.committed.is_none();
-        if expected {
-            (self.committed, self.settled) = (Some(committed), settled);
-            self.deadline = now + self.limits.progress;
-            self.verify(now, out);
+        if self.committed.is_some() {
+            return false;
         }
-        expected
+        match self.state {
+            State::Landing => {
+                (self.committed, self.settled) = (Some(committed), settled);
+                self.deadline = now + self.limits.progress;
+                self.verify(now, out);
+            }
+            State::Quarantine(_) => out.push(Action::Seal { vouched: true }),
+            State::Begun | State::Sealing(_) | State::Done => return false,
+        }
+        true
     }
 
     /// Compares what the source says it sent with what was asked for and what came. Waits while blocks are missing.
@@ -375,7 +382,7 @@ impl Target {
     fn quarantine(&mut self, now: Duration, end: End, out: &mut Vec<Action>) {
         self.state = State::Quarantine(end);
         self.deadline = now + self.limits.progress;
-        out.push(Action::Seal { vouched: false });
+        out.push(Action::Seal { vouched: self.committed.is_some() });
     }
 
     fn done(&mut self, end: End, out: &mut Vec<Action>) {

@@ -130,7 +130,7 @@ fn nothing_unverified_becomes_runnable() {
         run.frame(0, 9);
         run.step(Input::Committed { sent, commit: commit(), settled: false });
         let refuse = Action::Send(Message::Refuse { handoff: H, reason: expected.into() });
-        assert_eq!(run.said(), [refuse, lost(expected), seal()]);
+        assert_eq!(run.said(), [refuse, lost(expected), Action::Seal { vouched: true }]);
         run.step(Input::Sealed);
         assert_eq!(run.said(), [quiet(), Action::Done(End::Refused)]);
     };
@@ -152,6 +152,13 @@ fn every_state_ends_every_way() {
     let refuse = Action::Send(Message::Refuse { handoff: H, reason: why("full") });
     let vouch = Action::Seal { vouched: true };
     let gone = "the source ended it";
+    // It has settled, and will say nothing more.
+    let committed = Input::Committed { sent: sent(), commit: commit(), settled: true };
+    let committed_landing = || {
+        let mut run = Run::landing();
+        run.step(Input::Committed { sent: sent(), commit: commit(), settled: true });
+        run
+    };
     let cases: Vec<(&str, Make, Input, Vec<Action>)> = vec![
         ("begun", Run::new, Input::Refuse(why("full")), vec![refuse, refused]),
         ("begun", Run::new, Input::Abort(why("cancel")), vec![abort("cancel"), aborted.clone()]),
@@ -164,9 +171,21 @@ fn every_state_ends_every_way() {
         ("landing", Run::landing, Input::PeerForwent, vec![lost(FORGONE), seal(), quiet(), forgone]),
         ("landing", Run::landing, Input::PeerQuiet, vec![lost(gone), seal(), vouch.clone(), quiet(), aborted.clone()]),
         ("landing", Run::landing, Input::LinkLost(why("x")), vec![lost("x"), seal(), quiet(), aborted.clone()]),
-        ("sealing", Run::sealing, Input::Abort(why("c")), vec![abort("c"), seal(), quiet(), aborted.clone()]),
-        ("sealing", Run::sealing, Input::PeerAborted(why("x")), vec![lost("x"), seal(), quiet(), aborted.clone()]),
-        ("sealing", Run::sealing, Input::LinkLost(why("x")), vec![lost("x"), seal(), quiet(), aborted.clone()]),
+        ("sealing", Run::sealing, Input::Abort(why("c")), vec![abort("c"), vouch.clone(), quiet(), aborted.clone()]),
+        (
+            "sealing",
+            Run::sealing,
+            Input::PeerAborted(why("x")),
+            vec![lost("x"), vouch.clone(), quiet(), aborted.clone()],
+        ),
+        ("sealing", Run::sealing, Input::LinkLost(why("x")), vec![lost("x"), vouch.clone(), quiet(), aborted.clone()]),
+        ("quarantine", Run::quarantine, committed.clone(), vec![vouch.clone(), quiet(), aborted.clone()]),
+        (
+            "committed",
+            committed_landing,
+            Input::Abort(why("c")),
+            vec![abort("c"), vouch.clone(), quiet(), aborted.clone()],
+        ),
         ("quarantine", Run::quarantine, Input::Abort(why("again")), vec![quiet(), aborted.clone()]),
         ("quarantine", Run::quarantine, Input::PeerAborted(why("x")), vec![quiet(), aborted.clone()]),
         ("quarantine", Run::quarantine, Input::PeerQuiet, vec![vouch, quiet(), aborted.clone()]),
@@ -192,11 +211,11 @@ fn every_state_has_a_deadline_and_none_frees_pages() {
     run.expire();
     let reason = "no answer within 10s";
     assert_eq!(run.said(), [abort(reason), lost(reason), Action::Done(End::Expired)]);
-    for make in [Run::landing as fn() -> Run, Run::sealing] {
+    for (make, vouched) in [(Run::landing as fn() -> Run, false), (Run::sealing, true)] {
         let mut run = make();
         run.expire();
         let reason = "no progress for 5s";
-        assert_eq!(run.said(), [abort(reason), lost(reason), seal()]);
+        assert_eq!(run.said(), [abort(reason), lost(reason), Action::Seal { vouched }]);
         run.expire();
         let no_proof = "no proof that writes of hand-off 0000000000000001 have ended";
         assert_eq!(run.said(), [Action::DropLink(why(no_proof))]);
